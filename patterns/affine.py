@@ -1,0 +1,380 @@
+"""Reading ``product of factors * (codes - zero_point)`` symbolically.
+
+One reader serves activations, whose values are unknown, and weights in plain spellings. It walks from a matmul's
+operand towards its integers and accounts for every argument of every node it passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from quantpass.patterns.integers import IntegerReader, Range, fits, integer_span
+from quantpass.patterns.movement import Movement, movement_of
+from quantpass.patterns.terms import Term, same_shape, term_of, wide
+from torch.fx import Node
+
+from quantpass import expr as ex
+from quantpass.expr import Expr, Ref
+from quantpass.schema import ReaderTable, call_reader, op_name
+from quantpass.static_values import StaticValues
+
+aten = torch.ops.aten
+
+_CODE_DTYPES = (torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A value read as ``product(factors) * (codes - zero_point)``.
+
+    Attributes:
+        codes: integer-valued expression of the value's shape.
+        span: smallest and largest integer that ``codes`` can hold.
+        factors: what the codes are multiplied by, aligned with the value.
+        zero_point: subtracted from the codes; None where it is zero.
+        shape: shape of the value.
+    """
+
+    codes: Expr
+    span: Range
+    factors: tuple[Term, ...]
+    zero_point: Term | None
+    shape: tuple[Any, ...]
+
+    def moved(self, node: Node, movement: Movement) -> Affine | None:
+        """This value after the data-movement ``node``."""
+        after = tuple(node.meta["val"].shape)
+        terms = [t.moved(movement, self.shape, after) for t in (*self.factors, *filter(None, [self.zero_point]))]
+        if any(t is None for t in terms):
+            return None
+        factors = tuple(t for t in terms[: len(self.factors)] if t is not None)
+        zero_point = terms[-1] if self.zero_point is not None else None
+        codes = self.codes if movement.kind == "same" else _replayed(node, self.codes)
+        return Affine(codes, self.span, factors, zero_point, after)
+
+    def times(self, term: Term) -> Affine:
+        """This value multiplied by ``term``."""
+        return replace(self, factors=(*self.factors, replace(term, expr=wide(term.expr))))
+
+    def minus(self, term: Term) -> Affine | NotAffine:
+        """This value less ``term``."""
+        return self.plus(replace(term, expr=ex.neg(wide(term.expr))))
+
+    def plus(self, term: Term) -> Affine | NotAffine:
+        """This value and ``term``: ``F * (c - z) + b = F * (c - (z - b / F))``, so F and b must be known."""
+        term = replace(term, expr=wide(term.expr))
+        if ex.is_all(term.expr, 0):
+            return self
+        for factor in self.factors:
+            if not ex.known(factor.expr, term.expr):
+                return NotAffine("an offset is added after a scale that is not known when compiling", quantized=True)
+            divided = broadcast(term, factor, ex.div)
+            if divided is None:
+                return NotAffine("an offset and a scale vary along different dimensions", quantized=True)
+            term = divided
+        zero_point: Term | None = replace(term, expr=ex.neg(term.expr))
+        if self.zero_point is not None and zero_point is not None:
+            zero_point = broadcast(self.zero_point, zero_point, ex.add)
+            if zero_point is None:
+                return NotAffine("two zero points vary along different dimensions", quantized=True)
+        if zero_point is not None and ex.is_all(zero_point.expr, 0):
+            zero_point = None
+        return replace(self, zero_point=zero_point)
+
+
+def _replayed(node: Node, codes: Expr) -> Expr:
+    """The data movement of ``node`` applied to ``codes``."""
+    arguments = (codes, *node.args[1:])
+    return ex.apply(
+        node.target, *arguments, dtype=ex.dtype_of(codes), shape=tuple(node.meta["val"].shape), **node.kwargs
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class NotAffine:
+    """Why a value could not be read. ``quantized`` tells an unusable quantized value from a float."""
+
+    reason: str
+    quantized: bool = False
+    hint: str = ""
+
+
+class AffineReader:
+    """Reads the nodes of one graph; every node is read once.
+
+    Args:
+        values: the graph's static values.
+        movements: readers of data movements.
+        integers: readers of what bounds integers.
+        arithmetic: readers of the operators that a dequantization is spelled with.
+        dequantizers: readers of named operators that return a dequantized value.
+    """
+
+    def __init__(
+        self,
+        values: StaticValues,
+        movements: ReaderTable,
+        integers: ReaderTable,
+        arithmetic: ReaderTable,
+        dequantizers: ReaderTable,
+    ) -> None:
+        self.values = values
+        self._movements = movements
+        self._arithmetic = arithmetic
+        self._dequantizers = dequantizers
+        self._integers = IntegerReader(values, movements, integers)
+        self._memo: dict[Node, Affine | NotAffine] = {}
+        self.weights: dict[tuple[Node, bool], Any] = {}
+
+    def read(self, node: Node) -> Affine | NotAffine:
+        """Read the value of ``node``."""
+        if node not in self._memo:
+            self._memo[node] = NotAffine("the value depends on itself")
+            self._memo[node] = self._read(node)
+        return self._memo[node]
+
+    def movement(self, node: Node) -> Movement | None:
+        return movement_of(self._movements, node)
+
+    def term(self, value: Any, shape: tuple[Any, ...]) -> Term | None:
+        return term_of(self.values, value, shape)
+
+    def _read(self, node: Node) -> Affine | NotAffine:
+        fake = node.meta.get("val")
+        if not isinstance(fake, torch.Tensor):
+            return NotAffine("it is not a tensor")
+        if node in self.values.mutated:
+            return NotAffine("the graph writes to this tensor in place")
+        found: Affine | NotAffine | None = None
+        if node.op == "call_function":
+            found = self._read_call(node)
+            if isinstance(found, Affine):
+                return found
+        if fake.dtype in _CODE_DTYPES:
+            return Affine(Ref(node), integer_span(fake.dtype), (), None, tuple(fake.shape))
+        if fake.dtype.is_floating_point or fake.dtype == torch.int32:
+            held = self._integers.integer_range(node)
+            if held is not None and fits(held, torch.uint8 if held[0] >= 0 else torch.int8):
+                return Affine(Ref(node), held, (), None, tuple(fake.shape))
+        return found or NotAffine(f"{op_name(node) if node.op == 'call_function' else node.op} is not a dequantization")
+
+    def _read_call(self, node: Node) -> Affine | NotAffine | None:
+        for table in (self._dequantizers, self._arithmetic):
+            reader = table.get(node.target)  # type: ignore[call-overload]
+            if reader is not None:
+                read: Affine | NotAffine | None = call_reader(reader, node, self, node)
+                return read
+        movement = self.movement(node)
+        if movement is None:
+            return None
+        inner = self.read(movement.source)
+        if isinstance(inner, NotAffine):
+            return inner
+        return inner.moved(node, movement) or NotAffine(
+            f"{op_name(node)} mixes the elements that share a scale", quantized=True
+        )
+
+    # -- what the readers of arithmetic operators use ------------------------------------------------------------
+
+    def scaled(self, node: Node, value: Any, factor: Any, *, divide: bool = False) -> Affine | NotAffine:
+        """``value * factor`` (or ``value / factor``)."""
+        inner, term = self._value_and_term(node, value, factor)
+        if isinstance(inner, NotAffine) or term is None:
+            return inner if isinstance(inner, NotAffine) else NotAffine("it is a product of two full tensors")
+        return inner.times(replace(term, expr=reciprocal(term.expr)) if divide else term)
+
+    def shifted(self, node: Node, value: Any, offset: Any, multiple: Any) -> Affine | NotAffine:
+        """``value + multiple * offset``; ``multiple`` is a number."""
+        inner, term = self._value_and_term(node, value, offset)
+        if isinstance(inner, NotAffine) or term is None:
+            return inner if isinstance(inner, NotAffine) else NotAffine("it is a sum of two full tensors")
+        if self.values.uniform(multiple) is None:
+            return NotAffine("the multiple of an addend is not a number", quantized=True)
+        return inner.plus(replace(term, expr=ex.mul(wide(term.expr), ex.scalar(float(multiple)))))
+
+    def dequantized(self, node: Node, codes: Any, scale: Any, zero_point: Any, axis: int | None) -> Affine | NotAffine:
+        """``(codes - zero_point) * scale`` with both along ``axis``, or for the whole tensor where that is None."""
+        if not isinstance(codes, Node):
+            return NotAffine(f"the input of {op_name(node)} is not a tensor", quantized=True)
+        value = self.read(codes)
+        shape = tuple(node.meta["val"].shape)
+        for operand, combine in ((zero_point, Affine.minus), (scale, Affine.times)):
+            if isinstance(value, NotAffine):
+                return replace(value, quantized=True)
+            if operand is not None:
+                term = self.along(operand, shape, axis)
+                if term is None:
+                    return NotAffine(f"a parameter of {op_name(node)} has an unexpected shape", quantized=True)
+                value = combine(value, term)
+        return value
+
+    def along(self, operand: Any, shape: tuple[Any, ...], axis: int | None) -> Term | None:
+        """A parameter of a named operator: one number, or a vector along ``axis`` of the value."""
+        if axis is None:
+            term = self.term(operand, shape)
+            return term if term is not None and term.kind == "scalar" else None
+        axis %= len(shape)
+        if not isinstance(operand, Node) or not same_shape(operand.meta["val"].shape, (shape[axis],)):
+            return None
+        uniform = self.values.uniform(operand)
+        if uniform is not None:
+            return Term(ex.scalar(uniform), (1,) * len(shape))
+        aligned = tuple(s if d == axis else 1 for d, s in enumerate(shape))
+        return Term(self.values.expr(operand), aligned)
+
+    def converted(self, value: Any, dtype: torch.dtype | None) -> Affine | NotAffine | None:
+        """``value`` in another dtype; None where the cast itself makes the codes."""
+        if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+            return NotAffine("the cast of something that is not a tensor")
+        source = value.meta["val"].dtype
+        target = dtype or source
+        if torch.bool in (source, target) or source.is_complex or target.is_complex:
+            return NotAffine("a cast between boolean or complex numbers")
+        if source.is_floating_point and not target.is_floating_point:
+            return None
+        inner = self.read(value)
+        if isinstance(inner, NotAffine) or target.is_floating_point:
+            return inner
+        return inner if self._holds(inner, target) else None
+
+    def arithmetic_holds(self, node: Node, read: Affine | NotAffine) -> Affine | NotAffine | None:
+        """``read`` unless the node computes in integers that could wrap around."""
+        dtype = node.meta["val"].dtype
+        if dtype.is_floating_point or isinstance(read, NotAffine):
+            return read
+        return read if self._holds(read, dtype) else None
+
+    def _holds(self, value: Affine, dtype: torch.dtype) -> bool:
+        """True where every value fits the integer type, so that nothing wraps around."""
+        if value.factors:
+            return False
+        low, high = value.span
+        if value.zero_point is not None:
+            zero = value.zero_point.constant
+            if zero is None:
+                return False
+            low, high = low - float(zero.max()), high - float(zero.min())
+        return fits((low, high), dtype)
+
+    def _value_and_term(self, node: Node, a: Any, b: Any) -> tuple[Affine | NotAffine, Term | None]:
+        """Which of two operands is the value and which broadcasts against it."""
+        shape = tuple(node.meta["val"].shape)
+        best = NotAffine(f"no operand of {op_name(node)} is a dequantized value")
+        for value, other in ((a, b), (b, a)):
+            if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+                continue
+            if not same_shape(value.meta["val"].shape, shape):
+                continue
+            term = self.term(other, shape)
+            if term is None or (term.kind == "other" and term.constant is None):
+                continue
+            inner = self.read(value)
+            if isinstance(inner, Affine):
+                return inner, term
+            if inner.quantized:
+                best = inner
+        return best, None
+
+
+def reciprocal(e: Expr) -> Expr:
+    """``1 / e``."""
+    e = wide(e)
+    return ex.apply(aten.reciprocal.default, e, dtype=ex.dtype_of(e), shape=ex.shape_of(e))
+
+
+def broadcast(a: Term, b: Term, op: Callable[[Expr, Expr], Expr]) -> Term | None:
+    """``op`` of two terms of the same value, as a term; None where only nodes could tell its shape."""
+    if a.kind == "scalar" and b.kind == "scalar":
+        return Term(op(ex.reshape(wide(a.expr), ()), ex.reshape(wide(b.expr), ())), a.shape)
+    shapes = (a.shape, b.shape)
+    if not all(isinstance(s, int) for shape in shapes for s in shape):
+        return None
+    shape = tuple(torch.broadcast_shapes(*shapes))
+    return Term(op(ex.reshape(wide(a.expr), a.shape), ex.reshape(wide(b.expr), b.shape)), shape)
+
+
+# -- arithmetic operators ------------------------------------------------------------------------------------------
+
+
+def _mul(reader: AffineReader, node: Node, *, self: Any, other: Any) -> Affine | NotAffine | None:
+    return reader.arithmetic_holds(node, reader.scaled(node, self, other))
+
+
+def _div(reader: AffineReader, node: Node, *, self: Any, other: Any) -> Affine | NotAffine:
+    if not isinstance(self, Node) or not same_shape(self.meta["val"].shape, node.meta["val"].shape):
+        return NotAffine("a number or a smaller tensor is divided")
+    return reader.scaled(node, self, other, divide=True)
+
+
+def _add(reader: AffineReader, node: Node, *, self: Any, other: Any, alpha: Any) -> Affine | NotAffine | None:
+    if alpha != 1:
+        return _weighted(reader, node, self, other, alpha)
+    return reader.arithmetic_holds(node, reader.shifted(node, self, other, 1))
+
+
+def _sub(reader: AffineReader, node: Node, *, self: Any, other: Any, alpha: Any) -> Affine | NotAffine | None:
+    return _weighted(reader, node, self, other, -alpha)
+
+
+def _weighted(reader: AffineReader, node: Node, value: Any, offset: Any, multiple: Any) -> Affine | NotAffine | None:
+    """``value + multiple * offset`` where the two can't be swapped."""
+    if not isinstance(value, Node) or not same_shape(value.meta["val"].shape, node.meta["val"].shape):
+        return NotAffine("the first operand is smaller than the result")
+    if reader.term(offset, tuple(node.meta["val"].shape)) is None:
+        return NotAffine("it is a sum of two full tensors")
+    return reader.arithmetic_holds(node, reader.shifted(node, value, offset, multiple))
+
+
+def _to_copy(
+    reader: AffineReader,
+    node: Node,
+    *,
+    self: Any,
+    dtype: Any,
+    layout: Any,
+    device: Any,
+    pin_memory: Any,
+    non_blocking: bool,
+    memory_format: Any,
+) -> Affine | NotAffine | None:
+    del node, pin_memory, non_blocking, memory_format  # where and how the copy lies in memory, not what it holds
+    if layout not in (None, torch.strided):
+        return NotAffine(f"a cast to layout {layout}")
+    if device is not None and isinstance(self, Node) and torch.device(device).type != self.meta["val"].device.type:
+        return NotAffine("the value is moved to another device")
+    return reader.converted(self, dtype)
+
+
+def _convert_element_type(reader: AffineReader, node: Node, *, a: Any, dtype: Any) -> Affine | NotAffine | None:
+    del node
+    return reader.converted(a, dtype)
+
+
+def _to_dtype(
+    reader: AffineReader, node: Node, *, self: Any, dtype: Any, non_blocking: bool, copy: bool, memory_format: Any
+) -> Affine | NotAffine | None:
+    del node, non_blocking, copy, memory_format
+    return reader.converted(self, dtype)
+
+
+def arithmetic_table() -> ReaderTable:
+    """Readers of the arithmetic operators that a dequantization is spelled with."""
+    return ReaderTable(
+        {
+            aten.mul.Tensor: _mul,
+            aten.mul.Scalar: _mul,
+            aten.div.Tensor: _div,
+            aten.div.Scalar: _div,
+            aten.add.Tensor: _add,
+            aten.add.Scalar: _add,
+            aten.sub.Tensor: _sub,
+            aten.sub.Scalar: _sub,
+            aten._to_copy.default: _to_copy,
+            aten.to.dtype: _to_dtype,
+            torch.ops.prims.convert_element_type.default: _convert_element_type,
+        },
+        leading=2,
+    )

@@ -1,0 +1,88 @@
+"""The ``quantized_decomposed`` operators, which PT2E and FX quantization emit.
+
+Semantics: ``torch/ao/quantization/fx/_decomposed.py`` of PyTorch: ``quantize = clamp(round(x * (1 / scale)) +
+zero_point, quant_min, quant_max)`` and ``dequantize = (codes - zero_point) * scale``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.epilogues import Step
+from torch.fx import Node
+
+from quantpass.schema import Reader
+
+
+def dequantizers() -> dict[Any, Reader]:
+    return {
+        "quantized_decomposed::dequantize_per_tensor": _dequantize_per_tensor,
+        "quantized_decomposed::dequantize_per_tensor.tensor": _dequantize_per_tensor,
+        "quantized_decomposed::dequantize_per_tensor.tensor2": _dequantize_per_tensor,
+        "quantized_decomposed::dequantize_per_channel": _dequantize_per_channel,
+    }
+
+
+def quantize_steps() -> dict[Any, Reader]:
+    return {
+        "quantized_decomposed::quantize_per_tensor": _quantize_per_tensor,
+        "quantized_decomposed::quantize_per_tensor.tensor": _quantize_per_tensor,
+    }
+
+
+def _dequantize_per_tensor(
+    reader: AffineReader,
+    node: Node,
+    *,
+    input_: Any,
+    scale: Any,
+    zero_point: Any,
+    quant_min: Any,
+    quant_max: Any,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+) -> Affine | NotAffine:
+    del quant_min, quant_max, dtype  # checked by the operator, not used in its arithmetic
+    del out_dtype  # of the result: in meta["val"]
+    return reader.dequantized(node, input_, scale, zero_point, axis=None)
+
+
+def _dequantize_per_channel(
+    reader: AffineReader,
+    node: Node,
+    *,
+    input_: Any,
+    scales: Any,
+    zero_points: Any,
+    axis: int,
+    quant_min: Any,
+    quant_max: Any,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+) -> Affine | NotAffine:
+    del quant_min, quant_max, dtype, out_dtype
+    return reader.dequantized(node, input_, scales, zero_points, axis=axis)
+
+
+def _quantize_per_tensor(
+    reader: AffineReader,
+    value: Node,
+    node: Node,
+    *,
+    input_: Any,
+    scale: Any,
+    zero_point: Any,
+    quant_min: Any,
+    quant_max: Any,
+    dtype: torch.dtype,
+) -> Step | None:
+    shape = tuple(value.meta["val"].shape)
+    term = reader.term(scale, shape)
+    zero = reader.values.uniform(zero_point)
+    if input_ is not value or term is None or term.kind != "scalar" or term.constant is None or zero is None:
+        return None
+    if dtype not in (torch.int8, torch.uint8) or not all(isinstance(q, int) for q in (quant_min, quant_max)):
+        return None
+    return Step("quantize", node, term=term, zero_point=int(zero), bounds=(quant_min, quant_max))

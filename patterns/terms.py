@@ -1,0 +1,139 @@
+"""Factors, zero points and addends: tensors that broadcast against the value they meet.
+
+A term follows its value through views: where the value is reshaped or permuted, :meth:`Term.moved` says what the term
+looks like afterwards, or that it no longer lines up with a dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from quantpass.patterns.movement import Movement
+from torch.fx import Node
+
+from quantpass import expr as ex
+from quantpass.expr import Const, Expr
+from quantpass.static_values import StaticValues
+from quantpass.torch_internals import statically_true
+
+aten = torch.ops.aten
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """True where two sizes are known to be equal."""
+    return a is b or statically_true(a == b) is True
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A tensor aligned with a value.
+
+    Attributes:
+        expr: the tensor, in any shape with the row-major order of ``shape``.
+        shape: rank of the value; 1 in every dimension along which the term does not vary.
+    """
+
+    expr: Expr
+    shape: tuple[Any, ...]
+
+    @property
+    def kind(self) -> str:
+        """``"scalar"``, ``"columns"`` (varies along the last dimension), ``"rows"`` (along others), ``"other"``."""
+        *leading, last = [not is_one(s) for s in self.shape] or [False]
+        if not any(leading):
+            return "columns" if last else "scalar"
+        return "other" if last else "rows"
+
+    @property
+    def constant(self) -> torch.Tensor | None:
+        return self.expr.tensor if isinstance(self.expr, Const) else None
+
+    def moved(self, movement: Movement, before: Sequence[Any], after: Sequence[Any]) -> Term | None:
+        """This term after its value of shape ``before`` was moved into shape ``after``; None where it can't follow."""
+        if self.kind == "scalar":
+            return replace(self, shape=(1,) * len(after))
+        if movement.kind == "same":
+            return self
+        if movement.kind == "permute":
+            return self._permuted(movement.order)
+        if movement.kind == "expand":
+            added = len(after) - len(before)
+            return replace(self, shape=(1,) * added + self.shape)
+        return self._reshaped(before, after)
+
+    def _reshaped(self, before: Sequence[Any], after: Sequence[Any]) -> Term | None:
+        if not after or not before or not same_size(before[-1], after[-1]):
+            return None
+        if self.kind == "columns":
+            return replace(self, shape=(1,) * (len(after) - 1) + self.shape[-1:])
+        full = all(is_one(b) or not is_one(s) for s, b in zip(self.shape[:-1], before[:-1], strict=True))
+        return replace(self, shape=(*after[:-1], 1)) if self.kind == "rows" and full else None
+
+    def _permuted(self, order: tuple[int, ...]) -> Term | None:
+        shape = tuple(self.shape[d] for d in order)
+        moving = [d for d in order if not is_one(self.shape[d])]
+        if moving == sorted(moving):
+            return replace(self, shape=shape)
+        if not all(isinstance(s, int) for s in self.shape):
+            return None
+        full = ex.reshape(self.expr, self.shape)
+        return Term(ex.apply(aten.permute.default, full, list(order), dtype=ex.dtype_of(full), shape=shape), shape)
+
+    def flat(self) -> Expr:
+        """The term as a vector (a scalar has one element)."""
+        return ex.reshape(self.expr, (1,) if self.kind == "scalar" else (-1,))
+
+
+def term_of(values: StaticValues, value: Any, shape: Sequence[Any]) -> Term | None:
+    """Read ``value`` (a number or a node) as a term of something of shape ``shape``.
+
+    None where it is not a numeric tensor that broadcasts against that shape without enlarging it.
+    """
+    rank = len(shape)
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return Term(ex.scalar(value), (1,) * rank)
+    if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+        return None
+    uniform = values.uniform(value)
+    if uniform is not None:
+        return Term(ex.scalar(uniform), (1,) * rank)
+    value = _unexpanded(value)
+    fake = value.meta["val"]
+    if fake.dtype == torch.bool or fake.dtype.is_complex or fake.dim() > rank:
+        return None
+    aligned = (1,) * (rank - fake.dim()) + tuple(fake.shape)
+    if not all(is_one(t) or same_size(t, s) for t, s in zip(aligned, shape, strict=True)):
+        return None
+    # A dimension of size 1 on both sides does not vary; aligned already says 1 there.
+    expr = values.expr(value)
+    if isinstance(expr, Const):
+        expr = Const(expr.tensor, expr.origin, expr.label)
+    return Term(expr, aligned)
+
+
+def _unexpanded(node: Node) -> Node:
+    """The source of a broadcast made explicit: ``expand`` adds nothing that broadcasting would not."""
+    while node.op == "call_function" and node.target is aten.expand.default:
+        source = node.args[0]
+        if not isinstance(source, Node) or source.meta["val"].dim() != node.meta["val"].dim():
+            break
+        node = source
+    return node
+
+
+def wide(expr: Expr) -> Expr:
+    """A constant in float64, so that folding adds no rounding; a node stays as it is."""
+    return ex.cast(expr, torch.float64) if isinstance(expr, Const) else expr

@@ -1,0 +1,25 @@
+"""quantpass: fuse dequantize -> matmul -> (quantize) in FX graphs into Ascend's quantized matmul operators."""
+
+from quantpass import ir as _ir
+from quantpass.backend import backend
+from quantpass.doors import diff, explain, fuse
+from quantpass.lowering import reference as _reference
+from quantpass.records import Numerics, Plan, Reject, Site, TensorSpec
+from quantpass.report import Report
+from quantpass.version import __version__
+
+__all__ = [
+    "Numerics",
+    "Plan",
+    "Reject",
+    "Report",
+    "Site",
+    "TensorSpec",
+    "__version__",
+    "backend",
+    "diff",
+    "explain",
+    "fuse",
+]
+
+del _ir, _reference  # imported for the operators that they define

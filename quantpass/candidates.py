@@ -1,0 +1,166 @@
+"""A possible fused call for a site, and the pieces that both operators need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quantpass import expr as ex
+from quantpass.chips.calls import OpCall
+from quantpass.chips.rules import Chip, WeightLayout
+from quantpass.composition import Composition
+from quantpass.expr import Call, Const, Expr
+from quantpass.ir import NZ
+from quantpass.options import Options
+from quantpass.records import Numerics, TensorSpec, Weight
+from quantpass.sites import Reading
+
+aten = torch.ops.aten
+ops = torch.ops.quantpass
+
+FLOAT32_STEPS = 2.0**-22
+"""Relative rounding of the few float32 operations between an accumulator and the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A weight as an operator takes it."""
+
+    expr: Expr
+    transposed: bool
+    format: str
+    fixups: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> TensorSpec:
+        shape = ex.shape_of(self.expr)
+        logical = tuple(reversed(shape)) if self.transposed else shape
+        return TensorSpec(ex.dtype_of(self.expr), logical, self.format, self.transposed)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A fused call, fully described, not yet in the graph.
+
+    Attributes:
+        call: the vendor's call as legality sees it.
+        composition: which part of the epilogue it takes in.
+        value: the expression that replaces ``composition.output``.
+        weight_format: ``"ND"`` or ``"NZ"``.
+        numerics: its contract.
+        fixups: what was changed to make it legal, in words.
+        int8_codes: where ``value`` is a uint8 tensor made from int8 codes, those codes.
+    """
+
+    call: OpCall
+    composition: Composition
+    value: Expr
+    weight_format: str
+    numerics: Numerics
+    fixups: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    int8_codes: Expr | None = None
+
+
+def weight_layouts(weight: Weight, chip: Chip, op: str, options: Options, *, int4: bool) -> Iterator[LaidOut]:
+    """The ways to lay ``weight`` out, best first; packed as int4 where asked and possible."""
+    layouts = chip.layouts_of(op, options.mode)
+    if options.nz == "never":
+        layouts = (*(x for x in layouts if x.format == "ND"), WeightLayout("ND", None, "FRACTAL_NZ was switched off"))
+    for layout in layouts:
+        laid_out = _lay_out(weight, layout, int4)
+        if laid_out is not None:
+            yield laid_out
+
+
+def _lay_out(weight: Weight, layout: WeightLayout, int4: bool) -> LaidOut | None:
+    transposed = weight.transposed if layout.transposed is None else layout.transposed
+    codes, fixups = weight.codes, []
+    if transposed != weight.transposed:
+        codes = _turned(codes)
+        fixups.append(f"weight stored as {'(N, K)' if transposed else '(K, N)'}")
+    if int4:
+        inner = ex.shape_of(codes)[-1]
+        if not isinstance(codes, Const) or inner % 8:
+            return None
+        codes = Const(ops.pack_int4(codes.tensor), label=codes.label)
+        fixups.append("weight packed as int4")
+    if layout.format == "NZ":
+        if not isinstance(codes, Const):
+            return None  # only a tensor that is known when compiling can be re-tiled before the graph runs
+        codes = Call(ops.format_cast.default, (codes, NZ), {}, ex.dtype_of(codes), ex.shape_of(codes))
+        fixups.append("weight in FRACTAL_NZ")
+    return LaidOut(codes, transposed, layout.format, tuple(fixups))
+
+
+def _turned(codes: Expr) -> Expr:
+    if isinstance(codes, Const):
+        return Const(codes.tensor.t().contiguous(), label=codes.label)
+    return ex.swap_last(codes)
+
+
+def rows_of(shape: tuple[Any, ...]) -> Any:
+    """How many rows a tensor of this shape has when all leading dimensions are one."""
+    rows: Any = 1
+    for size in shape[:-1]:
+        rows = rows * size
+    return rows
+
+
+def flattened(e: Expr) -> Expr:
+    """``e`` as a matrix: leading dimensions made one."""
+    shape = ex.shape_of(e)
+    return e if len(shape) == 2 else ex.reshape(e, (-1, shape[-1]))
+
+
+def in_output_form(value: Expr, reading: Reading, c: Composition) -> Expr:
+    """``value``, ``(M, N)``, in the shape of the node that it replaces."""
+    fake = c.output.meta["val"]
+    if len(fake.shape) == 2 and len(reading.node.meta["val"].shape) == 2 and c.last_view is None:
+        return value
+    return ex.reshape(value, _output_sizes(reading, c))
+
+
+def _output_sizes(reading: Reading, c: Composition) -> list[Any]:
+    symbolic = [s for s in c.output.meta["val"].shape if not isinstance(s, int)]
+    if len(symbolic) == 0:
+        return list(c.output.meta["val"].shape)
+    if len(symbolic) == 1:
+        return [s if isinstance(s, int) else -1 for s in c.output.meta["val"].shape]
+    if c.last_view is not None and len(c.last_view.args) == 2 and isinstance(c.last_view.args[1], list | tuple):
+        return list(c.last_view.args[1])
+    assert reading.contraction is not None
+    return [*ex.sizes_of(reading.contraction.lhs)[:-1], c.output.meta["val"].shape[-1]]
+
+
+def spec_of(e: Expr | None, shape: tuple[Any, ...] | None = None) -> TensorSpec | None:
+    """The description of an argument."""
+    return None if e is None else TensorSpec(ex.dtype_of(e), shape or ex.shape_of(e))
+
+
+def call_op(target: Any, arguments: dict[str, Any], dtype: torch.dtype, shape: tuple[Any, ...]) -> Call:
+    """A fused call; arguments at their schema's default are left out, so that graphs stay readable."""
+    schema = target._schema
+    positional, keywords = [], {}
+    for a in schema.arguments:
+        value = arguments.get(a.name, a.default_value if a.has_default_value() else None)
+        is_default = a.has_default_value() and not isinstance(value, Const | ex.Ref | Call) and value == a.default_value
+        if not a.has_default_value():
+            positional.append(value)
+        elif not is_default:
+            keywords[a.name] = value
+    return Call(target, tuple(positional), keywords, dtype, shape)
+
+
+@dataclass(slots=True)
+class Notes:
+    """Collects what was done for one candidate."""
+
+    fixups: list[str] = field(default_factory=list)
+
+    def did(self, what: str) -> None:
+        if what not in self.fixups:
+            self.fixups.append(what)

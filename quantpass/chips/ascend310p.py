@@ -1,0 +1,23 @@
+"""Atlas inference series (Ascend 310P): int8 weights in FRACTAL_NZ, float16 and int8 results, one scale a column."""
+
+from quantpass.chips import quant_matmul, weight_quant_matmul
+from quantpass.chips.calls import QMM, WQMM
+from quantpass.chips.rules import Chip, WeightLayout
+
+_NZ = WeightLayout("NZ", True, "graph mode takes a weight stored (N, K), cast to FRACTAL_NZ, viewed transposed")
+_ND = WeightLayout("ND", True, "eager mode converts an ND weight itself")
+
+ASCEND310P = Chip(
+    name="ascend310p",
+    title="Atlas inference series (310P)",
+    soc_prefixes=("Ascend310P",),
+    rules=(
+        *quant_matmul.rules(quant_matmul.ROWS_310P, "310p"),
+        *quant_matmul.LAYOUT_310P,
+        *weight_quant_matmul.rules(weight_quant_matmul.ROWS_310P, "310p"),
+        *weight_quant_matmul.RULES_310P,
+    ),
+    layouts={QMM: (_NZ,), WQMM: (_NZ,)},
+    saturates=True,
+    eager_layouts={QMM: (WeightLayout("NZ", True, "saves the operator's own conversion"), _ND), WQMM: (_ND,)},
+)

@@ -1,0 +1,7 @@
+"""Atlas A3 (Ascend 910_93): the same architecture as A2, so the same rules."""
+
+from dataclasses import replace
+
+from quantpass.chips.ascend910b import ASCEND910B
+
+ASCEND910_93 = replace(ASCEND910B, name="ascend910_93", title="Atlas A3 (910_93)", soc_prefixes=("Ascend910_93",))

@@ -1,0 +1,22 @@
+"""Atlas A2 (Ascend 910B): bfloat16, per-token scales, int32 results, int4 weights."""
+
+from quantpass.chips import quant_matmul, weight_quant_matmul
+from quantpass.chips.calls import QMM, WQMM
+from quantpass.chips.rules import Chip, WeightLayout
+
+_ND = WeightLayout("ND", None, "as stored")
+_NZ = WeightLayout("NZ", None, "the matmul units read FRACTAL_NZ directly")
+
+ASCEND910B = Chip(
+    name="ascend910b",
+    title="Atlas A2 (910B)",
+    soc_prefixes=("Ascend910B",),
+    rules=(
+        *quant_matmul.rules(quant_matmul.ROWS_A2, "a2"),
+        *quant_matmul.NZ_DEGENERATE,
+        *weight_quant_matmul.rules(weight_quant_matmul.ROWS_A2, "a2"),
+        *weight_quant_matmul.RULES_A2,
+    ),
+    layouts={QMM: (_NZ, _ND), WQMM: (_NZ, _ND)},
+    eager_layouts={QMM: (_NZ, _ND), WQMM: (_ND,)},
+)

@@ -1,0 +1,80 @@
+"""The ``cpu`` target: whatever the reference kernels compute, wider than any chip."""
+
+import torch
+
+from quantpass.chips.calls import QMM, WQMM
+from quantpass.chips.requirements import (
+    Broadcasts,
+    DtypeTable,
+    EqualSizes,
+    NotEmpty,
+    Present,
+    QmmBias,
+    Rank,
+    Row,
+    SameShape,
+    Shape,
+    Value,
+)
+from quantpass.chips.rules import Chip, Rule, grouped
+
+I8, I32, I64 = torch.int8, torch.int32, torch.int64
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+_FLOATS = (F16, BF16, F32)
+_SOURCE = "quantpass/lowering/reference.py"
+
+_QMM_ROWS = (
+    Row(((I8, I32), (I8, I32), (I64, F32), (None,), (I32, None), (None,), (F16,))),
+    Row(((I8, I32), (I8, I32), (I64, F32), (F32, None), (I32, None), (None,), (I8,))),
+    Row(((I8, I32), (I8, I32), (F32, BF16), (None,), (I32, *_FLOATS, None), (F32, None), (F16, BF16, F32))),
+    Row(((I8, I32), (I8, I32), (F32, BF16), (None,), (I32, None), (None,), (I32,))),
+)
+_QMM_COLUMNS = ("x1", "x2", "scale", "offset", "bias", "pertoken_scale", "output_dtype")
+_WQMM_COLUMNS = ("x", "weight", "antiquant_scale", "antiquant_offset", "bias", "quant_scale", "quant_offset")
+_WQMM_ROWS = tuple(
+    Row(((x,), (I8, I32), (x,), (x, None), (*_FLOATS, None), (F32, I64, None), (F32, None))) for x in _FLOATS
+)
+
+CPU = Chip(
+    name="cpu",
+    title="reference kernels on a CPU",
+    soc_prefixes=(),
+    rules=(
+        Rule("cpu.qmm.operands", QMM, Present("scale"), _SOURCE, "code"),
+        Rule("cpu.qmm.x1.rank", QMM, Rank("x1", 2, 64), _SOURCE, "code"),
+        Rule("cpu.qmm.k", QMM, EqualSizes("k", "k_of_x2", "x1 and x2 with the same k"), _SOURCE, "code"),
+        Rule("cpu.qmm.batch", QMM, Broadcasts("x1", "x2"), _SOURCE, "code"),
+        Rule("cpu.qmm.scale.shape", QMM, Shape("scale", (("n",), (1,))), _SOURCE, "code"),
+        Rule("cpu.qmm.pertoken.shape", QMM, Shape("pertoken_scale", (("m",),)), _SOURCE, "code"),
+        Rule("cpu.qmm.bias.shape", QMM, QmmBias(), _SOURCE, "code"),
+        Rule("cpu.qmm.dtypes", QMM, DtypeTable(_QMM_COLUMNS, _QMM_ROWS, {"output_dtype": I8}), _SOURCE, "code"),
+        Rule("cpu.wqmm.operands", WQMM, Present("antiquant_scale"), _SOURCE, "code"),
+        Rule("cpu.wqmm.empty", WQMM, NotEmpty(("weight",)), _SOURCE, "code"),
+        Rule("cpu.wqmm.k", WQMM, EqualSizes("k", "k_of_weight", "x and weight with the same k"), _SOURCE, "code"),
+        Rule(
+            "cpu.wqmm.scale.shape",
+            WQMM,
+            Shape("antiquant_scale", (("n",), (1, "n"), (1,), (1, 1))),
+            _SOURCE,
+            "code",
+            when=grouped(False),
+        ),
+        Rule(
+            "cpu.wqmm.scale.shape.group",
+            WQMM,
+            Shape("antiquant_scale", (("groups", "n"),)),
+            _SOURCE,
+            "code",
+            when=grouped(),
+        ),
+        Rule("cpu.wqmm.offset.shape", WQMM, SameShape("antiquant_offset", "antiquant_scale"), _SOURCE, "code"),
+        Rule(
+            "cpu.wqmm.group",
+            WQMM,
+            Value("antiquant_group_size", lambda v, call: v >= 0, "a group size of 0 or more"),
+            _SOURCE,
+            "code",
+        ),
+        Rule("cpu.wqmm.dtypes", WQMM, DtypeTable(_WQMM_COLUMNS, _WQMM_ROWS), _SOURCE, "code"),
+    ),
+)

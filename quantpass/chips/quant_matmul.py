@@ -1,0 +1,136 @@
+"""Legality of ``npu_quant_matmul`` (A8W8, A4W4; GE QuantBatchMatmulV3)."""
+
+from __future__ import annotations
+
+import torch
+
+from quantpass.chips.calls import QMM, packed_int4
+from quantpass.chips.requirements import (
+    Broadcasts,
+    DtypeIs,
+    DtypeTable,
+    EqualSizes,
+    Layout,
+    NotEmpty,
+    Present,
+    QmmBias,
+    Rank,
+    Row,
+    SameDtype,
+    Shape,
+    Size,
+)
+from quantpass.chips.rules import Rule, When, both, in_nz, transposed
+
+I8, I32, I64 = torch.int8, torch.int32, torch.int64
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+COLUMNS = ("x1", "x2", "scale", "offset", "bias", "pertoken_scale", "output_dtype")
+EAGER = ("eager",)
+INT4 = When("int4 packed in int32", lambda call: packed_int4(call.tensor("x1")) or packed_int4(call.tensor("x2")))
+
+
+def table(*rows: Row) -> DtypeTable:
+    return DtypeTable(COLUMNS, rows, defaults={"output_dtype": I8})
+
+
+def row(x: torch.dtype, scale, offset, bias, pertoken, out, **marks) -> Row:  # type: ignore[no-untyped-def]
+    """A line of the dtype tables; every cell is a tuple of accepted dtypes."""
+    return Row(((x,), (x,), scale, offset, bias, pertoken, out), **marks)
+
+
+NO = (None,)
+
+ROWS_310P = table(
+    row(I8, (I64,), NO, (I32, None), NO, (F16,)),
+    row(I8, (F32,), NO, (I32, None), NO, (F16,), modes=EAGER),
+    row(I8, (I64,), (F32, None), (I32, None), NO, (I8,)),
+    row(I8, (F32,), (F32, None), (I32, None), NO, (I8,), modes=EAGER),
+    row(
+        I8, (F32,), NO, (I32, None), (F32,), (F16,),
+        contradicted="qmm.310p.pertoken",
+        note="pertoken_scale on the Atlas inference series: the module's document says it is not supported, the "
+        "operator's checker (quant_matmul_checker.cpp:1850-1866) and aclnnQuantMatmulV4.md allow it",
+    ),
+)  # fmt: skip
+
+_A2_ROWS = (
+    row(I8, (I64,), NO, (I32, None), NO, (F16,)),
+    row(I8, (F32,), NO, (I32, None), NO, (F16,), modes=EAGER),
+    row(I8, (I64,), (F32, None), (I32, None), NO, (I8,)),
+    row(I8, (F32,), (F32, None), (I32, None), NO, (I8,), modes=EAGER),
+    row(I8, (F32, BF16), NO, (I32, BF16, F32, None), (F32, None), (BF16,)),
+    row(I8, (F32,), NO, (I32, F16, F32, None), (F32,), (F16,)),
+    row(I8, (F32, BF16), NO, (I32, None), NO, (I32,)),
+    row(I32, (I64,), NO, (I32, None), NO, (F16,)),
+    row(I32, (F32,), NO, (I32, None), NO, (F16,), modes=EAGER),
+    row(I32, (F32,), NO, (I32, BF16, F16, F32, None), (F32,), (BF16, F16)),
+    row(I32, (BF16,), NO, (I32, BF16, F16, F32, None), (F32,), (BF16,)),
+    row(
+        I8, (F32,), NO, (F16, F32), NO, (F16,),
+        contradicted="qmm.a2.float_bias",
+        note="float bias with float16 output and no pertoken_scale: table 2 of LinearQuant.md lists it, the operator's "
+        "checker takes only an int64 scale with an int32 bias there",
+    ),
+    row(
+        I8, (F32,), NO, (BF16,), (F32,), (F16,),
+        contradicted="qmm.a2.bf16_bias",
+        note="bfloat16 bias with float16 output: the operator's document lists it, LinearQuant.md and the operator's "
+        "checker list float16 instead",
+    ),
+)  # fmt: skip
+
+ROWS_A2 = table(*_A2_ROWS)
+ROWS_A5 = table(*_A2_ROWS, row(I8, (I64,), NO, (I32, None), NO, (BF16,)))
+
+
+def _module(line: str) -> str:
+    return f"LinearQuant.md, {line}"
+
+
+def rules(dtypes: DtypeTable, chip: str) -> tuple[Rule, ...]:
+    """The rules that every chip shares, around a chip's dtype table."""
+    return (
+        Rule("qmm.x1.present", QMM, Present("x1"), _module("function prototype")),
+        Rule("qmm.x2.present", QMM, Present("x2"), _module("function prototype")),
+        Rule("qmm.scale.present", QMM, Present("scale"), _module("constraints: x1, weight, scale may not be empty")),
+        Rule("qmm.x1.rank", QMM, Rank("x1", 2, 6), _module("inputs: x1 has 2 to 6 dimensions"), "documented, code, probed"),
+        Rule("qmm.x2.rank", QMM, Rank("x2", 2, 6), _module("variables: weight has 2 to 6 dimensions"), "documented, code, probed"),
+        Rule("qmm.empty", QMM, NotEmpty(("x1", "x2", "scale")), _module("constraints: x1, weight, scale may not be empty"), "documented, code"),
+        Rule("qmm.same_dtype", QMM, SameDtype("x2", "x1"), _module("variables: weight has the dtype of x1"), "documented, code",
+             hint="A8W4 (int8 x1, int32-packed x2) has a recipe of its own that is newer than the module's document"),
+        Rule("qmm.k", QMM, EqualSizes("k", "k_of_x2", "x1 (..., m, k) and x2 (..., k, n) with the same k"),
+             "QuantMatmulKernelNpuOpApi.cpp", "documented, code"),
+        Rule("qmm.batch", QMM, Broadcasts("x1", "x2"), "QuantMatmulKernelNpuOpApi.cpp:79-102", "code, probed"),
+        Rule("qmm.k.range", QMM, Size("k", 1, 65535), _module("constraints: last dimension at most 65535"), "documented, code",
+             hint="A2/A3 lift the limit in code for some calls (aclnnQuantMatmulV4.md:324-325); the documents do not"),
+        Rule("qmm.n.range", QMM, Size("n", 1, 65535), _module("constraints: last dimension at most 65535"), "documented, code"),
+        Rule("qmm.m.range", QMM, Size("m", 1, 65535), "aclnnQuantMatmulV3.md:348-349", "code", when=transposed("x1")),
+        Rule("qmm.scale.shape", QMM, Shape("scale", (("n",), (1,))), _module("variables: scale is (t,), t = 1 or n"), "documented, code"),
+        Rule("qmm.offset.shape", QMM, Shape("offset", (("n",), (1,))), _module("variables: offset is (t,), t = 1 or n"), "documented, code"),
+        Rule("qmm.pertoken.shape", QMM, Shape("pertoken_scale", (("m",),)), _module("variables: pertoken_scale is (m,)"), "documented, code",
+             hint="flatten x1 to (m, k) and the scale to (m,)"),
+        Rule("qmm.bias.shape", QMM, QmmBias(), _module("variables: bias is (n,) or (batch, 1, n)"), "documented, code, probed"),
+        Rule(f"qmm.{chip}.dtypes", QMM, dtypes, _module("constraints: table of dtypes"), "documented, code"),
+        Rule("qmm.int4.x1", QMM, Layout("x1", transposed=False), _module("constraints: int4: x1 is (m, k/8) and contiguous"), "documented, code", when=INT4),
+        Rule("qmm.int4.x2.rank", QMM, Rank("x2", 2, 2), _module("variables: an int32 weight has 2 dimensions"), "documented, code", when=INT4),
+        Rule("qmm.int4.bias", QMM, Rank("bias", 1, 1), "quant_matmul_checker.cpp:997-1002", "code", when=INT4),
+        Rule("qmm.int4.n", QMM, Size("n", 8, None, 8), _module("constraints: int4: n a multiple of 8"), when=INT4),
+        Rule("qmm.int4.nz.graph", QMM, Layout("x2", format="ND"), "quant_batch_matmul_v3_def.cpp: no INT4 line in NZ", "code", when=INT4, modes=("graph",)),
+        Rule("qmm.int4.nz.eager", QMM, DtypeIs("scale", (F32,)), "QuantMatmulKernelNpuOpApi.cpp:299-316,335", "code",
+             when=both(INT4, in_nz("x2")), modes=EAGER, hint="leave an int4 weight in ND"),
+    )  # fmt: skip
+
+
+NZ_DEGENERATE = (
+    Rule("qmm.nz.k", QMM, Size("k", 2), "quant_matmul_checker.cpp:818-823", "code", when=in_nz("x2"), hint="leave this weight in ND"),
+    Rule("qmm.nz.n", QMM, Size("n", 2), "quant_matmul_checker.cpp:818-823", "code", when=in_nz("x2"), hint="leave this weight in ND"),
+)  # fmt: skip
+
+LAYOUT_310P = (
+    Rule("qmm.310p.x1", QMM, Layout("x1", transposed=False), "quant_batch_matmul_v3_tiling_base.cpp:220-228", "code"),
+    Rule("qmm.310p.nz.graph", QMM, Layout("x2", "NZ", True), "LinearQuant.md, variables: weight; quant_batch_matmul_v3_def.cpp", "documented, code",
+         modes=("graph",), hint="store the weight as (n, k), cast it to FRACTAL_NZ, then transpose the view"),
+    Rule("qmm.310p.nz.eager", QMM, Layout("x2", transposed=True), "npu_quant_matmul.md, constraints: transpose before the cast", "documented, code",
+         when=in_nz("x2"), modes=EAGER, hint="store the weight as (n, k), cast it to FRACTAL_NZ, then transpose the view"),
+)  # fmt: skip

@@ -1,0 +1,128 @@
+"""A legality rule and a chip: data only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantpass.chips.calls import OpCall
+from quantpass.chips.requirements import Requirement
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """A condition on a call, with its words."""
+
+    words: str
+    test: Callable[[OpCall], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One row of a chip's legality table.
+
+    Attributes:
+        id: stable identifier, e.g. ``"qmm.x1.rank"``.
+        op: the vendor operator it speaks of.
+        need: what it demands.
+        source: document and sentence, or file, that says so.
+        evidence: how that is known: ``"documented"``, ``"code"`` (read in vendor code), ``"probed"`` (run on the vendor's
+            wheel), ``"inferred"``, or several.
+        when: the calls it speaks of; None for all.
+        modes: the execution modes it speaks of.
+        contradicted: documents and code disagree. Such a rule forbids by default; naming it in ``allow`` lifts it.
+        hint: what a user can do.
+    """
+
+    id: str
+    op: str
+    need: Requirement
+    source: str
+    evidence: str = "documented"
+    when: When | None = None
+    modes: tuple[str, ...] = ("graph", "eager")
+    contradicted: bool = False
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLayout:
+    """A way to lay a static weight out; planning tries a chip's layouts in order and takes the first legal one.
+
+    ``transposed`` None keeps the stored tensor as it is.
+    """
+
+    format: str
+    transposed: bool | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """One chip family.
+
+    Attributes:
+        name: quantpass's name, e.g. ``"ascend310p"``.
+        title: the vendor's product name.
+        soc_prefixes: what ``torch_npu.npu.get_device_name()`` starts with on it.
+        rules: its legality rows.
+        layouts: operator to the weight layouts worth trying in graph mode, best first.
+        eager_layouts: the same for eager mode.
+        saturates: a float16 overflow gives the largest finite number, not infinity.
+    """
+
+    name: str
+    title: str
+    soc_prefixes: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    layouts: dict[str, tuple[WeightLayout, ...]] = field(default_factory=dict)
+    eager_layouts: dict[str, tuple[WeightLayout, ...]] = field(default_factory=dict)
+    saturates: bool = False
+
+    def rules_of(self, op: str) -> tuple[Rule, ...]:
+        return tuple(r for r in self.rules if r.op == op)
+
+    def layouts_of(self, op: str, mode: str) -> tuple[WeightLayout, ...]:
+        table = self.layouts if mode == "graph" else self.eager_layouts
+        return table.get(op, (WeightLayout("ND", None, "no layout is preferred"),))
+
+
+def given(*args: str) -> When:
+    """Calls that give all of ``args``."""
+    return When(f"{', '.join(args)} given", lambda call: all(call.args.get(a) is not None for a in args))
+
+
+def dtype_is(arg: str, dtype: Any) -> When:
+    def test(call: OpCall) -> bool:
+        spec = call.tensor(arg)
+        return spec is not None and spec.dtype == dtype
+
+    return When(f"{arg} is {str(dtype).removeprefix('torch.')}", test)
+
+
+def in_nz(arg: str) -> When:
+    def test(call: OpCall) -> bool:
+        spec = call.tensor(arg)
+        return spec is not None and spec.format == "NZ"
+
+    return When(f"{arg} in FRACTAL_NZ", test)
+
+
+def transposed(arg: str, state: bool = True) -> When:
+    def test(call: OpCall) -> bool:
+        spec = call.tensor(arg)
+        return spec is not None and spec.transposed == state
+
+    return When(f"{arg} {'' if state else 'not '}transposed", test)
+
+
+def grouped(state: bool = True) -> When:
+    def test(call: OpCall) -> bool:
+        return bool(call.args.get("antiquant_group_size")) == state
+
+    return When("per-group" if state else "no groups", test)
+
+
+def both(*conditions: When) -> When:
+    return When(" and ".join(c.words for c in conditions), lambda call: all(c.test(call) for c in conditions))

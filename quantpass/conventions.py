@@ -1,0 +1,24 @@
+"""The vendor's sign and scale conventions. They differ from operator to operator and live here only.
+
+Everywhere else in quantpass ``real = (codes - zero_point) * scale``.
+"""
+
+from __future__ import annotations
+
+from quantpass import expr as ex
+from quantpass.expr import Expr
+
+
+def antiquant_offset(zero_point: Expr) -> Expr:
+    """``npu_weight_quant_batchmatmul`` and ``npu_anti_quant`` add: ``(codes + offset) * scale``."""
+    return ex.neg(zero_point)
+
+
+def requantize_offset(zero_point: float) -> float:
+    """The int8 output of ``npu_quant_matmul`` adds after scaling: ``round(acc * scale) + offset``."""
+    return zero_point
+
+
+def activation_correction(zero_point: Expr, column_sums: Expr) -> Expr:
+    """What to add to ``codes_x @ codes_w`` so that it equals ``(codes_x - zero_point) @ codes_w``."""
+    return ex.neg(ex.mul(zero_point, column_sums))

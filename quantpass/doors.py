@@ -1,0 +1,162 @@
+"""The doors that need no compiler: ``explain``, ``fuse``, ``diff``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+
+from quantpass.chips import CHIPS
+from quantpass.dump import diff_text, dump
+from quantpass.exported import ProgramConstants, program_values
+from quantpass.options import Options, make_options
+from quantpass.pipeline import explain_graph, fuse_graph
+from quantpass.report import Report, merged
+from quantpass.torch_internals import (
+    aot_placeholder_values,
+    attribute_values,
+    compile_isolated,
+    compile_with_aot,
+    fill_in_values,
+)
+
+
+def explain(
+    model: torch.nn.Module | Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    target: str | Sequence[str] | None = None,
+    dynamic: bool | None = None,
+    **options: Any,
+) -> Report:
+    """The verdict on every quantized matmul of a model, for one or several targets. Needs no device, changes nothing.
+
+    The model is captured as ``torch.compile`` would (and runs once, unfused, on ``args``).
+
+    Args:
+        model: a module or function; an ``ExportedProgram`` or a ``GraphModule`` needs no ``args``.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        target: one target or several; None for all three chips of the module documents.
+        dynamic: as for ``torch.compile``.
+        options: as for :func:`quantpass.backend`.
+
+    Raises:
+        TypeError: ``args`` is not a tuple or list, or an option that does not exist.
+        ValueError: a value that is not accepted.
+    """
+    targets = _targets(target)
+    settings = [make_options({"target": t, **options}) for t in targets]
+    names = [s.chip.name for s in settings]
+    if isinstance(model, ExportedProgram | GraphModule) and not args and not kwargs:
+        found = [_explain_graph(model, settings)]
+    else:
+        found = _explain_model(model, args, kwargs or {}, settings, dynamic)
+    return merged(found, names, settings[0].mode)
+
+
+def _targets(target: str | Sequence[str] | None) -> list[str]:
+    if target is None:
+        return ["ascend310p", "ascend910b", "ascend910_93"]
+    targets = [target] if isinstance(target, str) else list(target)
+    if not targets:
+        raise ValueError(f"target is empty; give one or several of {', '.join(CHIPS)}")
+    return targets
+
+
+def _explain_model(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    settings: list[Options],
+    dynamic: bool | None,
+) -> list[Report]:
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"args is a {type(args).__name__}; give the model's inputs as a tuple, e.g. args=(x,)")
+    found: list[Report] = []
+
+    def capture(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        def look(aot: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:
+            del fake_inputs
+            leaves = aot_placeholder_values(aot, example_inputs) | attribute_values(aot)
+            found.append(_verdicts(aot, leaves, settings))
+            return aot.forward
+
+        return compile_with_aot(gm, example_inputs, look)
+
+    with torch.no_grad():
+        compile_isolated(model, capture, dynamic)(*args, **kwargs)
+    return found
+
+
+def _explain_graph(model: ExportedProgram | GraphModule, settings: list[Options]) -> Report:
+    gm = model.graph_module if isinstance(model, ExportedProgram) else model
+    fill_in_values(gm)
+    leaves = program_values(model) if isinstance(model, ExportedProgram) else {}
+    return _verdicts(gm, leaves | attribute_values(gm), settings)
+
+
+def _verdicts(gm: GraphModule, leaves: dict[Node, torch.Tensor], settings: list[Options]) -> Report:
+    names = tuple(s.chip.name for s in settings)
+    sites = [explain_graph(gm, leaves, s).sites for s in settings]
+    return Report(tuple(site for group in sites for site in group), names, settings[0].mode)
+
+
+def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **options: Any) -> Report:
+    """Rewrite a graph in place.
+
+    Args:
+        graph: an ATen-level ``GraphModule`` (from ``torch.export(...).module()``, PT2E's ``convert_pt2e``,
+            ``make_fx``) or an ``ExportedProgram``.
+        target: as for :func:`quantpass.backend`.
+        options: as for :func:`quantpass.backend`.
+
+    Returns:
+        The report; ``report.diff()`` shows what changed.
+
+    Raises:
+        TypeError: ``graph`` is neither, or an option that does not exist.
+        ValueError: the graph's nodes carry no shapes, or a value that is not accepted.
+    """
+    settings = make_options({"target": target, **options})
+    if isinstance(graph, ExportedProgram):
+        gm, leaves = graph.graph_module, program_values(graph)
+        constants: ProgramConstants | None = ProgramConstants(graph)
+    elif isinstance(graph, GraphModule):
+        gm, leaves, constants = graph, {}, None
+    else:
+        raise TypeError(
+            f"fuse takes a GraphModule or an ExportedProgram, not {type(graph).__name__}. For a module, use "
+            "torch.compile(model, backend=qp.backend(...)), or export it first with torch.export.export(model, args)."
+        )
+    fill_in_values(gm)
+    outcome = fuse_graph(gm, leaves | attribute_values(gm), settings, constants.add if constants else None)
+    if constants is not None:
+        constants.update_signature()
+    graphs = ((outcome.before, dump(gm)),)
+    return Report(outcome.sites, (settings.chip.name,), settings.mode, graphs)
+
+
+def diff(before: Any, after: Any, context: int = 2) -> str:
+    """The difference between two graphs, as text.
+
+    Args:
+        before: a ``Graph``, ``GraphModule``, ``ExportedProgram`` or the text of :func:`quantpass.dump.dump`.
+        after: another.
+        context: how many unchanged lines to show around a change.
+    """
+    return diff_text(_text(before), _text(after), context)
+
+
+def _text(graph: Any) -> str:
+    if isinstance(graph, str):
+        return graph
+    if isinstance(graph, ExportedProgram):
+        return dump(graph.graph)
+    if isinstance(graph, Graph | GraphModule):
+        return dump(graph)
+    raise TypeError(f"diff takes graphs (Graph, GraphModule, ExportedProgram, or text), not {type(graph).__name__}")

@@ -1,0 +1,57 @@
+"""Exported programs: their tensors, and how new constants are added to them."""
+
+from __future__ import annotations
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Node
+
+_STATIC = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def program_values(program: ExportedProgram) -> dict[Node, torch.Tensor]:
+    """The tensors behind the lifted parameters, buffers and constants of a program."""
+    specs = {s.arg.name: s for s in program.graph_signature.input_specs if s.kind in _STATIC}
+    found: dict[Node, torch.Tensor] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        spec = specs.get(node.name)
+        target = spec.target if spec else None
+        value = program.state_dict.get(target) if target else None
+        if value is None and target:
+            value = program.constants.get(target)
+        if isinstance(value, torch.Tensor):
+            found[node] = value
+    return found
+
+
+class ProgramConstants:
+    """Adds constants to a program as lifted inputs, which is the form its verifier wants."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._program = program
+
+    def add(self, name: str, tensor: torch.Tensor) -> Node:
+        """A new lifted constant, placed before the user's inputs."""
+        program, graph = self._program, self._program.graph
+        specs = program.graph_signature.input_specs
+        position = next((i for i, s in enumerate(specs) if s.kind not in _STATIC), len(specs))
+        placeholders = list(graph.find_nodes(op="placeholder"))
+        before = (
+            placeholders[position]
+            if position < len(placeholders)
+            else next(n for n in graph.nodes if n.op != "placeholder")
+        )
+        with graph.inserting_before(before):
+            node: Node = graph.placeholder(name)
+        node.target = node.name  # unique, as the parameter of a function must be
+        specs.insert(position, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), node.name))
+        program.constants[node.name] = tensor
+        return node
+
+    def update_signature(self) -> None:
+        """Make the signature name the nodes that the graph now returns."""
+        (output,) = self._program.graph.find_nodes(op="output")
+        for spec, node in zip(self._program.graph_signature.output_specs, output.args[0], strict=True):
+            if isinstance(spec.arg, TensorArgument) and isinstance(node, Node):
+                spec.arg.name = node.name

@@ -1,0 +1,118 @@
+"""What a user can ask for, validated once."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from quantpass.chips import chip_named
+from quantpass.chips.rules import Chip
+from quantpass.version import __version__
+
+LOWERINGS = ("reference",)
+INNERS = ("eager", "inductor")
+NUMERICS = ("strict", "vendor")
+MODES = ("graph", "eager")
+NZ_MODES = ("auto", "never")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The settings of one compilation.
+
+    Attributes:
+        target: chip name, SoC name or ``"cpu"``; None asks the device.
+        lowering: how fused operators are carried out: ``"reference"`` (CPU kernels that define their semantics).
+        inner: what compiles the rest of the graph: None or ``"eager"``, ``"inductor"``, or a function
+            ``(graph_module, example_inputs) -> callable``.
+        numerics: ``"strict"`` keeps the integer codes that the graph's own quantize operators produce; ``"vendor"`` may
+            replace them by the vendor's.
+        mode: which of a chip's rules hold: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn).
+        nz: ``"auto"`` lays weights out in FRACTAL_NZ where the chip wants it, ``"never"`` leaves them in ND.
+        allow: rules to lift by name: contradicted ones, about which documents and code disagree.
+        on_report: called with the :class:`quantpass.Report` of every graph that is compiled.
+    """
+
+    target: str | None = None
+    lowering: str = "reference"
+    inner: str | Callable[..., Any] | None = None
+    numerics: str = "strict"
+    mode: str = "graph"
+    nz: str = "auto"
+    allow: tuple[str, ...] = ()
+    on_report: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.target is not None:
+            chip_named(self.target)
+        _one_of("lowering", self.lowering, LOWERINGS)
+        _one_of("numerics", self.numerics, NUMERICS)
+        _one_of("mode", self.mode, MODES)
+        _one_of("nz", self.nz, NZ_MODES)
+        if self.inner is not None and not callable(self.inner):
+            _one_of(
+                "inner",
+                self.inner,
+                INNERS,
+                extra=" Also accepted: None, or a function (graph_module, example_inputs) -> callable.",
+            )
+        if isinstance(self.allow, str) or not all(isinstance(a, str) for a in self.allow):
+            raise TypeError(f"allow is {self.allow!r}; give a tuple of rule ids, e.g. allow=('qmm.310p.pertoken',)")
+        object.__setattr__(self, "allow", tuple(self.allow))
+        if self.on_report is not None and not callable(self.on_report):
+            raise TypeError(f"on_report is {self.on_report!r}; give a function of one argument, the Report")
+
+    @property
+    def chip(self) -> Chip:
+        """The chip that ``target`` names."""
+        return chip_named(self.target if self.target is not None else device_target())
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for these settings under this version of quantpass."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("inner", "on_report")}
+        text = repr((__version__, sorted(settings.items())))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_options(given: Mapping[str, Any]) -> Options:
+    """Options from keyword arguments.
+
+    Raises:
+        TypeError: an argument that does not exist; the message names the nearest one that does.
+        ValueError: a value that is not accepted.
+    """
+    names = [f.name for f in fields(Options)]
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"unknown option {name!r}. Accepted: {', '.join(names)}.{meant}")
+    return Options(**given)
+
+
+def device_target() -> str:
+    """The name of the NPU in this machine.
+
+    Raises:
+        ValueError: there is none to ask.
+    """
+    try:
+        import torch_npu
+
+        return str(torch_npu.npu.get_device_name())
+    except Exception as error:
+        raise ValueError(
+            "target is None, which asks the NPU for its name, and no NPU can be asked here "
+            f"({type(error).__name__}: {error}). Name one: target='ascend310p', 'ascend910b', 'ascend910_93' or 'cpu'."
+        ) from error
+
+
+def _one_of(name: str, value: Any, accepted: tuple[str, ...], extra: str = "") -> None:
+    if value not in accepted:
+        near = difflib.get_close_matches(str(value), accepted, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} is {value!r}. Accepted: {', '.join(map(repr, accepted))}.{extra}{meant}")

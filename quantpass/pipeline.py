@@ -1,0 +1,113 @@
+"""The pass: read, judge, plan, rewrite, report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quantpass.dump import dump
+from quantpass.options import Options
+from quantpass.patterns import Dialects, default_dialects
+from quantpass.planning import Planned, plan_site
+from quantpass.records import Reject, Site
+from quantpass.rewrite import RewriteError, Rewriter
+from quantpass.sites import Reading, find_sites, matmul_name
+from quantpass.static_values import StaticValues
+from quantpass.torch_internals import real_tensors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the pass found and did.
+
+    Attributes:
+        sites: one record for each quantized matmul.
+        leaves: placeholders and attributes whose values the decisions rest on.
+        before: the graph before the rewrite, as text; empty where nothing was rewritten.
+    """
+
+    sites: tuple[Site, ...]
+    leaves: frozenset[Node]
+    before: str = ""
+
+
+def analyse(
+    gm: GraphModule,
+    leaves: Mapping[Node, torch.Tensor],
+    options: Options,
+    dialects: Dialects | None = None,
+) -> tuple[list[tuple[Reading, Planned]], StaticValues]:
+    """Read and plan every site; pure."""
+    values = StaticValues(gm.graph, leaves)
+    # A compiler calls this with its fake mode on; constants are computed on real tensors.
+    with torch.no_grad(), real_tensors():
+        readings = find_sites(gm.graph, values, dialects or default_dialects())
+        return [(r, plan_site(r, options.chip, options)) for r in readings], values
+
+
+def explain_graph(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Outcome:
+    """The verdict on every site of a graph, without touching it."""
+    planned, values = analyse(gm, leaves, options)
+    sites = tuple(_site(r, p, options, fused=p.plan is not None) for r, p in planned)
+    return Outcome(sites, frozenset(values.read_leaves))
+
+
+def fuse_graph(
+    gm: GraphModule,
+    leaves: Mapping[Node, torch.Tensor],
+    options: Options,
+    add_constant: Callable[[str, torch.Tensor], Node] | None = None,
+    *,
+    keep_text: bool = True,
+) -> Outcome:
+    """Rewrite every site of ``gm`` that can be fused, in place.
+
+    Args:
+        gm: an ATen graph whose nodes carry ``meta["val"]``.
+        leaves: placeholders and attributes whose tensors are known.
+        options: target and settings.
+        add_constant: where new tensors go; None makes them buffers of ``gm``.
+        keep_text: keep the graph's text for diffs.
+    """
+    planned, values = analyse(gm, leaves, options)
+    before = dump(gm) if keep_text else ""
+    sites = []
+    rewriter = Rewriter(gm, add_constant) if any(p.plan for _, p in planned) else None
+    for reading, p in planned:
+        if p.plan is None or rewriter is None:
+            sites.append(_site(reading, p, options, fused=False))
+            continue
+        try:
+            old, new = rewriter.apply(p.plan, reading.name, reading.node)
+            sites.append(_site(reading, p, options, fused=True, before=old, after=new))
+        except RewriteError as error:
+            logger.exception("a plan could not be carried out; the site stays as it was")
+            reject = Reject("rewrite.failed", str(error), "a plan that fits the graph", "please report this graph")
+            sites.append(_site(reading, Planned(None, None, (reject,)), options, fused=False))
+    if rewriter is not None:
+        rewriter.finish()
+    return Outcome(tuple(sites), frozenset(values.read_leaves), before)
+
+
+def _site(
+    reading: Reading, planned: Planned, options: Options, *, fused: bool, before: str = "", after: str = ""
+) -> Site:
+    return Site(
+        name=reading.name,
+        source=reading.source,
+        op=matmul_name(reading.node),
+        target=options.chip.name,
+        fused=fused,
+        plan=planned.plan if fused else None,
+        rejects=planned.rejects,
+        numerics=planned.numerics if fused else None,
+        reading=reading.text,
+        before=before,
+        after=after,
+    )

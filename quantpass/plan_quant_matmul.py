@@ -1,0 +1,422 @@
+"""Planning ``npu_quant_matmul``: quantized activation, quantized weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from quantpass import conventions
+from quantpass import expr as ex
+from quantpass.candidates import (
+    FLOAT32_STEPS,
+    Candidate,
+    LaidOut,
+    Notes,
+    aten,
+    call_op,
+    flattened,
+    in_output_form,
+    ops,
+    rows_of,
+    spec_of,
+    weight_layouts,
+)
+from quantpass.chips.calls import QMM, OpCall
+from quantpass.chips.rules import Chip
+from quantpass.composition import Composition
+from quantpass.expr import Call, Const, Expr, Recentred, Ref
+from quantpass.options import Options
+from quantpass.patterns.affine import Affine
+from quantpass.records import Numerics, Reject, Weight
+from quantpass.sites import Reading
+
+_FP19 = 2.0**-10
+_INT32 = 2**31 - 1
+_SMALLEST_NORMAL = 2.0**-126
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """``codes_x @ codes_w`` and everything that turns it into the output, dtype of the output aside."""
+
+    x: Expr
+    weight: Weight
+    composition: Composition
+    columns: Expr
+    rows: Expr | None
+    acc_addend: Expr | None
+    addend: Expr | None
+    fixups: tuple[str, ...]
+
+
+def quant_matmul_candidates(
+    reading: Reading, compositions: list[Composition], chip: Chip, options: Options
+) -> Iterator[Candidate | Reject]:
+    """Candidates from the most to the least complete epilogue, and reasons where there can be none."""
+    activation, weight = reading.activation, reading.weight
+    assert isinstance(activation, Affine) and isinstance(weight, Weight)
+    refusals = list(_refusals(activation, weight))
+    if refusals:
+        yield from refusals
+        return
+    for composition in reversed(compositions):
+        if not composition.complete:
+            continue
+        product = _product(activation, weight, composition)
+        if product is not None:
+            yield from _candidates(reading, product, chip, options)
+
+
+def _refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
+    """What the operator has no term for, whatever the chip."""
+    if weight.zero_point is not None:
+        yield Reject(
+            "qmm.weight.zero_point",
+            "the weight has a zero point",
+            "a symmetric weight: the operator has no term for the row sums of x",
+            "quantize the weight symmetrically",
+        )
+    if weight.group_size:
+        yield Reject(
+            "qmm.weight.group",
+            f"the weight has a scale for each group of {weight.group_size} rows of K",
+            "one scale for each column of N",
+            "quantize the weight per channel",
+        )
+    for factor in activation.factors:
+        if factor.kind not in ("scalar", "rows"):
+            yield Reject(
+                "qmm.activation.scale",
+                f"the activation's scale varies along K ({factor.kind})",
+                "one scale, or one for each row",
+                "move the scale into the weight before quantizing it",
+            )
+    zero = activation.zero_point
+    if zero is not None and (zero.kind != "scalar" or zero.constant is None):
+        per = "each row" if zero.kind == "rows" else "run time" if zero.kind == "scalar" else "each element"
+        yield Reject(
+            "qmm.activation.zero_point",
+            f"the activation's zero point is known only for {per}",
+            "a zero point that is one number when compiling: the operator has no rank-1 term",
+            "quantize activations symmetrically",
+        )
+
+
+def _product(activation: Affine, weight: Weight, c: Composition) -> _Product | None:
+    notes = Notes()
+    codes, zero = _int8_codes(activation, notes)
+    x = flattened(codes)
+    if len(ex.shape_of(codes)) != 2:
+        notes.did("x flattened to 2-D")
+    columns, rows = ex.mul(weight.scale, c.columns), list(c.rows)
+    for factor in activation.factors:
+        if factor.kind == "scalar" and factor.constant is not None:
+            columns = ex.mul(columns, factor.flat())
+        else:
+            rows.append(factor.flat())
+    acc_addend, addend = c.acc_addend, c.addend
+    if zero:
+        correction = conventions.activation_correction(ex.scalar(zero), _column_sums(weight))
+        acc_addend = correction if acc_addend is None else ex.add(acc_addend, correction)
+        notes.did("activation zero point folded into the bias")
+    if isinstance(acc_addend, Const):
+        if ex.is_all(acc_addend, 0):
+            acc_addend = None
+        elif bool((acc_addend.tensor != acc_addend.tensor.round()).any()):
+            # A zero point that is no integer can't enter the integer accumulator.
+            if rows:
+                return None
+            addend = (
+                ex.mul(acc_addend, columns) if addend is None else ex.add(_wide(addend), ex.mul(acc_addend, columns))
+            )
+            acc_addend = None
+    return _Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups))
+
+
+def _int8_codes(activation: Affine, notes: Notes) -> tuple[Expr, float]:
+    """The activation's codes in int8, and its zero point to match."""
+    zero = 0.0 if activation.zero_point is None else float(activation.zero_point.constant)  # type: ignore[arg-type]
+    codes = activation.codes
+    low, high = activation.span
+    if low >= -128 and high <= 127:
+        return ex.cast(codes, torch.int8), zero
+    notes.did("uint8 codes recentred to int8")
+    return recentred(codes), zero - 128
+
+
+def recentred(codes: Expr) -> Expr:
+    """uint8 codes less 128, in int8."""
+    wide = ex.cast(codes, torch.int32)
+    less = ex.apply(aten.sub.Scalar, wide, 128, dtype=torch.int32, shape=ex.shape_of(wide))
+    int8 = ex.cast(less, torch.int8)
+    if isinstance(codes, Ref) and isinstance(int8, Call):
+        return Recentred(codes.node, int8)
+    if isinstance(codes, Call) and isinstance(codes.args[0], Ref | Call):
+        # Recentre below data movements, where a quantize may provide the int8 codes.
+        inner = recentred(codes.args[0])
+        return Call(codes.target, (inner, *codes.args[1:]), codes.kwargs, torch.int8, codes.shape)
+    return int8
+
+
+def _wide(e: Expr) -> Expr:
+    return ex.cast(e, torch.float64) if isinstance(e, Const) else e
+
+
+def _column_sums(weight: Weight) -> Expr:
+    """Sum of the codes of each column, ``(N,)``."""
+    dim = 1 if weight.transposed else 0
+    if isinstance(weight.codes, Const):
+        return Const(weight.codes.tensor.sum(dim=dim, dtype=torch.int64).to(torch.float64))
+    return Call(aten.sum.dim_IntList, (weight.codes, [dim]), {"dtype": torch.int32}, torch.int32, (weight.n,))
+
+
+def _row_scale(rows: list[Expr], x: Expr) -> Expr | None:
+    """The product of the row factors as a float32 vector ``(M,)``."""
+    if not rows:
+        return None
+    product = ex.cast(rows[0], torch.float32)
+    for factor in rows[1:]:
+        product = ex.mul(product, ex.cast(factor, torch.float32))
+    if ex.shape_of(product) != (1,):
+        return product
+    m = ex.shape_of(x)[0]
+    if isinstance(m, int) and m == 1:
+        return product
+    ones = ex.apply(aten.new_ones.default, product, [_rows_size(x)], dtype=torch.float32, shape=(m,))
+    return ex.mul(product, ones)
+
+
+def _rows_size(x: Expr) -> object:
+    m = ex.shape_of(x)[0]
+    return m if isinstance(m, int) else Call(aten.sym_size.int, (x, 0), {}, torch.int64, ())
+
+
+def _candidates(reading: Reading, p: _Product, chip: Chip, options: Options) -> Iterator[Candidate | Reject]:
+    integer_graph = reading.node.meta["val"].dtype == torch.int32
+    for laid_out in weight_layouts(p.weight, chip, QMM, options, int4=False):
+        c = p.composition
+        if c.requantize is not None:
+            yield from _int8_output(reading, p, laid_out, chip, options)
+        elif c.dtype == torch.int32:
+            if p.rows is None and p.addend is None and ex.is_all(p.columns, 1.0):
+                yield _emit(reading, p, laid_out, chip, options, torch.int32, bias=_int32(p.acc_addend))
+        elif c.dtype == torch.float16 and p.rows is None:
+            yield from _word_output(reading, p, laid_out, chip, options)
+        elif integer_graph and options.numerics == "strict" and not c.faithful:
+            continue  # a shorter part of the epilogue keeps the graph's own roundings
+        elif c.dtype.is_floating_point:
+            yield from _float_output(reading, p, laid_out, chip, options)
+            if c.dtype == torch.float32 and not integer_graph:
+                yield _emit(reading, p, laid_out, chip, options, torch.int32, bias=_int32(p.acc_addend))
+
+
+def _word_output(
+    reading: Reading, p: _Product, laid_out: LaidOut, chip: Chip, options: Options
+) -> Iterator[Candidate | Reject]:
+    """float16 without per-token scales: the scale goes through the int64 word."""
+    problem = _word_problem(p) or _bias_problem(p)
+    if problem is not None:
+        yield problem
+        return
+    yield _emit(reading, p, laid_out, chip, options, torch.float16, bias=_folded_bias(p), word=True)
+
+
+def _float_output(
+    reading: Reading, p: _Product, laid_out: LaidOut, chip: Chip, options: Options
+) -> Iterator[Candidate | Reject]:
+    dtype = p.composition.dtype
+    if p.acc_addend is not None and p.addend is not None:
+        if p.rows is not None or dtype == torch.float32:
+            return  # an integer bias is scaled by rows, a floating one is not; in float32 the sum would lose digits
+        merged = ex.add(_wide(p.addend), ex.mul(_wide_node(p.acc_addend), p.columns))
+        yield _emit(reading, p, laid_out, chip, options, dtype, bias=ex.cast(merged, torch.float32))
+        return
+    if p.acc_addend is not None:
+        yield _emit(reading, p, laid_out, chip, options, dtype, bias=_int32(p.acc_addend))
+        return
+    own = None if p.addend is None else p.addend
+    if own is not None and ex.dtype_of(own) != dtype:
+        own = ex.cast(own, torch.float32)
+    yield _emit(reading, p, laid_out, chip, options, dtype, bias=own)
+
+
+def _wide_node(e: Expr) -> Expr:
+    return e if isinstance(e, Const) else ex.cast(e, torch.float32)
+
+
+def _int8_output(
+    reading: Reading, p: _Product, laid_out: LaidOut, chip: Chip, options: Options
+) -> Iterator[Candidate | Reject]:
+    q = p.composition.requantize
+    assert q is not None
+    if p.rows is not None:
+        yield Reject(
+            "qmm.requantize.pertoken",
+            "the result is quantized and x has a scale for each row",
+            "an int8 result without pertoken_scale",
+        )
+        return
+    shift = 128 if q.low >= 0 else 0
+    low, high, zero = q.low - shift, q.high - shift, q.zero_point - shift
+    if (low, high) != (-128, 127):
+        yield Reject(
+            "qmm.requantize.range",
+            f"the result is quantized to [{q.low:g}, {q.high:g}]",
+            "[-128, 127] or [0, 255]: the operator saturates there and nowhere else",
+            "use the full range for this activation",
+        )
+        return
+    if p.composition.relu and zero != low:
+        yield Reject(
+            "qmm.requantize.relu",
+            f"a ReLU stands before a quantize with zero point {q.zero_point:g}",
+            f"zero point {q.low:g}, where the lower bound is the ReLU",
+        )
+        return
+    problem = _word_problem(p) or _bias_problem(p)
+    if problem is not None:
+        yield problem
+        return
+    offset = conventions.requantize_offset(zero)
+    yield _emit(
+        reading, p, laid_out, chip, options, torch.int8, bias=_folded_bias(p), word=True, offset=offset, shift=shift
+    )
+
+
+def _word_problem(p: _Product) -> Reject | None:
+    """A scale that the hardware's word can't hold."""
+    if not isinstance(p.columns, Const):
+        return None
+    scale = p.columns.tensor.abs()
+    if bool(torch.isfinite(scale).all()) and float(scale.min()) >= _SMALLEST_NORMAL and float(scale.max()) < 2.0**127:
+        return None
+    return Reject(
+        "qmm.scale.value",
+        f"a scale of {float(scale.min()):g} to {float(scale.max()):g}",
+        "finite scales in the normal range of float32",
+    )
+
+
+def _bias_problem(p: _Product) -> Reject | None:
+    """A bias that does not fit the int32 accumulator beside the product."""
+    bias = _folded_bias(p, check=False)
+    if not isinstance(bias, Const):
+        return None
+    largest = float(bias.tensor.abs().max())
+    if bool(torch.isfinite(bias.tensor).all()) and largest + p.weight.k * 2**14 <= _INT32:
+        return None
+    return Reject(
+        "qmm.bias.range",
+        f"the bias is up to {largest:.3g} in units of the scale",
+        f"a sum with the product of at most {_INT32}",
+        "the scale is very small beside the bias: check the calibration",
+    )
+
+
+def _folded_bias(p: _Product, *, check: bool = True) -> Expr | None:
+    """Everything that is added, as int32 in units of the accumulator: ``round(addend / scale) + acc_addend``."""
+    total = p.acc_addend
+    if p.addend is not None:
+        units = ex.div(_wide(p.addend), p.columns)
+        units = ex.apply(aten.round.default, units, dtype=ex.dtype_of(units), shape=ex.shape_of(units))
+        total = units if total is None else ex.add(_wide(total), units)
+    return _int32(total) if check else total
+
+
+def _int32(e: Expr | None) -> Expr | None:
+    return None if e is None else ex.cast(e, torch.int32)
+
+
+def _emit(
+    reading: Reading,
+    p: _Product,
+    laid_out: LaidOut,
+    chip: Chip,
+    options: Options,
+    out: torch.dtype,
+    *,
+    bias: Expr | None,
+    word: bool = False,
+    offset: float = 0.0,
+    shift: int = 0,
+) -> Candidate:
+    """The call with result dtype ``out``; int32 results are scaled in the graph where the site is floating."""
+    c, n = p.composition, p.weight.n
+    m = rows_of(ex.shape_of(p.x))
+    scale = ex.named(ex.cast(p.columns, torch.float32), "scale")
+    float_epilogue = out == torch.int32 and c.dtype.is_floating_point
+    if out == torch.int32:
+        scale = Const(torch.ones(1), label="unit_scale")  # not applied to an int32 result
+    elif word:
+        scale = ex.named(_scale_word(scale, offset), "scale_word")
+    bias = None if bias is None else ex.named(ex.expanded(bias, (n,)), "bias")
+    rows = None if out == torch.int32 else p.rows
+    arguments = {
+        "x1": p.x,
+        "x2": laid_out.expr,
+        "scale": scale,
+        "pertoken_scale": rows,
+        "bias": bias,
+        "output_dtype": out,
+        "transpose_x2": laid_out.transposed,
+        "saturate": chip.saturates and out == torch.float16,
+    }
+    specs = {
+        "x1": spec_of(p.x, (m, p.weight.k)),
+        "x2": laid_out.spec,
+        "scale": spec_of(scale),
+        "pertoken_scale": spec_of(rows, (m,)),
+        "bias": spec_of(bias),
+        "output_dtype": out,
+    }
+    fixups = [*p.fixups, *laid_out.fixups]
+    value: Expr = call_op(ops.quant_matmul.default, arguments, out, (m, n))
+    int8_codes = None
+    if float_epilogue:
+        value = _scaled_in_graph(value, p)
+        fixups.append("int32 result, scaled in float32 in the graph")
+    value = in_output_form(value, reading, c)
+    if c.requantize is not None:
+        fixups.append("quantize folded into the matmul")
+        int8_codes, value = value, _as_codes(value, c, shift)
+    if word and p.addend is not None:
+        fixups.append("bias rounded to int32")
+    numerics = _numerics(p, word)
+    return Candidate(
+        OpCall(QMM, options.mode, specs), c, value, laid_out.format, numerics, tuple(fixups), (), int8_codes
+    )
+
+
+def _scale_word(scale: Expr, offset: float) -> Expr:
+    shape = ex.shape_of(scale)
+    arguments = (scale,) if not offset else (scale, Const(torch.full((1,), float(offset))))
+    return ex.apply(ops.trans_quant_param.default, *arguments, dtype=torch.int64, shape=shape)
+
+
+def _scaled_in_graph(acc: Expr, p: _Product) -> Expr:
+    value = ex.mul(ex.cast(acc, torch.float32), ex.named(ex.cast(p.columns, torch.float32), "scale"))
+    if p.rows is not None:
+        value = ex.mul(value, ex.reshape(p.rows, (-1, 1)))
+    if p.addend is not None:
+        value = ex.add(value, ex.named(ex.cast(p.addend, torch.float32), "bias"))
+    return value
+
+
+def _as_codes(int8: Expr, c: Composition, shift: int) -> Expr:
+    """int8 results as the codes that the graph had: uint8, or integers in a float tensor."""
+    if not shift:
+        return ex.cast(int8, c.dtype)
+    wide = ex.cast(int8, torch.int32)
+    more = ex.apply(aten.add.Scalar, wide, shift, dtype=torch.int32, shape=ex.shape_of(wide))
+    return ex.cast(more, c.dtype)
+
+
+def _numerics(p: _Product, word: bool) -> Numerics:
+    if not word:
+        return Numerics("exact", FLOAT32_STEPS)
+    if p.addend is None:
+        return Numerics("exact", _FP19 + FLOAT32_STEPS)
+    largest = float(p.columns.tensor.abs().max()) if isinstance(p.columns, Const) else float("inf")
+    return Numerics("bounded", _FP19 + FLOAT32_STEPS, largest / 2, ("bias rounded to a multiple of the scale",))

@@ -1,0 +1,118 @@
+"""Choosing a fused operator for a site, with the fix-ups that make it legal on a chip.
+
+Candidates are tried from the most to the least complete; each is described to :mod:`quantpass.legality`, and the first
+legal one is the plan. Nothing here touches the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from quantpass import expr as ex
+from quantpass.candidates import Candidate, aten
+from quantpass.chips.calls import QMM
+from quantpass.chips.rules import Chip
+from quantpass.composition import Composition, compositions
+from quantpass.expr import Expr, Ref
+from quantpass.legality import judge
+from quantpass.options import Options
+from quantpass.patterns.affine import Affine, NotAffine
+from quantpass.patterns.contractions import Contraction
+from quantpass.plan_quant_matmul import quant_matmul_candidates
+from quantpass.plan_weight_quant import weight_quant_candidates
+from quantpass.records import Numerics, Plan, Reject, Weight
+from quantpass.sites import Reading
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The outcome for a site: a plan with its numerics, or the reasons why there is none."""
+
+    plan: Plan | None
+    numerics: Numerics | None
+    rejects: tuple[Reject, ...] = ()
+
+
+def plan_site(reading: Reading, chip: Chip, options: Options) -> Planned:
+    """Find the best legal fused call for one site on one chip."""
+    if reading.rejects:
+        return Planned(None, None, reading.rejects)
+    assert reading.epilogue is not None and isinstance(reading.weight, Weight)
+    prefixes = compositions(reading.node, reading.epilogue.steps)
+    rejects: list[Reject] = []
+    for candidate in _candidates(reading, prefixes, chip, options):
+        if isinstance(candidate, Reject):
+            rejects.append(candidate)
+            continue
+        verdict = judge(candidate.call, chip, options.allow)
+        if verdict.legal:
+            return Planned(_as_plan(candidate, reading, rejects, verdict.assumptions), candidate.numerics)
+        if not any(r.rule.startswith(_family(candidate)) for r in rejects):
+            rejects.extend(verdict.rejects)
+    return Planned(None, None, tuple(dict.fromkeys(rejects)) or (_nothing_fits(reading),))
+
+
+def _candidates(
+    reading: Reading, prefixes: list[Composition], chip: Chip, options: Options
+) -> Iterator[Candidate | Reject]:
+    if isinstance(reading.activation, Affine):
+        yield from quant_matmul_candidates(reading, prefixes, chip, options)
+    elif reading.activation.quantized:
+        yield _activation_reject(reading.activation)
+    yield from weight_quant_candidates(reading, prefixes, chip, options)
+
+
+def _family(candidate: Candidate) -> str:
+    return "qmm." if candidate.call.op == QMM else "wqmm."
+
+
+def _activation_reject(read: NotAffine) -> Reject:
+    return Reject(
+        "read.activation",
+        f"the activation: {read.reason}",
+        "an activation read as scale * (codes - zero_point)",
+        read.hint,
+    )
+
+
+def _nothing_fits(reading: Reading) -> Reject:
+    assert reading.contraction is not None
+    dtype = reading.contraction.lhs.meta["val"].dtype
+    return Reject("plan.none", f"no fused operator takes a {dtype} activation here", "a floating or int8 activation")
+
+
+def _as_plan(candidate: Candidate, reading: Reading, passed_over: list[Reject], assumptions: tuple[str, ...]) -> Plan:
+    notes = [f"assumes {a}" for a in assumptions]
+    if candidate.call.op != QMM and isinstance(reading.activation, Affine) and passed_over:
+        notes.append(f"the activation's quantization stays in the graph: {passed_over[0].fact}")
+    return Plan(
+        op=candidate.call.op,
+        output=candidate.composition.output,
+        value=_with_leftover(candidate, reading),
+        fixups=candidate.fixups,
+        call=dict(candidate.call.args),
+        weight_format=candidate.weight_format,
+        notes=(*candidate.notes, *notes),
+        int8_codes=candidate.int8_codes,
+    )
+
+
+def _with_leftover(candidate: Candidate, reading: Reading) -> Expr:
+    """The fused value, with what the matmul operator adds or scales by itself and the plan did not take in."""
+    c, value = reading.contraction, candidate.value
+    assert c is not None and reading.epilogue is not None
+    steps = [s.kind for s in reading.epilogue.steps if s.node is reading.node][candidate.composition.length :]
+    dtype, shape = c.node.meta["val"].dtype, tuple(c.node.meta["val"].shape)
+    if "scale" in steps:
+        value = ex.apply(aten.mul.Tensor, value, c.alpha, dtype=dtype, shape=shape)
+    if "add" in steps:
+        assert c.bias is not None
+        value = ex.apply(aten.add.Tensor, Ref(c.bias) if c.beta == 1 else _times(c), value, dtype=dtype, shape=shape)
+    return value
+
+
+def _times(c: Contraction) -> Expr:
+    assert c.bias is not None
+    fake = c.bias.meta["val"]
+    return ex.apply(aten.mul.Tensor, Ref(c.bias), c.beta, dtype=fake.dtype, shape=tuple(fake.shape))

@@ -1,0 +1,195 @@
+"""The records that travel through the pass.
+
+One convention holds everywhere: ``real = (codes - zero_point) * scale``. The vendor's own conventions differ
+from operator to operator; they are applied in :mod:`quantpass.conventions` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from quantpass.expr import Expr
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Why something is not fused: a value with a reason, never a bare ``False``.
+
+    Attributes:
+        rule: identifier of the rule that was broken, e.g. ``"310p.qmm.bias.dtype"``.
+        fact: what was found.
+        want: what the rule accepts.
+        hint: what the user can do about it (the nearest legal edit where one exists).
+        doc: the document that says so.
+    """
+
+    rule: str
+    fact: str
+    want: str
+    hint: str = ""
+    doc: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.rule}: {self.fact}; wanted {self.want}"
+        return f"{text}. {self.hint}" if self.hint else text
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor as an operator sees it, without its data.
+
+    Args:
+        dtype: element type.
+        shape: logical shape; sizes may be ``int`` or ``torch.SymInt``.
+        format: ``"ND"`` or ``"NZ"`` (FRACTAL_NZ, format 29).
+        transposed: True where the last two dimensions are a swapped view of contiguous storage.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[Any, ...]
+    format: str = "ND"
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"TensorSpec: dtype is {self.dtype!r}; give a torch.dtype such as torch.int8")
+        if self.format not in ("ND", "NZ"):
+            raise ValueError(f"TensorSpec: format is {self.format!r}; accepted: 'ND', 'NZ' (FRACTAL_NZ)")
+        try:
+            shape = tuple(self.shape)
+        except TypeError:
+            raise TypeError(f"TensorSpec: shape is {self.shape!r}; give a tuple of sizes such as (16, 512)") from None
+        for size in shape:
+            if isinstance(size, bool) or not isinstance(size, int | torch.SymInt):
+                raise TypeError(f"TensorSpec: shape {shape!r} holds {size!r}; every size is an int or a SymInt")
+            if isinstance(size, int) and size < 0:
+                raise ValueError(f"TensorSpec: shape {shape!r} holds the negative size {size}")
+        if self.transposed and len(shape) < 2:
+            raise ValueError(f"TensorSpec: transposed=True needs two dimensions or more; shape is {shape!r}")
+        object.__setattr__(self, "shape", shape)
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        marks = ("" if self.format == "ND" else f" {self.format}") + (" transposed" if self.transposed else "")
+        return f"{name}({', '.join(map(str, self.shape))}){marks}"
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """How far a fused site may be from what the graph says.
+
+    ``exact``: every parameter reaches the operator unaltered, except for the operator's own formats (the FP19 scale
+    word); what remains is the operator's own arithmetic and the rounding of the output dtype.
+    ``bounded``: a parameter had to be rounded on the way; ``why`` names each change.
+
+    With ``S = sum_k |x_k * w_kn| + |bias_n|`` and ``graph`` = the graph's formula in exact arithmetic on the same
+    codes, ``|fused - graph| <= relative * S + absolute + half a unit of the output dtype``. For an int8 output the
+    bound is on the codes, before rounding to the nearest.
+    """
+
+    kind: str
+    relative: float = 0.0
+    absolute: float = 0.0
+    why: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.kind == "exact":
+            return "exact"
+        return f"bounded ({'; '.join(self.why)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """The static operand of a matmul, read as ``scale * (codes - zero_point)``.
+
+    Attributes:
+        codes: int8 values. Storage is ``(K, N)``, or ``(N, K)`` where ``transposed``.
+        transposed: how ``codes`` are stored.
+        k: size of the reduced dimension.
+        n: size of the output dimension.
+        scale: floating, shape ``(1,)``, ``(N,)`` or, with groups, ``(K / group_size, N)``.
+        zero_point: same shape as ``scale``, in units of codes; None where it is zero.
+        group_size: how many rows of K share a scale; 0 where all do.
+        low: smallest code the weight holds (or could hold, where its values are not known).
+        high: largest code.
+        proved: True where the graph's own value was evaluated and compared with this reading.
+    """
+
+    codes: Expr
+    transposed: bool
+    k: int
+    n: int
+    scale: Expr
+    zero_point: Expr | None
+    group_size: int
+    low: int
+    high: int
+    proved: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The fused operator chosen for a site and what must happen around it.
+
+    Attributes:
+        op: vendor operator name, ``"npu_weight_quant_batchmatmul"`` or ``"npu_quant_matmul"``.
+        output: the node of the graph that the fused expression replaces.
+        value: the expression that replaces it.
+        fixups: what was done to make the call legal, in words.
+        call: the operator call as descriptions of its arguments, as legality saw it.
+        weight_format: ``"ND"`` or ``"NZ"``.
+        notes: what else is worth knowing (what stayed outside, what was assumed).
+        int8_codes: where ``value`` is a uint8 tensor made from int8 codes, those codes: the next site reads them.
+    """
+
+    op: str
+    output: Node
+    value: Expr
+    fixups: tuple[str, ...]
+    call: dict[str, Any]
+    weight_format: str
+    notes: tuple[str, ...] = ()
+    int8_codes: Expr | None = None
+
+    def __str__(self) -> str:
+        arguments = ", ".join(f"{name}={value}" for name, value in self.call.items() if value is not None)
+        return f"{self.op}({arguments})"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One matmul with a quantized operand, and the verdict on it for one target.
+
+    Attributes:
+        name: module path where known (``encoder.layer.0.attention.self.query``), else the node's name.
+        source: ``file:line`` of the user's code, or an empty string.
+        op: the matmul in the graph, e.g. ``"aten.mm"``.
+        target: the chip (or ``"cpu"``) that the verdict is for.
+        fused: True where a plan was found (and, outside ``explain``, carried out).
+        plan: the :class:`Plan`, or None.
+        rejects: why not, where not fused.
+        numerics: the :class:`Numerics` contract of the fused site, or None.
+        reading: what was read of the operands, in words.
+    """
+
+    name: str
+    source: str
+    op: str
+    target: str
+    fused: bool
+    plan: Plan | None
+    rejects: tuple[Reject, ...]
+    numerics: Numerics | None
+    reading: str = ""
+    before: str = field(default="", repr=False)
+    after: str = field(default="", repr=False)

@@ -1,0 +1,223 @@
+"""What the pass found and decided, for people, programs and tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from quantpass.dump import diff_text
+from quantpass.records import Reject, Site
+from quantpass.version import __version__
+
+_CAUSES = """No quantized matmul was found. The likely causes:
+  - the weights were folded into floats before the pass (constant folding, freezing): run quantpass first
+  - the quantize/dequantize operators were decomposed away or the tool keeps its matmul opaque: see docs
+  - the weight is dequantized in another graph than the matmul's (a graph break between the two): look for breaks with
+    TORCH_LOGS=graph_breaks
+  - the model is not quantized"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every quantized matmul of one or more graphs, with a verdict for each target.
+
+    Attributes:
+        sites: one :class:`~quantpass.records.Site` for each matmul and target.
+        targets: the targets asked for.
+        mode: ``"graph"`` or ``"eager"``.
+        graphs: text of each rewritten graph, before and after; empty for ``explain``.
+    """
+
+    sites: tuple[Site, ...]
+    targets: tuple[str, ...]
+    mode: str = "graph"
+    graphs: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def fused(self) -> int:
+        """How many sites are fused (over all targets)."""
+        return sum(s.fused for s in self.sites)
+
+    @property
+    def total(self) -> int:
+        """How many sites there are (over all targets)."""
+        return len(self.sites)
+
+    def __getitem__(self, target: str) -> Report:
+        """The part of the report for one target."""
+        if target not in self.targets:
+            raise KeyError(f"this report has no target {target!r}; it has {', '.join(self.targets)}")
+        return Report(tuple(s for s in self.sites if s.target == target), (target,), self.mode, self.graphs)
+
+    def __add__(self, other: Report) -> Report:
+        targets = tuple(dict.fromkeys((*self.targets, *other.targets)))
+        return Report((*self.sites, *other.sites), targets, self.mode, (*self.graphs, *other.graphs))
+
+    # -- text ------------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"quantpass {__version__}, {self.mode} mode"
+        if not self.sites:
+            yield _CAUSES
+            return
+        for target in self.targets:
+            part = self[target] if len(self.targets) > 1 else self
+            yield f"  {target}: {part.fused} of {part.total} quantized matmuls fused"
+        yield ""
+        yield from self._site_table()
+        yield from self._reasons()
+
+    def _site_table(self) -> Iterator[str]:
+        by_site: dict[tuple[str, str, str], dict[str, list[Site]]] = {}
+        for s in self.sites:
+            by_site.setdefault((s.name, s.op, s.reading), {}).setdefault(s.target, []).append(s)
+        rows: list[list[Any]] = []
+        for (name, op, reading), verdicts in by_site.items():
+            count = max(len(v) for v in verdicts.values())
+            for i in range(count):
+                cells = [_cell(v[i]) if i < len(v := verdicts.get(t, [])) else "" for t in self.targets]
+                rows.append([len(rows) + 1, name, op, reading, *cells])
+        headers = ["#", "site", "matmul", "read as", *self.targets]
+        yield tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
+
+    def _reasons(self) -> Iterator[str]:
+        counts: dict[tuple[str, Reject], int] = {}
+        for s in self.sites:
+            for r in s.rejects if not s.fused else ():
+                counts[(s.target, r)] = counts.get((s.target, r), 0) + 1
+        if counts:
+            yield ""
+            yield "Why not:"
+        for (target, r), n in counts.items():
+            yield f"  {r.rule} on {target} ({n} site{'s' if n > 1 else ''})"
+            yield f"    found:  {r.fact}"
+            yield f"    wanted: {r.want}"
+            if r.hint:
+                yield f"    hint:   {r.hint}"
+            if r.doc:
+                yield f"    source: {r.doc}"
+
+    def diff(self) -> str:
+        """The difference between the graphs before and after the rewrite, one hunk list a graph."""
+        return "\n".join(diff_text(before, after) for before, after in self.graphs)
+
+    # -- for programs ----------------------------------------------------------------------------------------------
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "quantpass": __version__,
+            "mode": self.mode,
+            "targets": list(self.targets),
+            "fused": self.fused,
+            "total": self.total,
+            "sites": [_site_dict(s) for s in self.sites],
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as JSON; also written to ``path`` where one is given."""
+        text = json.dumps(self.as_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the report as one HTML page."""
+        from jinja2 import Template
+
+        page = Template(_PAGE, autoescape=True).render(report=self, cell=_cell, version=__version__)
+        Path(path).write_text(page, encoding="utf-8")
+
+    def require(self, fused: int | float | None = None) -> None:
+        """Raise ``AssertionError`` unless enough sites are fused; for tests and deployment scripts.
+
+        Args:
+            fused: the least number of fused sites, or, as a float up to 1.0, the least share; None for all of them.
+        """
+        if not self.sites:
+            raise AssertionError(str(self))
+        least = self.total if fused is None else fused * self.total if isinstance(fused, float) else fused
+        if self.fused < least:
+            raise AssertionError(
+                f"{self.fused} of {self.total} quantized matmuls are fused, {least:g} were required\n{self}"
+            )
+
+
+def _cell(site: Site) -> str:
+    if site.fused and site.plan is not None:
+        op = "QMM" if site.plan.op == "npu_quant_matmul" else "WQMM"
+        out = site.plan.call.get("output_dtype")
+        result = f" -> {str(out).removeprefix('torch.')}" if out is not None else ""
+        kind = site.numerics.kind if site.numerics else ""
+        return f"{op}{result} {site.plan.weight_format}, {kind}"
+    return "not fused: " + ", ".join(dict.fromkeys(r.rule for r in site.rejects))
+
+
+def _site_dict(s: Site) -> dict[str, Any]:
+    return {
+        "name": s.name,
+        "source": s.source,
+        "matmul": s.op,
+        "target": s.target,
+        "reading": s.reading,
+        "fused": s.fused,
+        "plan": None
+        if s.plan is None
+        else {
+            "op": s.plan.op,
+            "call": {k: str(v) for k, v in s.plan.call.items() if v is not None},
+            "weight_format": s.plan.weight_format,
+            "fixups": list(s.plan.fixups),
+            "notes": list(s.plan.notes),
+        },
+        "numerics": None
+        if s.numerics is None
+        else {
+            "kind": s.numerics.kind,
+            "relative": s.numerics.relative,
+            "absolute": s.numerics.absolute,
+            "why": list(s.numerics.why),
+        },
+        "rejects": [{"rule": r.rule, "fact": r.fact, "want": r.want, "hint": r.hint, "doc": r.doc} for r in s.rejects],
+    }
+
+
+def merged(reports: Sequence[Report], targets: Sequence[str], mode: str) -> Report:
+    """One report from several."""
+    total = Report((), tuple(targets), mode)
+    for r in reports:
+        total = total + r
+    return total
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>quantpass report</title>
+<style>
+body { font: 14px/1.4 sans-serif; margin: 2em; } table { border-collapse: collapse; }
+td, th { border: 1px solid #ccc; padding: .3em .6em; text-align: left; vertical-align: top; }
+.yes { background: #e7f6e7; } .no { background: #fbeaea; } pre { background: #f6f6f6; padding: 1em; overflow-x: auto; }
+</style></head><body>
+<h1>quantpass {{ version }}</h1>
+{% for t in report.targets %}
+<p>{{ t }}: {{ report[t].fused }} of {{ report[t].total }} quantized matmuls fused</p>
+{% endfor %}
+<table><tr><th>site</th><th>matmul</th><th>read as</th><th>target</th><th>verdict</th><th>details</th></tr>
+{% for s in report.sites %}
+<tr class="{{ 'yes' if s.fused else 'no' }}"><td>{{ s.name }}<br><small>{{ s.source }}</small></td>
+<td>{{ s.op }}</td><td>{{ s.reading }}</td><td>{{ s.target }}</td><td>{{ cell(s) }}</td><td>
+{% if s.plan %}{{ s.plan }}<ul>{% for f in s.plan.fixups %}<li>{{ f }}</li>{% endfor %}</ul>{{ s.numerics }}{% endif %}
+{% for r in s.rejects %}
+<p><b>{{ r.rule }}</b>: {{ r.fact }}; wanted {{ r.want }}.{% if r.hint %} {{ r.hint }}.{% endif %}
+{% if r.doc %}<small>{{ r.doc }}</small>{% endif %}</p>{% endfor %}</td></tr>
+{% endfor %}</table>
+{% if report.graphs %}<h2>Graph</h2><pre>{{ report.diff() }}</pre>{% endif %}
+</body></html>
+"""

@@ -1,0 +1,233 @@
+"""The one place that edits graphs.
+
+A site is rewritten whole or not at all: if anything fails on the way, every node that was added is taken out again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+
+from quantpass.dump import describe_node
+from quantpass.expr import Call, Const, Expr, Recentred, Ref, Size
+from quantpass.records import Plan
+from quantpass.torch_internals import FakeTensorMode, fake_mode_of, real_tensors
+
+aten = torch.ops.aten
+
+_PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node", "custom")
+
+
+class RewriteError(RuntimeError):
+    """A plan could not be carried out; the graph is as it was."""
+
+
+class Rewriter:
+    """Carries out plans on one graph module.
+
+    Args:
+        gm: the graph module.
+        add_constant: puts a tensor beside the graph and returns the node that stands for it; None stores it as a
+            buffer of ``gm``.
+    """
+
+    def __init__(self, gm: GraphModule, add_constant: Callable[[str, torch.Tensor], Node] | None = None) -> None:
+        self._gm = gm
+        self._graph = gm.graph
+        self._add_constant = add_constant or self._add_buffer
+        placeholders = list(self._graph.find_nodes(op="placeholder"))
+        values = [n.meta.get("val") for n in self._graph.nodes]
+        self._mode = fake_mode_of([v for v in values if isinstance(v, torch.Tensor)]) or FakeTensorMode()
+        self._first = placeholders[-1] if placeholders else None
+        self._constants: dict[int, tuple[torch.Tensor, Node]] = {}
+        self._made: dict[int, tuple[Expr, Node]] = {}
+        self._sizes: dict[tuple[Node, int], Node] = {}
+        self._replaced: dict[Node, Node] = {}
+        self._int8_twins: dict[Node, Node] = {}
+        self._new: list[Node] = []
+
+    def apply(self, plan: Plan, site_name: str, like: Node) -> tuple[str, str]:
+        """Carry out ``plan``.
+
+        Args:
+            plan: what to do.
+            site_name: recorded in the new nodes' metadata.
+            like: the matmul, whose module path and source line the new nodes take over.
+
+        Returns:
+            The consumed nodes and the new ones, as text.
+
+        Raises:
+            RewriteError: the plan's value does not have the shape or dtype of what it replaces.
+        """
+        self._new = []
+        made, sizes = dict(self._made), dict(self._sizes)
+        try:
+            value = self._node(plan.value)
+            if plan.int8_codes is not None:
+                self._int8_twins[plan.output] = self._node(plan.int8_codes)
+            self._check(plan.output, value)
+        except Exception as error:
+            for node in reversed(self._new):
+                self._graph.erase_node(node)
+            self._made, self._sizes = made, sizes
+            self._int8_twins.pop(plan.output, None)
+            raise RewriteError(f"{site_name}: {error}") from error
+        for node in self._new:
+            node.meta.update({k: like.meta[k] for k in _PROVENANCE if k in like.meta})
+            node.meta["quantpass"] = site_name
+        after = "\n".join(describe_node(n) for n in self._new)
+        plan.output.replace_all_uses_with(value)
+        self._replaced[plan.output] = value
+        consumed = self._erase_dead(plan.output)
+        return "\n".join(consumed), after
+
+    def finish(self) -> None:
+        """Check the graph and regenerate the module's code."""
+        self._graph.lint()
+        self._gm.recompile()
+
+    # -- expressions to nodes --------------------------------------------------------------------------------------
+
+    def _node(self, e: Any) -> Any:
+        if isinstance(e, Ref):
+            return self._current(e.node)
+        if isinstance(e, Const):
+            return self._constant(e)
+        if isinstance(e, Size):
+            return self._size(e)
+        if not isinstance(e, Call | Recentred):
+            return e
+        if isinstance(e, Recentred):
+            twin = self._int8_twins.get(e.node)
+            return twin if twin is not None else self._node(e.otherwise)
+        if id(e) not in self._made:
+            self._made[id(e)] = (e, self._emit(e))
+        return self._made[id(e)][1]
+
+    def _current(self, node: Node) -> Node:
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
+
+    def _emit(self, e: Call) -> Node:
+        args = tuple(self._arguments(a) for a in e.args)
+        kwargs = {k: self._arguments(a) for k, a in e.kwargs.items()}
+        target = e.target
+        source = args[0] if args and isinstance(args[0], Node) else None
+        if target is aten.reshape.default and source is not None and source.meta["val"].is_contiguous():
+            target = aten.view.default
+        return self._call(target, args, kwargs)
+
+    def _arguments(self, a: Any) -> Any:
+        if isinstance(a, list | tuple):
+            return [self._arguments(x) for x in a]
+        if isinstance(a, Node):
+            return self._current(a)
+        return self._node(a)
+
+    def _call(self, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        inputs: list[Node] = []
+        map_aggregate((args, kwargs), lambda x: inputs.append(x) if isinstance(x, Node) else None)
+        name = target._schema.name.split("::")[-1].strip("_")
+        node = self._insert(inputs, lambda: self._graph.create_node("call_function", target, args, kwargs, name=name))
+        fake_args, fake_kwargs = map_aggregate((args, kwargs), lambda x: x.meta["val"] if isinstance(x, Node) else x)
+        with self._mode, torch.no_grad():
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        return node
+
+    def _insert(self, inputs: list[Node], make: Callable[[], Node]) -> Node:
+        """A node placed right after the last of its inputs, so that whoever shares it comes later."""
+        after = max(inputs, default=self._first)
+        if after is None or after.op == "placeholder":
+            after = self._first
+        context = self._graph.inserting_after(after) if after is not None else self._graph.inserting_before(None)
+        with context:
+            node = make()
+        self._new.append(node)
+        return node
+
+    def _size(self, e: Size) -> Node:
+        source = self._current(e.node)
+        key = (source, e.dim)
+        if key not in self._sizes:
+            self._sizes[key] = self._call(aten.sym_size.int, (source, e.dim), {})
+        return self._sizes[key]
+
+    def _constant(self, e: Const) -> Node:
+        if e.origin is not None:
+            return e.origin
+        key = id(e.tensor)
+        if key not in self._constants:
+            name = f"quantpass_{e.label or 'constant'}".replace(".", "_")
+            node = self._add_constant(name, e.tensor)
+            with real_tensors():
+                node.meta["val"] = self._mode.from_tensor(e.tensor, static_shapes=True)
+            self._constants[key] = (e.tensor, node)
+        return self._constants[key][1]
+
+    def _add_buffer(self, name: str, tensor: torch.Tensor) -> Node:
+        unique, count = name, 0
+        while hasattr(self._gm, unique):
+            count += 1
+            unique = f"{name}_{count}"
+        self._gm.register_buffer(unique, tensor)
+        first = self._first
+        context = self._graph.inserting_after(first) if first else self._graph.inserting_before(_head(self._graph))
+        with context:
+            node = self._graph.get_attr(unique)
+        self._first = node
+        return node
+
+    # -- checks and cleaning ---------------------------------------------------------------------------------------
+
+    def _check(self, old: Node, new: Node) -> None:
+        want, have = old.meta["val"], new.meta["val"]
+        if (
+            want.dtype != have.dtype
+            or len(want.shape) != len(have.shape)
+            or any(
+                isinstance(w, int) and isinstance(h, int) and w != h
+                for w, h in zip(want.shape, have.shape, strict=True)
+            )
+        ):
+            raise RewriteError(f"the fused value is {describe_node(new)}, the graph has {describe_node(old)}")
+
+    def _erase_dead(self, node: Node) -> list[str]:
+        """Erase ``node`` and what only it needed; returns their text in graph order."""
+        erased: list[tuple[Any, str]] = []
+        todo = [node]
+        while todo:
+            n = todo.pop()
+            if n._erased or n.op != "call_function" or n.is_impure():
+                continue
+            asserts = [u for u in n.users if u.target is aten._assert_tensor_metadata.default]
+            if len(asserts) != len(n.users):
+                continue
+            for u in asserts:
+                self._graph.erase_node(u)
+            inputs = list(n.all_input_nodes)
+            erased.append((n._sort_key, describe_node(n)))
+            self._graph.erase_node(n)
+            todo.extend(inputs)
+        return [text for _, text in sorted(erased, key=lambda pair: pair[0])]
+
+
+def drop_casts_of_inputs(gm: GraphModule) -> None:
+    """Take ``quantpass.format_cast`` of inputs out of a graph that runs on a CPU, where a tensor has one format."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.quantpass.format_cast.default):
+        source = node.args[0]
+        if isinstance(source, Node) and source.op in ("placeholder", "get_attr"):
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _head(graph: Any) -> Node:
+    first: Node = next(iter(graph.nodes))
+    return first

@@ -1,0 +1,138 @@
+"""Finding the quantized matmuls of a graph and reading everything around them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from quantpass import expr as ex
+from quantpass.patterns import Dialects
+from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.contractions import Contraction, NoContraction, read_contraction
+from quantpass.patterns.epilogues import Epilogue, read_epilogue
+from quantpass.patterns.weights import read_weight
+from quantpass.records import Reject, Weight
+from quantpass.schema import op_name
+from quantpass.static_values import StaticValues
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A matmul with a quantized operand, as read.
+
+    Attributes:
+        name: module path or node name.
+        source: ``file:line`` of the user's code, or empty.
+        node: the matmul.
+        contraction: its operands; None where the form is not read.
+        activation: the left operand as affine value, or why it is not one.
+        weight: the right operand, or why it could not be read.
+        epilogue: what follows.
+        text: what was read, in words.
+        rejects: why the site can't be fused whatever the target.
+    """
+
+    name: str
+    source: str
+    node: Node
+    contraction: Contraction | None
+    activation: Affine | NotAffine
+    weight: Weight | NotAffine
+    epilogue: Epilogue | None
+    text: str
+    rejects: tuple[Reject, ...] = ()
+
+
+def find_sites(graph: Graph, values: StaticValues, dialects: Dialects) -> Iterator[Reading]:
+    """Read every matmul of ``graph`` that has a quantized operand, in graph order."""
+    reader = AffineReader(values, dialects.movements, dialects.integers, dialects.arithmetic, dialects.dequantizers)
+    for node in graph.nodes:
+        found = read_contraction(dialects.contractions, node)
+        if found is not None:
+            reading = _read_site(reader, dialects, node, found)
+            if reading is not None:
+                yield reading
+
+
+def _read_site(
+    reader: AffineReader, dialects: Dialects, node: Node, found: Contraction | NoContraction
+) -> Reading | None:
+    name, source = provenance(node)
+    if isinstance(found, NoContraction):
+        if not any(_is_quantized(reader.read(o)) for o in found.operands):
+            return None
+        reject = Reject("read.matmul", found.reason, "a matmul of two matrices", "rewrite it as x @ w with 2-D w")
+        unread = NotAffine("not read")
+        return Reading(name, source, node, None, unread, unread, None, "not read", (reject,))
+    weight = read_weight(reader, found.rhs, transposed=found.rhs_transposed)
+    activation = reader.read(found.lhs)
+    if not _is_quantized(weight) and not _is_quantized(activation):
+        return None
+    rejects = tuple(_reading_rejects(reader, found, weight))
+    epilogue = read_epilogue(reader, dialects.steps, found) if not rejects else None
+    text = f"{_describe_activation(activation)} x {_describe_weight(weight)}"
+    return Reading(name, source, node, found, activation, weight, epilogue, text, rejects)
+
+
+def _is_quantized(read: Affine | Weight | NotAffine) -> bool:
+    return not isinstance(read, NotAffine) or read.quantized
+
+
+def _reading_rejects(reader: AffineReader, c: Contraction, weight: Weight | NotAffine) -> Iterator[Reject]:
+    if c.node in reader.values.mutated:
+        yield Reject("read.mutated", "the graph writes to the result in place", "a result that is not written to")
+    if not isinstance(weight, NotAffine):
+        return
+    static = reader.values.is_static(c.rhs)
+    what = f"the right operand of {c.form} ({c.rhs.name}): {weight.reason}"
+    if not weight.quantized:
+        hint = "quantize the weight as well" if static or c.rhs.op == "placeholder" else ""
+        yield Reject("read.weight.float", what, "a weight read as scale * (codes - zero_point)", hint)
+        return
+    yield Reject("read.weight", what, "a weight read as scale * (codes - zero_point)", weight.hint)
+
+
+def provenance(node: Node) -> tuple[str, str]:
+    """Module path and ``file:line`` of a node, as far as its metadata tells them."""
+    stack = node.meta.get("nn_module_stack")
+    name = ""
+    if stack:
+        path = list(stack.values())[-1][0]
+        name = re.sub(r"^L\['\w+'\]\.?|^self\.", "", str(path))
+    trace = node.meta.get("stack_trace") or ""
+    places = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    source = f"{places[-1][0]}:{places[-1][1]}" if places else ""
+    return name or node.name, source
+
+
+def _describe_activation(read: Affine | NotAffine) -> str:
+    if isinstance(read, NotAffine):
+        return "float activation"
+    kinds = {t.kind for t in read.factors} - {"scalar"}
+    per = "per-token" if "rows" in kinds else "per-tensor" if not kinds else "per-column"
+    if not read.factors:
+        per = "unscaled"
+    zero = "" if read.zero_point is None else " asymmetric"
+    return f"{per}{zero} activation codes in [{read.span[0]:g}, {read.span[1]:g}]"
+
+
+def _describe_weight(read: Weight | NotAffine) -> str:
+    if isinstance(read, NotAffine):
+        return "unread weight"
+    if read.group_size:
+        per = f"per-group-{read.group_size}"
+    elif ex.is_all(read.scale, 1.0):
+        per = "unscaled"
+    else:
+        per = "per-tensor" if ex.shape_of(read.scale) == (1,) else "per-channel"
+    zero = "" if read.zero_point is None else " asymmetric"
+    bits = "int4" if read.low >= -8 and read.high <= 7 else "int8"
+    return f"{per}{zero} {bits} weight ({read.k}, {read.n})"
+
+
+def matmul_name(node: Node) -> str:
+    """The matmul's operator, for reports."""
+    return op_name(node)

@@ -1,0 +1,271 @@
+"""What a graph's static nodes evaluate to.
+
+A node is static where it depends only on tensors that are known when compiling (parameters, buffers, constants) and
+on deterministic operators. Its value is found by running it: that is how any spelling of a dequantization can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from quantpass.expr import Const, Expr, Ref
+from quantpass.schema import arguments_of, bind
+
+aten = torch.ops.aten
+
+_SMALL = 1 << 16
+"""Values up to this many elements are kept once evaluated; larger ones are evaluated anew."""
+
+
+class StaticValues:
+    """Evaluates static nodes of one graph on demand; to be used outside any fake mode and without autograd.
+
+    Args:
+        graph: the graph.
+        leaves: placeholders and attributes whose tensors are known. Leaves that the graph itself writes to, and every
+            view of them, are not static.
+    """
+
+    def __init__(self, graph: Graph, leaves: Mapping[Node, torch.Tensor]) -> None:
+        self.mutated = _mutated(graph)
+        self._leaves = {n: t for n, t in leaves.items() if n not in self.mutated}
+        self._static: dict[Node, bool] = {}
+        self._kept: dict[Node, Any] = {}
+        self._uniform: dict[Node, float | None] = {}
+        self.read_leaves: set[Node] = set()
+
+    def is_static(self, node: Node) -> bool:
+        """True where ``node`` can be evaluated."""
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            if top in self._static:
+                stack.pop()
+            elif top.op in ("placeholder", "get_attr"):
+                self._static[top] = top in self._leaves
+            elif not self._is_pure(top):
+                self._static[top] = False
+            else:
+                inputs = top.all_input_nodes
+                if any(self._static.get(i) is False for i in inputs):
+                    self._static[top] = False
+                elif all(i in self._static for i in inputs):
+                    self._static[top] = True
+                else:
+                    stack.extend(i for i in inputs if i not in self._static)
+        return self._static[node]
+
+    def _is_pure(self, node: Node) -> bool:
+        target = node.target
+        if node.op != "call_function" or node in self.mutated or isinstance(target, HigherOrderOperator):
+            return False
+        if isinstance(target, OpOverload):
+            return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+        return getattr(target, "__module__", "") == "_operator"
+
+    def value(self, node: Node) -> Any:
+        """The value of a static node, computed as the graph computes it."""
+        return self._evaluate(node, {}, None)
+
+    def widened(self, node: Node, replaced: Mapping[Node, torch.Tensor] | None = None) -> torch.Tensor:
+        """The value of a static node with every floating operation done in float64.
+
+        Args:
+            node: what to evaluate.
+            replaced: nodes whose value is to be taken from here instead.
+        """
+        result: torch.Tensor = self._evaluate(node, replaced or {}, torch.float64)
+        return result
+
+    def expr(self, node: Node) -> Expr:
+        """A constant where ``node`` is static, else a reference to it."""
+        if not self.is_static(node):
+            return Ref(node)
+        value = self.value(node)
+        return Const(value, origin=node if node.op != "call_function" else None, label=node.name)
+
+    def uniform(self, node: Any) -> float | None:
+        """The one number that every element of ``node`` has, where that follows from how it was made, else None.
+
+        Covers constants that have the shape of an activation (``zeros_like(amax)``), which are not static.
+        """
+        if isinstance(node, int | float) and not isinstance(node, bool):
+            return node
+        if not isinstance(node, Node):
+            return None
+        if node not in self._uniform:
+            self._uniform[node] = self._find_uniform(node)
+        return self._uniform[node]
+
+    def _find_uniform(self, node: Node) -> float | None:
+        if node in self.mutated:
+            return None
+        if node.op == "call_function" and isinstance(node.target, OpOverload):
+            name = node.target._schema.name
+            arguments = bind(node)
+            if name in ("aten::zeros_like", "aten::zeros", "aten::new_zeros"):
+                return 0
+            if name in ("aten::ones_like", "aten::ones", "aten::new_ones"):
+                return 1
+            if name in ("aten::full_like", "aten::full", "aten::new_full"):
+                fill = arguments["fill_value"]
+                dtype = node.meta["val"].dtype if "val" in node.meta else None
+                return None if isinstance(fill, Node) or dtype == torch.bool else fill
+            if name in _KEEPS_UNIFORM:
+                return self._uniform_of_view(node, arguments)
+        if self.is_static(node):
+            value = self.value(node)
+            if isinstance(value, torch.Tensor) and 0 < value.numel() <= _SMALL and value.dtype != torch.bool:
+                first = value.reshape(-1)[0]
+                if bool((value == first).all()):
+                    return first.item()
+        return None
+
+    def _uniform_of_view(self, node: Node, arguments: dict[str, Any]) -> float | None:
+        source = arguments.get("self", arguments.get("a"))
+        inner = self.uniform(source)
+        if inner is None or "val" not in node.meta:
+            return inner
+        # A cast may change the number; let a one-element tensor of the result's dtype say how.
+        return torch.tensor(inner, dtype=torch.float64).to(node.meta["val"].dtype).item()
+
+    def _evaluate(self, node: Node, replaced: Mapping[Node, torch.Tensor], wide: torch.dtype | None) -> Any:
+        if wide is None and node in self._kept:
+            return self._kept[node]
+        order, uses = self._cone(node, replaced)
+        env: dict[Node, Any] = {}
+        for n in order:
+            env[n] = self._run(n, env, replaced, wide)
+            for i in n.all_input_nodes if n not in replaced else ():
+                uses[i] -= 1
+                if not uses[i] and i is not node:
+                    del env[i]
+        result = env[node]
+        if wide is None and (not isinstance(result, torch.Tensor) or result.numel() <= _SMALL):
+            self._kept[node] = result
+        return result
+
+    def _cone(self, node: Node, replaced: Mapping[Node, torch.Tensor]) -> tuple[list[Node], dict[Node, int]]:
+        """The nodes that ``node`` needs, in order of evaluation, and how often each is used."""
+        order: list[Node] = []
+        uses: dict[Node, int] = {}
+        stack = [(node, False)]
+        while stack:
+            n, ready = stack.pop()
+            if ready:
+                order.append(n)
+            elif n not in uses:
+                uses[n] = 0
+                stack.append((n, True))
+                if n not in replaced:
+                    stack.extend((i, False) for i in n.all_input_nodes)
+        for n in order:
+            for i in n.all_input_nodes if n not in replaced else ():
+                uses[i] += 1
+        return order, uses
+
+    def _run(
+        self, n: Node, env: dict[Node, Any], replaced: Mapping[Node, torch.Tensor], wide: torch.dtype | None
+    ) -> Any:
+        if n in replaced:
+            return replaced[n]
+        if n.op in ("placeholder", "get_attr"):
+            self.read_leaves.add(n)
+            value = self._leaves[n].detach()
+            return value.to(wide) if wide and value.is_floating_point() else value
+        args, kwargs = map_arg((n.args, dict(n.kwargs)), lambda i: env[i])
+        if wide is None or not isinstance(n.target, OpOverload):
+            return n.target(*args, **kwargs)  # type: ignore[operator]
+        return _run_wide(n, args, kwargs, wide)
+
+
+_KEEPS_UNIFORM = frozenset(
+    f"aten::{name}"
+    for name in [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "alias",
+        "detach",
+        "clone",
+        "expand",
+        "t",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "_to_copy",
+        "lift_fresh_copy",
+        "slice",
+        "select",
+    ]
+) | {"prims::convert_element_type"}
+
+
+def _run_wide(n: Node, args: Any, kwargs: Any, wide: torch.dtype) -> Any:
+    """Run one operator with floating dtypes among its arguments replaced by ``wide``."""
+    target: Any = n.target
+    if target is aten.view.dtype:  # a bit cast is of the narrow type
+        return target(*args, **kwargs)
+
+    def widen(a: Any) -> Any:
+        return wide if isinstance(a, torch.dtype) and a.is_floating_point else a
+
+    names = [name for name, _ in arguments_of(target)]
+    try:
+        return target(*(widen(a) for a in args), **{k: widen(v) for k, v in kwargs.items() if k in names})
+    except (RuntimeError, NotImplementedError, AssertionError):
+        # An operator that has no kernel for the wide type runs in its own; its result is widened.
+        narrow = [v.meta["val"] if isinstance(v, Node) and "val" in v.meta else None for v in n.args]
+        own = [
+            a.to(m.dtype) if isinstance(a, torch.Tensor) and isinstance(m, torch.Tensor) else a
+            for a, m in zip(args, narrow, strict=True)
+        ]
+        result = target(*own, **kwargs)
+        return result.to(wide) if isinstance(result, torch.Tensor) and result.is_floating_point() else result
+
+
+def _mutated(graph: Graph) -> frozenset[Node]:
+    """Nodes whose value some node of the graph writes to, with every node that may share memory with them."""
+    seeds: list[Node] = []
+    for n in graph.nodes:
+        if n.op == "call_function" and isinstance(n.target, OpOverload) and n.target._schema.is_mutable:
+            bound = bind(n)
+            for argument in n.target._schema.arguments:
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(bound[argument.name], Node):
+                    seeds.append(bound[argument.name])
+            seeds.append(n)
+        elif n.op in ("call_module", "call_method"):
+            seeds.extend(n.all_input_nodes)  # nothing is known of what these do
+    reached: set[Node] = set()
+    while seeds:
+        n = seeds.pop()
+        if n in reached:
+            continue
+        reached.add(n)
+        seeds.extend(u for u in n.users if _may_alias(u))
+        if _may_alias(n):
+            seeds.extend(n.all_input_nodes)
+    return frozenset(reached)
+
+
+def _may_alias(n: Node) -> bool:
+    if n.op != "call_function":
+        return False
+    if isinstance(n.target, OpOverload):
+        returns = n.target._schema.returns
+        return any(r.alias_info is not None for r in returns) or n.target in (
+            aten.reshape.default,
+            aten.contiguous.default,
+            aten._unsafe_view.default,
+            aten.to.dtype,
+            aten._to_copy.default,
+        )
+    return getattr(n.target, "__module__", "") == "_operator"
