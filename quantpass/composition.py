@@ -83,6 +83,8 @@ def _grow(matmul: Node, steps: Sequence[Step]) -> Iterator[Composition]:
     for length, step in enumerate(steps, 1):
         # What the matmul operator adds by itself comes before its node's value exists.
         dtype = step.node.meta["val"].dtype
+        if c.requantize is not None and not c.dtype.is_floating_point:
+            return  # the codes: whoever reads them next must find them
         c = _FOLDS[step.kind](replace(c, length=length, output=step.node, dtype=dtype), step, c.dtype)
         if c is None:
             return
@@ -159,6 +161,8 @@ def _shift_codes(c: Composition, term: Term) -> Composition | None:
 def _fold_cast(c: Composition, step: Step, before: torch.dtype) -> Composition | None:
     del step
     if c.dtype.is_floating_point:
+        if c.requantize is not None:
+            return None
         narrower = c.dtype != torch.float32
         direct = before == torch.int32 and narrower  # rounded once in the graph, twice through float32
         widened = c.rounded and not narrower
@@ -173,7 +177,7 @@ def _fold_cast(c: Composition, step: Step, before: torch.dtype) -> Composition |
 
 def _fold_view(c: Composition, step: Step, before: torch.dtype) -> Composition | None:
     del before
-    return replace(c, last_view=step.node)
+    return None if c.requantize is not None else replace(c, last_view=step.node)
 
 
 def _fold_relu(c: Composition, step: Step, before: torch.dtype) -> Composition | None:

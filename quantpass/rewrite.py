@@ -113,6 +113,8 @@ class Rewriter:
     def _current(self, node: Node) -> Node:
         while node in self._replaced:
             node = self._replaced[node]
+        if node._erased:
+            raise RewriteError(f"{node.name} went into another site")
         return node
 
     def _emit(self, e: Call) -> Node:
@@ -169,6 +171,7 @@ class Rewriter:
             with real_tensors():
                 node.meta["val"] = self._mode.from_tensor(e.tensor, static_shapes=True)
             self._constants[key] = (e.tensor, node)
+            self._first = max(self._first, node) if self._first is not None else node
         return self._constants[key][1]
 
     def _add_buffer(self, name: str, tensor: torch.Tensor) -> Node:
@@ -181,7 +184,6 @@ class Rewriter:
         context = self._graph.inserting_after(first) if first else self._graph.inserting_before(_head(self._graph))
         with context:
             node = self._graph.get_attr(unique)
-        self._first = node
         return node
 
     # -- checks and cleaning ---------------------------------------------------------------------------------------

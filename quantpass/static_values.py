@@ -23,6 +23,10 @@ _SMALL = 1 << 16
 """Values up to this many elements are kept once evaluated; larger ones are evaluated anew."""
 
 
+_PARAMETER_SHARE = 16
+"""Tensors with less than this share of a weight's elements are its parameters, not the weight itself."""
+
+
 class StaticValues:
     """Evaluates static nodes of one graph on demand; to be used outside any fake mode and without autograd.
 
@@ -74,13 +78,30 @@ class StaticValues:
         return self._evaluate(node, {}, None)
 
     def widened(self, node: Node, replaced: Mapping[Node, torch.Tensor] | None = None) -> torch.Tensor:
-        """The value of a static node with every floating operation done in float64.
+        """The value of a static node with the arithmetic on tensors of its size done in float64.
+
+        Integers, what is rounded to them, and small parameters (scales, zero points) are taken as the graph computes
+        them: they are what the graph uses.
 
         Args:
             node: what to evaluate.
             replaced: nodes whose value is to be taken from here instead.
         """
-        result: torch.Tensor = self._evaluate(node, replaced or {}, torch.float64)
+        values = dict(replaced or {})
+        todo, seen = [node], {node}
+        least = node.meta["val"].numel() // _PARAMETER_SHARE
+        while todo:
+            n = todo.pop()
+            if n in values:
+                continue
+            if n is not node and (_makes_integers(n) or _is_smaller(n, least)):
+                value = self.value(n)
+                is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+                values[n] = value.to(torch.float64) if is_float else value
+                continue
+            todo.extend(i for i in n.all_input_nodes if i not in seen)
+            seen.update(n.all_input_nodes)
+        result: torch.Tensor = self._evaluate(node, values, torch.float64)
         return result
 
     def expr(self, node: Node) -> Expr:
@@ -183,6 +204,22 @@ class StaticValues:
         if wide is None or not isinstance(n.target, OpOverload):
             return n.target(*args, **kwargs)  # type: ignore[operator]
         return _run_wide(n, args, kwargs, wide)
+
+
+def _makes_integers(n: Node) -> bool:
+    """True for a cast or rounding of floats to integers."""
+    fake = n.meta.get("val")
+    if n.op != "call_function" or not isinstance(fake, torch.Tensor):
+        return False
+    if n.target in (aten.round.default, aten.floor.default):
+        return True
+    inputs = (i.meta.get("val") for i in n.all_input_nodes)
+    return not fake.dtype.is_floating_point and any(isinstance(i, torch.Tensor) and i.is_floating_point() for i in inputs)
+
+
+def _is_smaller(n: Node, least: int) -> bool:
+    fake = n.meta.get("val")
+    return isinstance(fake, torch.Tensor) and fake.numel() < least
 
 
 _KEEPS_UNIFORM = frozenset(
