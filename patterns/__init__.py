@@ -23,6 +23,7 @@ class Dialects:
         integers: what bounds integer-valued nodes.
         arithmetic: what dequantizations are spelled with.
         dequantizers: named operators that return a dequantized value.
+        recentre: named quantize operators that can give int8 codes instead of uint8 ones.
         contractions: matmuls.
         steps: what follows a matmul.
     """
@@ -31,6 +32,7 @@ class Dialects:
     integers: ReaderTable
     arithmetic: ReaderTable
     dequantizers: ReaderTable
+    recentre: ReaderTable
     contractions: ReaderTable
     steps: ReaderTable
 
@@ -43,6 +45,7 @@ def default_dialects() -> Dialects:
         integers=integers.bounds_table(),
         arithmetic=affine.arithmetic_table(),
         dequantizers=ReaderTable(quantized_decomposed.dequantizers(), leading=2),
+        recentre=ReaderTable(quantized_decomposed.recentre(), leading=1),
         contractions=contractions.contraction_table(),
         steps=epilogues.arithmetic_steps().merged(quantized_decomposed.quantize_steps()),
     )

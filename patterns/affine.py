@@ -17,7 +17,7 @@ from quantpass.patterns.terms import Term, same_shape, term_of, wide
 from torch.fx import Node
 
 from quantpass import expr as ex
-from quantpass.expr import Expr, Ref
+from quantpass.expr import Call, Expr, Recentred, Ref
 from quantpass.schema import ReaderTable, call_reader, op_name
 from quantpass.static_values import StaticValues
 
@@ -111,6 +111,7 @@ class AffineReader:
         integers: readers of what bounds integers.
         arithmetic: readers of the operators that a dequantization is spelled with.
         dequantizers: readers of named operators that return a dequantized value.
+        recentre: readers of named quantize operators that can give int8 codes instead of uint8 ones.
     """
 
     def __init__(
@@ -120,11 +121,13 @@ class AffineReader:
         integers: ReaderTable,
         arithmetic: ReaderTable,
         dequantizers: ReaderTable,
+        recentre: ReaderTable,
     ) -> None:
         self.values = values
         self._movements = movements
         self._arithmetic = arithmetic
         self._dequantizers = dequantizers
+        self._recentre = recentre
         self._integers = IntegerReader(values, movements, integers)
         self._memo: dict[Node, Affine | NotAffine] = {}
         self.weights: dict[tuple[Node, bool], Any] = {}
@@ -154,12 +157,24 @@ class AffineReader:
             if isinstance(found, Affine):
                 return found
         if fake.dtype in _CODE_DTYPES:
-            return Affine(Ref(node), integer_span(fake.dtype), (), None, tuple(fake.shape))
+            return self._codes(node, integer_span(fake.dtype))
         if fake.dtype.is_floating_point or fake.dtype == torch.int32:
             held = self._integers.integer_range(node)
             if held is not None and fits(held, torch.uint8 if held[0] >= 0 else torch.int8):
-                return Affine(Ref(node), held, (), None, tuple(fake.shape))
+                return self._codes(node, held)
         return found or NotAffine(f"{op_name(node) if node.op == 'call_function' else node.op} is not a dequantization")
+
+    def _codes(self, node: Node, held: Range) -> Affine:
+        """A node whose elements are the integers themselves, as int8: codes of 0 to 255 are moved down by 128."""
+        shape = tuple(node.meta["val"].shape)
+        if fits(held, torch.int8):
+            return Affine(ex.cast(Ref(node), torch.int8), held, (), None, shape)
+        int8 = None
+        reader = self._recentre.get(node.target) if node.op == "call_function" else None
+        if reader is not None:
+            int8 = call_reader(reader, node, node)
+        down = Term(ex.scalar(-128.0), (1,) * len(shape))
+        return Affine(int8 or recentred(node), (held[0] - 128, held[1] - 128), (), down, shape)
 
     def _read_call(self, node: Node) -> Affine | NotAffine | None:
         for table in (self._dequantizers, self._arithmetic):
@@ -277,6 +292,14 @@ class AffineReader:
             if inner.quantized:
                 best = inner
         return best, None
+
+
+def recentred(node: Node) -> Recentred:
+    """The integers of ``node`` less 128, in int8."""
+    shape = tuple(node.meta["val"].shape)
+    whole = Call(aten._to_copy.default, (Ref(node),), {"dtype": torch.int32}, torch.int32, shape)
+    less = Call(aten.sub.Scalar, (whole, 128), {}, torch.int32, shape)
+    return Recentred(node, Call(aten._to_copy.default, (less,), {"dtype": torch.int8}, torch.int8, shape))
 
 
 def reciprocal(e: Expr) -> Expr:

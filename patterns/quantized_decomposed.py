@@ -13,6 +13,7 @@ from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.epilogues import Step
 from torch.fx import Node
 
+from quantpass.expr import Call, Recentred
 from quantpass.schema import Reader
 
 
@@ -30,6 +31,20 @@ def quantize_steps() -> dict[Any, Reader]:
         "quantized_decomposed::quantize_per_tensor": _quantize_per_tensor,
         "quantized_decomposed::quantize_per_tensor.tensor": _quantize_per_tensor,
     }
+
+
+def recentre() -> dict[Any, Reader]:
+    """Quantize operators that give int8 codes when their bounds and zero point are moved by 128."""
+    return {"quantized_decomposed::quantize_per_tensor": _recentred}
+
+
+def _recentred(
+    node: Node, *, input_: Any, scale: Any, zero_point: Any, quant_min: Any, quant_max: Any, dtype: torch.dtype
+) -> Recentred | None:
+    if dtype != torch.uint8 or not all(isinstance(v, int) for v in (zero_point, quant_min, quant_max)):
+        return None
+    arguments = (input_, scale, zero_point - 128, quant_min - 128, quant_max - 128, torch.int8)
+    return Recentred(node, Call(node.target, arguments, {}, torch.int8, tuple(node.meta["val"].shape)))
 
 
 def _dequantize_per_tensor(

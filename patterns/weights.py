@@ -18,7 +18,7 @@ from quantpass.patterns.terms import Term
 from torch.fx import Node
 
 from quantpass import expr as ex
-from quantpass.expr import Call, Const, Expr, Ref
+from quantpass.expr import Call, Const, Expr, Recentred, Ref
 from quantpass.records import Weight
 from quantpass.static_values import StaticValues
 
@@ -102,11 +102,11 @@ def _from_affine(values: StaticValues, value: Affine, transposed: bool) -> Weigh
         )
     low, high = value.span
     codes, base_transposed = _storage(value.codes, transposed)
+    stored = _evaluated(values, codes)
     if isinstance(codes, Ref):
         codes = values.expr(codes.node)
-    if (low, high) != (-128, 127) and low >= 0 and high <= 255:
-        codes, zero, low, high = _recentred(codes), ex.sub(zero, ex.scalar(128.0)), low - 128, high - 128
-    codes = ex.cast(codes, torch.int8)
+    elif stored is not None:
+        codes = Const(stored)
     zero_point = None if ex.is_all(zero, 0) else _same_size_as(zero, scale)
     if zero_point is not None:
         scale = _same_size_as(scale, zero_point)
@@ -147,13 +147,6 @@ def _storage(codes: Expr, transposed: bool) -> tuple[Expr, bool]:
             break
         codes, transposed = inner, not transposed
     return codes, transposed
-
-
-def _recentred(codes: Expr) -> Expr:
-    """uint8 codes less 128, in int8: exact."""
-    wide = ex.cast(codes, torch.int32)
-    shifted = ex.apply(aten.sub.Scalar, wide, 128, dtype=torch.int32, shape=ex.shape_of(wide))
-    return ex.cast(shifted, torch.int8)
 
 
 # -- by value ------------------------------------------------------------------------------------------------------
@@ -351,9 +344,11 @@ def _evaluated(values: StaticValues, e: Expr | None) -> torch.Tensor | None:
     if isinstance(e, Ref) and values.is_static(e.node):
         value: torch.Tensor = values.value(e.node)
         return value
+    if isinstance(e, Recentred):
+        return _evaluated(values, e.otherwise)
     if isinstance(e, Call):
-        arguments = [_evaluated(values, a) if isinstance(a, Const | Ref | Call) else a for a in e.args]
-        if any(a is None and isinstance(o, Const | Ref | Call) for a, o in zip(arguments, e.args, strict=True)):
+        arguments = [_evaluated(values, a) if isinstance(a, Expr) else a for a in e.args]
+        if any(a is None and isinstance(o, Expr) for a, o in zip(arguments, e.args, strict=True)):
             return None
         result: torch.Tensor = e.target(*arguments, **e.kwargs)
         return result

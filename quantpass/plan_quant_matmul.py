@@ -26,7 +26,7 @@ from quantpass.candidates import (
 from quantpass.chips.calls import QMM, OpCall
 from quantpass.chips.rules import Chip
 from quantpass.composition import Composition
-from quantpass.expr import Call, Const, Expr, Recentred, Ref
+from quantpass.expr import Call, Const, Expr
 from quantpass.options import Options
 from quantpass.patterns.affine import Affine
 from quantpass.records import Numerics, Reject, Weight
@@ -95,10 +95,10 @@ def _refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
             )
     zero = activation.zero_point
     if zero is not None and (zero.kind != "scalar" or zero.constant is None):
-        per = "each row" if zero.kind == "rows" else "run time" if zero.kind == "scalar" else "each element"
+        per = "is different for each row" if zero.kind == "rows" else "is known only at run time"
         yield Reject(
             "qmm.activation.zero_point",
-            f"the activation's zero point is known only for {per}",
+            f"the activation's zero point {per}",
             "a zero point that is one number when compiling: the operator has no rank-1 term",
             "quantize activations symmetrically",
         )
@@ -106,7 +106,8 @@ def _refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
 
 def _product(activation: Affine, weight: Weight, c: Composition) -> _Product | None:
     notes = Notes()
-    codes, zero = _int8_codes(activation, notes)
+    codes = activation.codes
+    zero = 0.0 if activation.zero_point is None else float(activation.zero_point.constant)  # type: ignore[arg-type]
     x = flattened(codes)
     if len(ex.shape_of(codes)) != 2:
         notes.did("x flattened to 2-D")
@@ -133,31 +134,6 @@ def _product(activation: Affine, weight: Weight, c: Composition) -> _Product | N
             )
             acc_addend = None
     return _Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups))
-
-
-def _int8_codes(activation: Affine, notes: Notes) -> tuple[Expr, float]:
-    """The activation's codes in int8, and its zero point to match."""
-    zero = 0.0 if activation.zero_point is None else float(activation.zero_point.constant)  # type: ignore[arg-type]
-    codes = activation.codes
-    low, high = activation.span
-    if low >= -128 and high <= 127:
-        return ex.cast(codes, torch.int8), zero
-    notes.did("uint8 codes recentred to int8")
-    return recentred(codes), zero - 128
-
-
-def recentred(codes: Expr) -> Expr:
-    """uint8 codes less 128, in int8."""
-    wide = ex.cast(codes, torch.int32)
-    less = ex.apply(aten.sub.Scalar, wide, 128, dtype=torch.int32, shape=ex.shape_of(wide))
-    int8 = ex.cast(less, torch.int8)
-    if isinstance(codes, Ref) and isinstance(int8, Call):
-        return Recentred(codes.node, int8)
-    if isinstance(codes, Call) and isinstance(codes.args[0], Ref | Call):
-        # Recentre below data movements, where a quantize may provide the int8 codes.
-        inner = recentred(codes.args[0])
-        return Call(codes.target, (inner, *codes.args[1:]), codes.kwargs, torch.int8, codes.shape)
-    return int8
 
 
 def _wide(e: Expr) -> Expr:

@@ -16,9 +16,12 @@ from torch.fx.node import map_aggregate
 from quantpass.dump import describe_node
 from quantpass.expr import Call, Const, Expr, Recentred, Ref, Size
 from quantpass.records import Plan
-from quantpass.torch_internals import FakeTensorMode, fake_mode_of, real_tensors
+from quantpass.torch_internals import FakeTensorMode, contiguous_fake, fake_mode_of, real_tensors
 
 aten = torch.ops.aten
+
+_TO_ASK = (aten.sym_size.int, aten.transpose.int, aten.permute.default, aten.expand.default, aten.t.default)
+"""Operators whose result is no contiguous tensor."""
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node", "custom")
 
@@ -49,6 +52,7 @@ class Rewriter:
         self._sizes: dict[tuple[Node, int], Node] = {}
         self._replaced: dict[Node, Node] = {}
         self._int8_twins: dict[Node, Node] = {}
+        self._names: dict[str, int] = {}
         self._new: list[Node] = []
 
     def apply(self, plan: Plan, site_name: str, like: Node) -> tuple[str, str]:
@@ -68,9 +72,11 @@ class Rewriter:
         self._new = []
         made, sizes = dict(self._made), dict(self._sizes)
         try:
-            value = self._node(plan.value)
-            if plan.int8_codes is not None:
-                self._int8_twins[plan.output] = self._node(plan.int8_codes)
+            # Constants are made of real tensors, also while a compiler's fake mode is on.
+            with real_tensors():
+                value = self._node(plan.value)
+                if plan.int8_codes is not None:
+                    self._int8_twins[plan.output] = self._node(plan.int8_codes)
             self._check(plan.output, value)
         except Exception as error:
             for node in reversed(self._new):
@@ -124,7 +130,7 @@ class Rewriter:
         source = args[0] if args and isinstance(args[0], Node) else None
         if target is aten.reshape.default and source is not None and source.meta["val"].is_contiguous():
             target = aten.view.default
-        return self._call(target, args, kwargs)
+        return self._call(target, args, kwargs, e)
 
     def _arguments(self, a: Any) -> Any:
         if isinstance(a, list | tuple):
@@ -133,15 +139,27 @@ class Rewriter:
             return self._current(a)
         return self._node(a)
 
-    def _call(self, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+    def _call(
+        self, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], known: Call | None = None
+    ) -> Node:
         inputs: list[Node] = []
         map_aggregate((args, kwargs), lambda x: inputs.append(x) if isinstance(x, Node) else None)
         name = target._schema.name.split("::")[-1].strip("_")
         node = self._insert(inputs, lambda: self._graph.create_node("call_function", target, args, kwargs, name=name))
-        fake_args, fake_kwargs = map_aggregate((args, kwargs), lambda x: x.meta["val"] if isinstance(x, Node) else x)
-        with self._mode, torch.no_grad():
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        node.meta["val"] = self._fake(node, inputs, known)
         return node
+
+    def _fake(self, node: Node, inputs: list[Node], known: Call | None) -> Any:
+        """What the node's value looks like; asking the operator itself is slow, so only where planning can't say."""
+        fakes = [i.meta["val"] for i in inputs if isinstance(i.meta["val"], torch.Tensor)]
+        plain = known is not None and all(isinstance(s, int) for s in known.shape) and node.target not in _TO_ASK
+        if plain and known is not None and fakes and all(f.is_contiguous() for f in fakes):
+            return contiguous_fake(self._mode, known.shape, known.dtype, fakes[0].device)
+        args, kwargs = map_aggregate(
+            (node.args, dict(node.kwargs)), lambda x: x.meta["val"] if isinstance(x, Node) else x
+        )
+        with self._mode, torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _insert(self, inputs: list[Node], make: Callable[[], Node]) -> Node:
         """A node placed right after the last of its inputs, so that whoever shares it comes later."""
@@ -168,17 +186,17 @@ class Rewriter:
         if key not in self._constants:
             name = f"quantpass_{e.label or 'constant'}".replace(".", "_")
             node = self._add_constant(name, e.tensor)
-            with real_tensors():
-                node.meta["val"] = self._mode.from_tensor(e.tensor, static_shapes=True)
+            node.meta["val"] = contiguous_fake(self._mode, e.tensor.shape, e.tensor.dtype, e.tensor.device)
             self._constants[key] = (e.tensor, node)
             self._first = max(self._first, node) if self._first is not None else node
         return self._constants[key][1]
 
     def _add_buffer(self, name: str, tensor: torch.Tensor) -> Node:
-        unique, count = name, 0
+        unique, count = name, self._names.get(name, 0)
         while hasattr(self._gm, unique):
             count += 1
             unique = f"{name}_{count}"
+        self._names[name] = count
         self._gm.register_buffer(unique, tensor)
         first = self._first
         context = self._graph.inserting_after(first) if first else self._graph.inserting_before(_head(self._graph))

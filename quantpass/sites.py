@@ -48,7 +48,14 @@ class Reading:
 
 def find_sites(graph: Graph, values: StaticValues, dialects: Dialects) -> Iterator[Reading]:
     """Read every matmul of ``graph`` that has a quantized operand, in graph order."""
-    reader = AffineReader(values, dialects.movements, dialects.integers, dialects.arithmetic, dialects.dequantizers)
+    reader = AffineReader(
+        values,
+        dialects.movements,
+        dialects.integers,
+        dialects.arithmetic,
+        dialects.dequantizers,
+        dialects.recentre,
+    )
     for node in graph.nodes:
         found = read_contraction(dialects.contractions, node)
         if found is not None:

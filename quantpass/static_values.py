@@ -214,7 +214,9 @@ def _makes_integers(n: Node) -> bool:
     if n.target in (aten.round.default, aten.floor.default):
         return True
     inputs = (i.meta.get("val") for i in n.all_input_nodes)
-    return not fake.dtype.is_floating_point and any(isinstance(i, torch.Tensor) and i.is_floating_point() for i in inputs)
+    return not fake.dtype.is_floating_point and any(
+        isinstance(i, torch.Tensor) and i.is_floating_point() for i in inputs
+    )
 
 
 def _is_smaller(n: Node, least: int) -> bool:

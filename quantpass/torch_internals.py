@@ -25,6 +25,7 @@ __all__ = [
     "attribute_values",
     "compile_isolated",
     "compile_with_aot",
+    "contiguous_fake",
     "fake_mode_of",
     "fill_in_values",
     "inductor_compile",
@@ -41,6 +42,11 @@ def real_tensors() -> Iterator[None]:
     """Run real kernels even while a compiler's fake mode is active."""
     with unset_fake_temporarily():
         yield
+
+
+def contiguous_fake(mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
+    """A fake tensor without running an operator; to be called outside any fake mode."""
+    return FakeTensor(mode, torch.empty(tuple(shape), dtype=dtype, device="meta"), device)
 
 
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:

@@ -12,9 +12,9 @@ ASCEND310P = Chip(
     title="Atlas inference series (310P)",
     soc_prefixes=("Ascend310P",),
     rules=(
-        *quant_matmul.rules(quant_matmul.ROWS_310P, "310p"),
+        *quant_matmul.rules(quant_matmul.ROWS_310P, "310p", quant_matmul.HINT_310P),
         *quant_matmul.LAYOUT_310P,
-        *weight_quant_matmul.rules(weight_quant_matmul.ROWS_310P, "310p"),
+        *weight_quant_matmul.rules(weight_quant_matmul.ROWS_310P, "310p", weight_quant_matmul.HINT_310P),
         *weight_quant_matmul.RULES_310P,
     ),
     layouts={QMM: (_NZ,), WQMM: (_NZ,)},

@@ -12,9 +12,9 @@ ASCEND910B = Chip(
     title="Atlas A2 (910B)",
     soc_prefixes=("Ascend910B",),
     rules=(
-        *quant_matmul.rules(quant_matmul.ROWS_A2, "a2"),
+        *quant_matmul.rules(quant_matmul.ROWS_A2, "a2", quant_matmul.HINT_A2),
         *quant_matmul.NZ_DEGENERATE,
-        *weight_quant_matmul.rules(weight_quant_matmul.ROWS_A2, "a2"),
+        *weight_quant_matmul.rules(weight_quant_matmul.ROWS_A2, "a2", weight_quant_matmul.HINT_A2),
         *weight_quant_matmul.RULES_A2,
     ),
     layouts={QMM: (_NZ, _ND), WQMM: (_NZ, _ND)},

@@ -11,9 +11,9 @@ ASCEND950 = replace(
     title="Ascend 950",
     soc_prefixes=("Ascend950",),
     rules=(
-        *quant_matmul.rules(quant_matmul.ROWS_A5, "a5"),
+        *quant_matmul.rules(quant_matmul.ROWS_A5, "a5", quant_matmul.HINT_A2),
         *quant_matmul.NZ_DEGENERATE,
-        *weight_quant_matmul.rules(weight_quant_matmul.ROWS_A2, "a2"),
+        *weight_quant_matmul.rules(weight_quant_matmul.ROWS_A2, "a2", weight_quant_matmul.HINT_A2),
         *weight_quant_matmul.RULES_A2,
     ),
 )

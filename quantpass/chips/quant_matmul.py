@@ -88,7 +88,7 @@ def _module(line: str) -> str:
     return f"LinearQuant.md, {line}"
 
 
-def rules(dtypes: DtypeTable, chip: str) -> tuple[Rule, ...]:
+def rules(dtypes: DtypeTable, chip: str, hint: str) -> tuple[Rule, ...]:
     """The rules that every chip shares, around a chip's dtype table."""
     return (
         Rule("qmm.x1.present", QMM, Present("x1"), _module("function prototype")),
@@ -111,7 +111,7 @@ def rules(dtypes: DtypeTable, chip: str) -> tuple[Rule, ...]:
         Rule("qmm.pertoken.shape", QMM, Shape("pertoken_scale", (("m",),)), _module("variables: pertoken_scale is (m,)"), "documented, code",
              hint="flatten x1 to (m, k) and the scale to (m,)"),
         Rule("qmm.bias.shape", QMM, QmmBias(), _module("variables: bias is (n,) or (batch, 1, n)"), "documented, code, probed"),
-        Rule(f"qmm.{chip}.dtypes", QMM, dtypes, _module("constraints: table of dtypes"), "documented, code"),
+        Rule(f"qmm.{chip}.dtypes", QMM, dtypes, _module("constraints: table of dtypes"), "documented, code", hint=hint),
         Rule("qmm.int4.x1", QMM, Layout("x1", transposed=False), _module("constraints: int4: x1 is (m, k/8) and contiguous"), "documented, code", when=INT4),
         Rule("qmm.int4.x2.rank", QMM, Rank("x2", 2, 2), _module("variables: an int32 weight has 2 dimensions"), "documented, code", when=INT4),
         Rule("qmm.int4.bias", QMM, Rank("bias", 1, 1), "quant_matmul_checker.cpp:997-1002", "code", when=INT4),
@@ -121,6 +121,14 @@ def rules(dtypes: DtypeTable, chip: str) -> tuple[Rule, ...]:
              when=both(INT4, in_nz("x2")), modes=EAGER, hint="leave an int4 weight in ND"),
     )  # fmt: skip
 
+
+HINT_310P = (
+    "this chip returns float16 or int8, takes an int32 bias and no scale per token: quantize activations with one "
+    "static scale in a float16 model"
+)
+HINT_A2 = (
+    "float16 and int8 results take an int64 scale word and an int32 bias; bfloat16 and per-token ones a float scale"
+)
 
 NZ_DEGENERATE = (
     Rule("qmm.nz.k", QMM, Size("k", 2), "quant_matmul_checker.cpp:818-823", "code", when=in_nz("x2"), hint="leave this weight in ND"),

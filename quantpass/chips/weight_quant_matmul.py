@@ -70,7 +70,7 @@ def _module(line: str) -> str:
     return f"LinearWeightQuant.md, {line}"
 
 
-def rules(dtypes: DtypeTable, chip: str) -> tuple[Rule, ...]:
+def rules(dtypes: DtypeTable, chip: str, hint: str) -> tuple[Rule, ...]:
     """The rules that every chip shares, around a chip's dtype table."""
     return (
         Rule("wqmm.x.present", WQMM, Present("x"), _module("inputs: x")),
@@ -94,9 +94,15 @@ def rules(dtypes: DtypeTable, chip: str) -> tuple[Rule, ...]:
         Rule("wqmm.inner_precise", WQMM, Value("inner_precise", lambda v, call: v in (0, 1), "inner_precise 0 or 1", lambda v, call: 0),
              _module("parameters: inner_precise"), "documented, code"),
         Rule("wqmm.quant_offset", WQMM, Present("quant_scale"), _module("constraints: quant_offset needs quant_scale"), "documented, code", when=given("quant_offset")),
-        Rule(f"wqmm.{chip}.dtypes", WQMM, dtypes, _module("inputs and variables: dtypes"), "documented, code"),
+        Rule(f"wqmm.{chip}.dtypes", WQMM, dtypes, _module("inputs and variables: dtypes"), "documented, code", hint=hint),
     )  # fmt: skip
 
+
+HINT_310P = "this chip takes float16 throughout and an int8 weight: run the model in float16"
+HINT_A2 = (
+    "x, antiquant_scale and the result share float16 or bfloat16, with a float16 or float32 bias: run the model in "
+    "float16 or bfloat16"
+)
 
 RULES_310P = (
     Rule("wqmm.310p.rank", WQMM, Rank("x", 2, 2), _module("inputs: x is (M, K)"), "documented", contradicted=True,

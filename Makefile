@@ -1,0 +1,54 @@
+# Everything runs in a virtual environment that is made at first use: nothing to install by hand.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
+RUN = $(VENV)/bin/python
+
+.PHONY: help demo test test-fast lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+# PyTorch comes first and pinned, so that no other package pulls a build of its own choice.
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH)" numpy
+	@touch $@
+
+$(VENV)/%.stamp: pyproject.toml | $(VENV)/torch.stamp
+	$(PIP) -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/demo.stamp ## quantize a real sentence encoder three ways, explain, fuse, compare
+	$(RUN) examples/minilm.py
+
+test: $(VENV)/test.stamp ## all tests
+	$(RUN) -m pytest -n auto
+
+test-fast: $(VENV)/test.stamp ## the tests that take seconds
+	$(RUN) -m pytest -n auto -m "not slow"
+
+lint: $(VENV)/lint.stamp $(VENV)/test.stamp ## ruff, and mypy on the built wheel
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	rm -rf build/lint && mkdir -p build/lint
+	$(RUN) -m build -q --wheel --outdir build/lint/wheel .
+	$(PIP) --no-deps --target build/lint/site build/lint/wheel/*.whl
+	cd build/lint && MYPYPATH=site ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p quantpass
+
+format: $(VENV)/lint.stamp ## let ruff format and fix
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/test.stamp ## time the pass beside Inductor's, in one run
+	$(RUN) benchmarks/pass_speed.py
+
+clean: ## remove the virtual environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
