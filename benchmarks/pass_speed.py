@@ -1,6 +1,6 @@
 """Graph in to graph out: quantpass beside Inductor's own quantization fusion passes, on the same graphs, in one run.
 
-Each graph is a chain of statically quantized Linears (PT2E's operators, ReLU between them) with 50, 200 and 800 sites.
+Each graph is a chain of statically quantized Linears (PT2E's operators, ReLU between them): 50, 200 and 800 sites.
 Inductor's side is what ``freezing`` runs: every pattern pass of ``torch._inductor.fx_passes.freezing_patterns``.
 quantpass's side is reading, proving each weight by value, planning for Ascend 910B and rewriting. The weights are small,
 so that the passes are timed and not the arithmetic on weights. Both sides are checked to have fused every site.
@@ -55,7 +55,9 @@ class Chain(torch.nn.Module):
 def graph(sites):
     model, x = Chain(sites), torch.randn(8, WIDTH)
     with torch.no_grad():
-        return make_fx(model, decomposition_table=select_decomp_table(), tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        return make_fx(
+            model, decomposition_table=select_decomp_table(), tracing_mode="fake", _allow_non_fake_inputs=True
+        )(x)
 
 
 def time_inductor(gm, sites):
@@ -95,7 +97,16 @@ def main():
         ours, theirs = (statistics.median(p[i] for p in pairs) for i in (0, 1))
         ratio = statistics.median(p[0] / p[1] for p in pairs)
         per_site[sites] = ours / sites
-        rows.append([sites, nodes, f"{ours * 1e3:.0f} ms", f"{theirs * 1e3:.0f} ms", f"{ratio:.2f}", f"{ours / sites * 1e3:.3f} ms"])
+        rows.append(
+            [
+                sites,
+                nodes,
+                f"{ours * 1e3:.0f} ms",
+                f"{theirs * 1e3:.0f} ms",
+                f"{ratio:.2f}",
+                f"{ours / sites * 1e3:.3f} ms",
+            ]
+        )
     headers = ["sites", "nodes", "quantpass", "inductor", "ratio", "quantpass per site"]
     print(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
     growth = per_site[SITES[-1]] / per_site[SITES[0]]

@@ -85,8 +85,8 @@ def static_pt2e(model, inputs):
 
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     for layer in range(6):
-        # One static scale for a whole tensor does not suit the feed-forward block's outliers: with it, a perturbation
-        # of the size of float32's rounding moves embeddings by more than the checks below allow, whoever runs the model.
+        # One static scale for a whole tensor does not suit the feed-forward block's outliers: with it, a change of the
+        # size of float32's rounding moves embeddings by more than the checks below allow, whoever runs the model.
         quantizer.set_module_name_qconfig(f"encoder.layer.{layer}.intermediate.dense", None)
         quantizer.set_module_name_qconfig(f"encoder.layer.{layer}.output.dense", None)
     prepared = prepare_pt2e(torch.export.export(model, inputs, strict=True).module(), quantizer)

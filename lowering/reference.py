@@ -137,7 +137,8 @@ def _check_quant_matmul(
 
 def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b`` of int8 tensors with int32 accumulation, exact; leading dimensions broadcast."""
-    if a.dim() == b.dim() == 2 and a.numel() and b.numel() and _int_mm_is_exact():
+    # PyTorch 2.13's _int_mm leaves its result unwritten where K is 1 and b is a transposed view.
+    if a.dim() == b.dim() == 2 and a.numel() and b.numel() and a.shape[1] > 1 and _int_mm_is_exact():
         return torch._int_mm(a.contiguous(), b)
     # Products are at most 2^14 in size: float64 holds any sum of 65535 of them exactly.
     return torch.matmul(a.to(torch.float64), b.to(torch.float64)).to(torch.int32)

@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 
 from quantpass.expr import Const, Expr, Ref
 from quantpass.schema import arguments_of, bind
+from quantpass.torch_internals import checks_guards
 
 aten = torch.ops.aten
 
@@ -281,7 +282,7 @@ def _mutated(graph: Graph) -> frozenset[Node]:
                 if written and isinstance(bound[argument.name], Node):
                     seeds.append(bound[argument.name])
             seeds.append(n)
-        elif n.op in ("call_module", "call_method"):
+        elif n.op in ("call_module", "call_method") and not checks_guards(n):
             seeds.extend(n.all_input_nodes)  # nothing is known of what these do
     reached: set[Node] = set()
     while seeds:

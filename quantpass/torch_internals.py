@@ -23,6 +23,7 @@ __all__ = [
     "FakeTensorMode",
     "aot_placeholder_values",
     "attribute_values",
+    "checks_guards",
     "compile_isolated",
     "compile_with_aot",
     "contiguous_fake",
@@ -114,13 +115,18 @@ def compile_isolated(
     return torch.compile(model, backend=backend, dynamic=dynamic, isolate_recompiles=True)  # type: ignore[call-overload,no-any-return]
 
 
+def checks_guards(node: Node) -> bool:
+    """True for the call with which an unlifted exported program checks its input shapes; it only reads."""
+    return node.op == "call_module" and node.target == "_guards_fn"
+
+
 def fill_in_values(gm: GraphModule) -> None:
     """Give every node a ``meta["val"]``, computed from those of the placeholders.
 
     Raises:
         ValueError: the placeholders have none either, or a node can't be evaluated.
     """
-    nodes = [n for n in gm.graph.nodes if n.op not in ("output", "get_attr")]
+    nodes = [n for n in gm.graph.nodes if n.op not in ("output", "get_attr") and not checks_guards(n)]
     if all("val" in n.meta for n in nodes):
         return
     missing = [n.name for n in gm.graph.find_nodes(op="placeholder") if "val" not in n.meta]
@@ -134,7 +140,7 @@ def fill_in_values(gm: GraphModule) -> None:
     mode = fake_mode_of([n.meta.get("val") for n in nodes]) or FakeTensorMode()
     env: dict[Node, Any] = {}
     for node in gm.graph.nodes:
-        if node.op == "output":
+        if node.op == "output" or checks_guards(node):
             continue
         if node.op == "get_attr":
             value: Any = gm

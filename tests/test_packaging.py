@@ -1,0 +1,114 @@
+"""The package as it is installed: from a wheel, editable, and from a bare checkout."""
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+USE = (
+    "import torch, quantpass as qp, quantpass.patterns.weights, quantpass.lowering.reference\n"
+    "spec = qp.explain(torch.nn.Linear(4, 4), (torch.randn(2, 4),), target='cpu')\n"
+    "assert spec.total == 0\n"
+    "print(qp.__file__, quantpass.patterns.__file__, quantpass.lowering.__file__)\n"
+)
+WITHOUT_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+
+
+def run(code, cwd, **environment):
+    environment = {**os.environ, "PYTHONPATH": "", **environment}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("build", reason="the 'build' package is not installed")
+    out = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source") / "quantpass"
+    # A copy, so that building leaves nothing behind in the checkout.
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    names = tracked.stdout.split("\n") if tracked.returncode == 0 else []
+    if not names:
+        pytest.skip("not a git checkout")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "-q", "--wheel", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_packages_listed_are_the_packages_there():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    inside = {p.parent for p in (ROOT / "quantpass").rglob("__init__.py")}
+    there = {".".join(p.relative_to(ROOT).parts) for p in inside} | {"quantpass.patterns", "quantpass.lowering"}
+    assert set(settings["packages"]) == there
+    for name in ("patterns", "lowering"):
+        assert not [p for p in (ROOT / name).rglob("__init__.py") if p.parent.name != name], f"{name}/ stays flat"
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_module_and_nothing_else(wheel):
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "quantpass").rglob("*.py")} | {"quantpass/py.typed"}
+    for folder in ("patterns", "lowering"):
+        wanted |= {
+            f"quantpass/{p.relative_to(ROOT).as_posix()}"
+            for p in (ROOT / folder).iterdir()
+            if p.suffix in (".py", ".c")
+        }
+    assert names == wanted
+
+
+@pytest.mark.slow
+def test_wheel_works_outside_the_checkout(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    places = run(WITHOUT_EDITABLE + USE, tmp_path, PYTHONPATH=str(site))
+    assert all(p.startswith(str(site)) for p in places)
+
+
+@pytest.mark.slow
+def test_installed_package_works_from_anywhere(tmp_path):
+    """Whatever way quantpass is installed here (``make test`` installs it editable)."""
+    pytest.importorskip("quantpass")
+    probe = "import importlib.metadata as m; print(m.version('quantpass'))"
+    if subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("quantpass is not installed in this environment")
+    run(USE, tmp_path)
+
+
+@pytest.mark.slow
+def test_bare_checkout_works():
+    places = run(WITHOUT_EDITABLE + "import conftest\n" + USE, ROOT)
+    assert places == [str(ROOT / p / "__init__.py") for p in ("quantpass", "patterns", "lowering")]
+
+
+def test_the_name_registered_with_dynamo():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert settings["entry-points"]["torch_dynamo_backends"] == {"quantpass": "quantpass.backend:dynamo_backend"}
+    assert settings["scripts"] == {"quantpass": "quantpass.cli:main"}
+
+
+def test_no_module_grows_past_its_purpose():
+    longest = {
+        p: len(p.read_text().splitlines())
+        for d in ("quantpass", "patterns", "lowering")
+        for p in (ROOT / d).rglob("*.py")
+    }
+    assert {str(p.relative_to(ROOT)): n for p, n in longest.items() if n > 520} == {}
+
+
+def test_public_names_are_documented():
+    import quantpass as qp
+
+    for name in qp.__all__:
+        assert getattr(qp, name).__doc__, f"qp.{name} has no docstring"
