@@ -2,8 +2,8 @@
 
 Each graph is a chain of statically quantized Linears (PT2E's operators, ReLU between them): 50, 200 and 800 sites.
 Inductor's side is what ``freezing`` runs: every pattern pass of ``torch._inductor.fx_passes.freezing_patterns``.
-quantpass's side is reading, proving each weight by value, planning for Ascend 910B and rewriting. The weights are small,
-so that the passes are timed and not the arithmetic on weights. Both sides are checked to have fused every site.
+quantpass's side is reading, proving each weight by value, planning for Ascend 910B and rewriting. The weights are
+small, so that the passes are timed and not the arithmetic on weights. Both sides are checked to have fused every site.
 
     python benchmarks/pass_speed.py
 """
