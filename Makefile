@@ -8,7 +8,7 @@ PIP_ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
 RUN = $(VENV)/bin/python
 
-.PHONY: help demo test test-fast lint format bench clean
+.PHONY: help demo test test-fast lint format docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,6 +45,9 @@ lint: $(VENV)/lint.stamp $(VENV)/test.stamp ## ruff, and mypy on the built wheel
 format: $(VENV)/lint.stamp ## let ruff format and fix
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/test.stamp ## make the generated pages
+	$(VENV)/bin/quantpass chips --markdown > docs/chips.md
 
 bench: $(VENV)/test.stamp ## time the pass beside Inductor's, in one run
 	$(RUN) benchmarks/pass_speed.py

@@ -18,7 +18,11 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: C is not a multiple of 8, or a code does not fit.
     """
-    require(codes.shape[-1] % 8 == 0, f"pack_int4: the last dimension is {codes.shape[-1]}; it must be a multiple of 8")
+    require(
+        codes.shape[-1] % 8 == 0,
+        f"pack_int4: the last dimension is {codes.shape[-1]}; it must be a multiple of 8",
+        "int4pack.last",
+    )
     if codes.numel():
         low, high = int(codes.min()), int(codes.max())
         require(low >= -8 and high <= 7, f"pack_int4: codes lie in [{low}, {high}]; int4 holds [-8, 7]")

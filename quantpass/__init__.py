@@ -1,9 +1,12 @@
 """quantpass: fuse dequantize -> matmul -> (quantize) in FX graphs into Ascend's quantized matmul operators."""
 
 from quantpass import ir as _ir
+from quantpass import nn
 from quantpass.backend import backend
+from quantpass.checking import check_op
 from quantpass.doors import diff, explain, fuse
 from quantpass.lowering import reference as _reference
+from quantpass.lowering.emulation import emulate_npu
 from quantpass.records import Numerics, Plan, Reject, Site, TensorSpec
 from quantpass.report import Report
 from quantpass.version import __version__
@@ -17,9 +20,12 @@ __all__ = [
     "TensorSpec",
     "__version__",
     "backend",
+    "check_op",
     "diff",
+    "emulate_npu",
     "explain",
     "fuse",
+    "nn",
 ]
 
 del _ir, _reference  # imported for the operators that they define

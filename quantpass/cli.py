@@ -1,15 +1,19 @@
-"""The command line: ``quantpass explain MODULE:FACTORY``."""
+"""The command line: ``quantpass explain``, ``check-op``, ``chips``."""
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
-from quantpass import doors
+from quantpass import checking, doors, tables
+from quantpass.chips import chip_named
+from quantpass.records import TensorSpec
 from quantpass.version import __version__
 
 
@@ -53,6 +57,76 @@ def explain(
         report.to_html(html_path)
     if require_all and (report.fused < report.total or not report.total):
         raise click.exceptions.Exit(1)
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("op")
+@click.argument("arguments", nargs=-1, metavar="[NAME=VALUE]...")
+@click.option("--target", "-t", required=True, help="Chip or SoC name.")
+@click.option("--mode", type=click.Choice(["graph", "eager"]), default="graph", help="Whose rules: GE graphs or aclnn.")
+@click.option("--allow", multiple=True, help="A contradicted rule to lift; repeat for several.")
+def check_op(op: str, arguments: tuple[str, ...], target: str, mode: str, allow: tuple[str, ...]) -> None:
+    """Say whether one operator call is legal on a chip, why not, and what would be.
+
+    \b
+    A tensor is NAME=DTYPE[SIZES] with :NZ for FRACTAL_NZ and :T for a transposed view, anything else a value:
+      quantpass check-op npu_quant_matmul -t ascend310p x1=int8[16,512] x2=int8[512,128]:NZ:T \\
+          scale=int64[128] bias=float16[128] output_dtype=float16
+    Exit status 1 where the call is not legal.
+    """
+    try:
+        given = dict(parse_argument(a) for a in arguments)
+        verdict = checking.check_op(op, target=target, mode=mode, allow=allow, **given)
+    except (TypeError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(str(verdict))
+    if not verdict.legal:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("target", required=False)
+@click.option("--markdown", is_flag=True, help="Every chip, as the documentation's page.")
+def chips(target: str | None, markdown: bool) -> None:
+    """Show what each chip supports."""
+    if markdown:
+        click.echo(tables.markdown(), nl=False)
+        return
+    if target is None:
+        click.echo(tables.chip_overview())
+        click.echo("\nquantpass chips TARGET shows one chip's tables.")
+        return
+    try:
+        chip = chip_named(target)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    for title, table in tables.chip_tables(chip):
+        click.echo(f"{title}\n\n{table}\n")
+
+
+_TENSOR = re.compile(r"(?P<dtype>\w+)\[(?P<sizes>[\d,\s]*)\](?P<marks>(:NZ|:ND|:T)*)$")
+
+
+def parse_argument(text: str) -> tuple[str, Any]:
+    """``x2=int8[512,128]:NZ:T`` as a name and a TensorSpec; other values as dtype, number, truth value or text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{text!r} is not NAME=VALUE, e.g. x1=int8[16,512] or output_dtype=float16")
+    match = _TENSOR.match(value)
+    if match:
+        dtype = getattr(torch, match["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{name}: {match['dtype']!r} is no dtype; use names such as int8, float16, int64")
+        sizes = tuple(int(s) for s in match["sizes"].split(",") if s.strip())
+        marks = match["marks"].split(":")
+        return name, TensorSpec(dtype, sizes, "NZ" if "NZ" in marks else "ND", "T" in marks)
+    named = getattr(torch, value, None)
+    if isinstance(named, torch.dtype):
+        return name, named
+    words = {"None": None, "True": True, "False": False}
+    if value in words:
+        return name, words[value]
+    return name, int(value) if re.fullmatch(r"-?\d+", value) else value
 
 
 def load_factory(text: str) -> tuple[Any, tuple[Any, ...]]:

@@ -7,6 +7,7 @@ What they compute is defined by their CPU kernels in :mod:`quantpass.lowering.re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? pertoken_scale=None, "
-    "Tensor? bias=None, ScalarType? output_dtype=None, bool transpose_x1=False, bool transpose_x2=False, "
-    "bool saturate=False) -> Tensor",
+    "Tensor? bias=None, ScalarType? output_dtype=None, int[]? group_sizes=None, bool transpose_x1=False, "
+    "bool transpose_x2=False, bool saturate=False) -> Tensor",
     tags=_PURE,
 )
 LIBRARY.define("trans_quant_param(Tensor scale, Tensor? offset=None, int round_mode=0) -> Tensor", tags=_PURE)
@@ -42,10 +43,16 @@ LIBRARY.define("pack_int4(Tensor codes) -> Tensor", tags=_PURE)
 OUTPUT_DTYPES = (torch.int8, torch.float16, torch.bfloat16, torch.int32, torch.float32)
 
 
-def require(condition: Any, message: str) -> None:
-    """Raise ``ValueError(message)`` unless ``condition``; a symbolic condition becomes a guard."""
+def require(condition: Any, message: str, rule: str = "") -> None:
+    """Raise ``ValueError`` unless ``condition``; a symbolic condition becomes a guard.
+
+    Args:
+        condition: what must hold.
+        message: the argument, its value, and what is accepted.
+        rule: the legality rule that says so, added to the message.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(f"{message} [{rule}]" if rule else message)
 
 
 def matrix_shape(t: torch.Tensor, transposed: bool) -> tuple[Any, Any]:
@@ -90,11 +97,12 @@ def _quant_matmul_fake(
     pertoken_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     output_dtype: torch.dtype | None = None,
+    group_sizes: Sequence[int] | None = None,
     transpose_x1: bool = False,
     transpose_x2: bool = False,
     saturate: bool = False,
 ) -> torch.Tensor:
-    del scale, offset, pertoken_scale, bias, saturate
+    del scale, offset, pertoken_scale, bias, group_sizes, saturate
     for name, t in (("x1", x1), ("x2", x2)):
         require(t.dim() >= 2, f"quant_matmul: {name} has rank {t.dim()}; it must be at least 2")
     m, k1 = matrix_shape(x1, transpose_x1)

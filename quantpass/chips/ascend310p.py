@@ -1,6 +1,6 @@
 """Atlas inference series (Ascend 310P): int8 weights in FRACTAL_NZ, float16 and int8 results, one scale a column."""
 
-from quantpass.chips import quant_matmul, weight_quant_matmul
+from quantpass.chips import companions, quant_matmul, weight_quant_matmul
 from quantpass.chips.calls import QMM, WQMM
 from quantpass.chips.rules import Chip, WeightLayout
 
@@ -14,8 +14,10 @@ ASCEND310P = Chip(
     rules=(
         *quant_matmul.rules(quant_matmul.ROWS_310P, "310p", quant_matmul.HINT_310P),
         *quant_matmul.LAYOUT_310P,
+        *quant_matmul.GROUPED_310P,
         *weight_quant_matmul.rules(weight_quant_matmul.ROWS_310P, "310p", weight_quant_matmul.HINT_310P),
         *weight_quant_matmul.RULES_310P,
+        *companions.RULES_310P,
     ),
     layouts={QMM: (_NZ,), WQMM: (_NZ,)},
     saturates=True,

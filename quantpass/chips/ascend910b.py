@@ -1,6 +1,6 @@
 """Atlas A2 (Ascend 910B): bfloat16, per-token scales, int32 results, int4 weights."""
 
-from quantpass.chips import quant_matmul, weight_quant_matmul
+from quantpass.chips import companions, quant_matmul, weight_quant_matmul
 from quantpass.chips.calls import QMM, WQMM
 from quantpass.chips.rules import Chip, WeightLayout
 
@@ -13,9 +13,12 @@ ASCEND910B = Chip(
     soc_prefixes=("Ascend910B",),
     rules=(
         *quant_matmul.rules(quant_matmul.ROWS_A2, "a2", quant_matmul.HINT_A2),
+        *quant_matmul.INT4_A2,
         *quant_matmul.NZ_DEGENERATE,
+        *quant_matmul.GROUPED_A2,
         *weight_quant_matmul.rules(weight_quant_matmul.ROWS_A2, "a2", weight_quant_matmul.HINT_A2),
         *weight_quant_matmul.RULES_A2,
+        *companions.RULES_A2,
     ),
     layouts={QMM: (_NZ, _ND), WQMM: (_NZ, _ND)},
     eager_layouts={QMM: (_NZ, _ND), WQMM: (_ND,)},

@@ -45,7 +45,7 @@ class OpCall:
             return _qmm_sizes(self)
         if self.op == WQMM:
             return _wqmm_sizes(self)
-        return {}
+        return _last_size(self)
 
 
 def packed_int4(spec: TensorSpec | None) -> bool:
@@ -62,6 +62,14 @@ def _matrix_sizes(spec: TensorSpec, rows: str, columns: str) -> dict[str, Any]:
     return {rows: r, columns: c}
 
 
+def _last_size(call: OpCall) -> dict[str, Any]:
+    """The last dimension of the tensor that an elementwise operator works on, unpacked."""
+    spec = call.tensor("input") or call.tensor("x")
+    if spec is None or not spec.shape:
+        return {}
+    return {"last": spec.shape[-1] * (INT4_PER_INT32 if packed_int4(spec) else 1)}
+
+
 def _qmm_sizes(call: OpCall) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
     x1, x2 = call.tensor("x1"), call.tensor("x2")
@@ -70,6 +78,9 @@ def _qmm_sizes(call: OpCall) -> dict[str, Any]:
         sizes |= {"m": r, "k": c * INT4_PER_INT32 if packed_int4(x1) else c}
     if x2 is not None:
         sizes |= _matrix_sizes(x2, "k_of_x2", "n")
+    group = (call.args.get("group_sizes") or (0,))[-1]
+    if group > 0 and isinstance(sizes.get("k"), int):
+        sizes["groups"] = -(-sizes["k"] // group)
     return sizes
 
 
@@ -81,6 +92,6 @@ def _wqmm_sizes(call: OpCall) -> dict[str, Any]:
     if weight is not None:
         sizes |= _matrix_sizes(weight, "k_of_weight", "n")
     group = call.args.get("antiquant_group_size") or 0
-    if group and isinstance(sizes.get("k"), int):
+    if group > 0 and isinstance(sizes.get("k"), int):
         sizes["groups"] = -(-sizes["k"] // group)
     return sizes

@@ -7,7 +7,7 @@ import torch
 from quantpass.chips.calls import QMM, packed_int4
 from quantpass.chips.requirements import (
     Broadcasts,
-    DtypeIs,
+    DtypeIn,
     DtypeTable,
     EqualSizes,
     Layout,
@@ -19,14 +19,17 @@ from quantpass.chips.requirements import (
     SameDtype,
     Shape,
     Size,
+    Value,
 )
-from quantpass.chips.rules import Rule, When, both, in_nz, transposed
+from quantpass.chips.rules import Rule, When, both, dtype_is, in_nz, transposed
 
 I8, I32, I64 = torch.int8, torch.int32, torch.int64
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 COLUMNS = ("x1", "x2", "scale", "offset", "bias", "pertoken_scale", "output_dtype")
 EAGER = ("eager",)
+GROUPED = When("group_sizes given", lambda call: any(call.args.get("group_sizes") or ()))
+UNGROUPED = When("no group_sizes", lambda call: not any(call.args.get("group_sizes") or ()))
 INT4 = When("int4 packed in int32", lambda call: packed_int4(call.tensor("x1")) or packed_int4(call.tensor("x2")))
 
 
@@ -98,7 +101,7 @@ def rules(dtypes: DtypeTable, chip: str, hint: str) -> tuple[Rule, ...]:
         Rule("qmm.x2.rank", QMM, Rank("x2", 2, 6), _module("variables: weight has 2 to 6 dimensions"), "documented, code, probed"),
         Rule("qmm.empty", QMM, NotEmpty(("x1", "x2", "scale")), _module("constraints: x1, weight, scale may not be empty"), "documented, code"),
         Rule("qmm.same_dtype", QMM, SameDtype("x2", "x1"), _module("variables: weight has the dtype of x1"), "documented, code",
-             hint="A8W4 (int8 x1, int32-packed x2) has a recipe of its own that is newer than the module's document"),
+             hint="A8W4 (int8 x1, int32-packed x2) has a recipe of its own that is newer than the module's document", when=UNGROUPED),
         Rule("qmm.k", QMM, EqualSizes("k", "k_of_x2", "x1 (..., m, k) and x2 (..., k, n) with the same k"),
              "QuantMatmulKernelNpuOpApi.cpp", "documented, code"),
         Rule("qmm.batch", QMM, Broadcasts("x1", "x2"), "QuantMatmulKernelNpuOpApi.cpp:79-102", "code, probed"),
@@ -106,21 +109,44 @@ def rules(dtypes: DtypeTable, chip: str, hint: str) -> tuple[Rule, ...]:
              hint="A2/A3 lift the limit in code for some calls (aclnnQuantMatmulV4.md:324-325); the documents do not"),
         Rule("qmm.n.range", QMM, Size("n", 1, 65535), _module("constraints: last dimension at most 65535"), "documented, code"),
         Rule("qmm.m.range", QMM, Size("m", 1, 65535), "aclnnQuantMatmulV3.md:348-349", "code", when=transposed("x1")),
-        Rule("qmm.scale.shape", QMM, Shape("scale", (("n",), (1,))), _module("variables: scale is (t,), t = 1 or n"), "documented, code"),
-        Rule("qmm.offset.shape", QMM, Shape("offset", (("n",), (1,))), _module("variables: offset is (t,), t = 1 or n"), "documented, code"),
+        Rule("qmm.scale.shape", QMM, Shape("scale", (("n",), (1,))), _module("variables: scale is (t,), t = 1 or n"), "documented, code", when=UNGROUPED),
+        Rule("qmm.offset.shape", QMM, Shape("offset", (("n",), (1,))), _module("variables: offset is (t,), t = 1 or n"), "documented, code", when=UNGROUPED),
         Rule("qmm.pertoken.shape", QMM, Shape("pertoken_scale", (("m",),)), _module("variables: pertoken_scale is (m,)"), "documented, code",
-             hint="flatten x1 to (m, k) and the scale to (m,)"),
+             hint="flatten x1 to (m, k) and the scale to (m,)", when=UNGROUPED),
         Rule("qmm.bias.shape", QMM, QmmBias(), _module("variables: bias is (n,) or (batch, 1, n)"), "documented, code, probed"),
-        Rule(f"qmm.{chip}.dtypes", QMM, dtypes, _module("constraints: table of dtypes"), "documented, code", hint=hint),
-        Rule("qmm.int4.x1", QMM, Layout("x1", transposed=False), _module("constraints: int4: x1 is (m, k/8) and contiguous"), "documented, code", when=INT4),
-        Rule("qmm.int4.x2.rank", QMM, Rank("x2", 2, 2), _module("variables: an int32 weight has 2 dimensions"), "documented, code", when=INT4),
-        Rule("qmm.int4.bias", QMM, Rank("bias", 1, 1), "quant_matmul_checker.cpp:997-1002", "code", when=INT4),
-        Rule("qmm.int4.n", QMM, Size("n", 8, None, 8), _module("constraints: int4: n a multiple of 8"), when=INT4),
-        Rule("qmm.int4.nz.graph", QMM, Layout("x2", format="ND"), "quant_batch_matmul_v3_def.cpp: no INT4 line in NZ", "code", when=INT4, modes=("graph",)),
-        Rule("qmm.int4.nz.eager", QMM, DtypeIs("scale", (F32,)), "QuantMatmulKernelNpuOpApi.cpp:299-316,335", "code",
-             when=both(INT4, in_nz("x2")), modes=EAGER, hint="leave an int4 weight in ND"),
+        Rule(f"qmm.{chip}.dtypes", QMM, dtypes, _module("constraints: table of dtypes"), "documented, code", when=UNGROUPED, hint=hint),
     )  # fmt: skip
 
+
+_NEWER = "newer than LinearQuant.md: npu_quant_matmul.md; aclnnQuantMatmulV5.md"
+
+ROWS_GROUPED = DtypeTable(
+    COLUMNS,
+    (
+        Row(((I32,), (I32,), (F32,), (F16, None), NO, (F32,), (BF16, F16))),
+        Row(((I8,), (I32,), (I64,), (F32, None), NO, (F32,), (BF16, F16))),
+    ),
+    defaults={"output_dtype": I8},
+)
+
+GROUPED_A2 = (
+    Rule("qmm.group", QMM, Value("group_sizes", lambda v, call: False, "no group_sizes"), _NEWER, "code", when=GROUPED, modes=EAGER, contradicted=True,
+         hint="the A4W4 per-group and A8W4 forms are in the operator's document and code; torch_npu 2.13.0's own shape function rejects some of them"),
+    Rule("qmm.group.graph", QMM, Value("group_sizes", lambda v, call: False, "no group_sizes in graph mode"), "quantmatmul.py:244-260: the converter drops them", "code", when=GROUPED, modes=("graph",)),
+    Rule("qmm.group.size", QMM, Value("group_sizes", lambda v, call: len(v) == 3 and v[0] in (0, 1) and v[1] in (0, 1) and v[2] == 256, "group_sizes [0, 0, 256] or [1, 1, 256]", lambda v, call: [0, 0, 256]),
+         _NEWER, "documented, code", when=GROUPED),
+    Rule("qmm.group.k", QMM, Size("k", 256, None, 256), _NEWER, "documented, code", when=GROUPED),
+    Rule("qmm.group.scale", QMM, Shape("scale", (("groups", "n"),)), _NEWER, "documented, code", when=GROUPED),
+    Rule("qmm.group.offset", QMM, Shape("offset", (("groups", "n"),)), _NEWER, "documented, code", when=both(GROUPED, dtype_is("x1", I32))),
+    Rule("qmm.group.a8w4.offset", QMM, Shape("offset", (("n",),)), _NEWER, "code", when=both(GROUPED, dtype_is("x1", I8)),
+         hint="it must hold 8 * sum_k(scale * weight): the kernel multiplies x - 8"),
+    Rule("qmm.group.pertoken", QMM, Shape("pertoken_scale", (("m", 1), ("m",))), _NEWER, "code", when=GROUPED),
+    Rule("qmm.group.dtypes", QMM, ROWS_GROUPED, _NEWER, "documented, code", when=GROUPED),
+)  # fmt: skip
+
+GROUPED_310P = (
+    Rule("qmm.310p.group", QMM, Value("group_sizes", lambda v, call: False, "no group_sizes"), _NEWER, "documented", when=GROUPED),
+)  # fmt: skip
 
 HINT_310P = (
     "this chip returns float16 or int8, takes an int32 bias and no scale per token: quantize activations with one "
@@ -129,6 +155,16 @@ HINT_310P = (
 HINT_A2 = (
     "float16 and int8 results take an int64 scale word and an int32 bias; bfloat16 and per-token ones a float scale"
 )
+
+INT4_A2 = (
+    Rule("qmm.int4.x1", QMM, Layout("x1", transposed=False), _module("constraints: int4: x1 is (m, k/8) and contiguous"), "documented, code", when=INT4),
+    Rule("qmm.int4.x2.rank", QMM, Rank("x2", 2, 2), _module("variables: an int32 weight has 2 dimensions"), "documented, code", when=INT4),
+    Rule("qmm.int4.bias", QMM, Rank("bias", 1, 1), "quant_matmul_checker.cpp:997-1002", "code", when=INT4),
+    Rule("qmm.int4.n", QMM, Size("n", 8, None, 8), _module("constraints: int4: n a multiple of 8"), when=INT4),
+    Rule("qmm.int4.nz.graph", QMM, Layout("x2", format="ND"), "quant_batch_matmul_v3_def.cpp: no INT4 line in NZ", "code", when=INT4, modes=("graph",)),
+    Rule("qmm.int4.nz.eager", QMM, DtypeIn("scale", (F32,)), "QuantMatmulKernelNpuOpApi.cpp:299-316,335", "code",
+         when=both(INT4, in_nz("x2")), modes=EAGER, hint="leave an int4 weight in ND"),
+)  # fmt: skip
 
 NZ_DEGENERATE = (
     Rule("qmm.nz.k", QMM, Size("k", 2), "quant_matmul_checker.cpp:818-823", "code", when=in_nz("x2"), hint="leave this weight in ND"),

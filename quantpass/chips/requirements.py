@@ -268,7 +268,7 @@ class SameDtype:
 
 
 @dataclass(frozen=True, slots=True)
-class DtypeIs:
+class DtypeIn:
     """A tensor, where it is given, has one of the given dtypes."""
 
     arg: str
@@ -306,11 +306,11 @@ class Layout:
 
     def check(self, call: OpCall) -> list[Finding]:
         spec = call.tensor(self.arg)
-        if spec is None:
+        if spec is None or spec.rank < 2:
             return []
         format_ok = self.format is None or spec.format == self.format
         # A matrix with a dimension of 1 is its own transpose as far as strides can tell.
-        either = spec.rank >= 2 and any(isinstance(s, int) and s == 1 for s in spec.shape[-2:])
+        either = any(isinstance(s, int) and s == 1 for s in spec.shape[-2:])
         turned_ok = self.transposed is None or spec.transposed == self.transposed or either
         if format_ok and turned_ok:
             return []

@@ -7,7 +7,7 @@ import torch
 from quantpass.chips.calls import WQMM, OpCall
 from quantpass.chips.requirements import (
     Absent,
-    DtypeIs,
+    DtypeIn,
     DtypeTable,
     EqualSizes,
     Layout,
@@ -82,7 +82,6 @@ def rules(dtypes: DtypeTable, chip: str, hint: str) -> tuple[Rule, ...]:
         Rule("wqmm.k.range", WQMM, Size("k", 1, 65535), _module("constraints: K, N in [1, 65535]"), "documented, code"),
         Rule("wqmm.n.range", WQMM, Size("n", 1, 65535), _module("constraints: K, N in [1, 65535]"), "documented, code"),
         Rule("wqmm.m.range", WQMM, Size("m", 1, 2**31 - 1), _module("constraints: M in [1, 2^31-1]"), "documented, code"),
-        Rule("wqmm.m.range.transposed", WQMM, Size("m", 1, 65535), _module("constraints: M in [1, 65535] where x is transposed"), "documented, code", when=transposed("x")),
         Rule("wqmm.scale.shape", WQMM, Shape("antiquant_scale", (*PER_CHANNEL, (1,), (1, 1))), _module("variables: antiquant_scale"), "documented, code", when=grouped(False)),
         Rule("wqmm.scale.shape.group", WQMM, Shape("antiquant_scale", (("groups", "n"),)), _module("variables: antiquant_scale per group"), "documented, code", when=grouped()),
         Rule("wqmm.offset.shape", WQMM, SameShape("antiquant_offset", "antiquant_scale"), _module("constraints: antiquant_scale and antiquant_offset have one shape"), "documented, code"),
@@ -93,7 +92,6 @@ def rules(dtypes: DtypeTable, chip: str, hint: str) -> tuple[Rule, ...]:
              hint="a group of K rows is per-channel: drop the group size and give one scale for each column"),
         Rule("wqmm.inner_precise", WQMM, Value("inner_precise", lambda v, call: v in (0, 1), "inner_precise 0 or 1", lambda v, call: 0),
              _module("parameters: inner_precise"), "documented, code"),
-        Rule("wqmm.quant_offset", WQMM, Present("quant_scale"), _module("constraints: quant_offset needs quant_scale"), "documented, code", when=given("quant_offset")),
         Rule(f"wqmm.{chip}.dtypes", WQMM, dtypes, _module("inputs and variables: dtypes"), "documented, code", hint=hint),
     )  # fmt: skip
 
@@ -119,6 +117,8 @@ RULES_310P = (
 )  # fmt: skip
 
 RULES_A2 = (
+    Rule("wqmm.m.range.transposed", WQMM, Size("m", 1, 65535), _module("constraints: M in [1, 65535] where x is transposed"), "documented, code", when=transposed("x")),
+    Rule("wqmm.quant_offset", WQMM, Present("quant_scale"), _module("constraints: quant_offset needs quant_scale"), "documented, code", when=given("quant_offset")),
     Rule("wqmm.x.rank", WQMM, Rank("x", 2, 2), _module("inputs: x is (M, K)"), "documented, code", hint="flatten x to (m, k)"),
     Rule("wqmm.scale.dtype", WQMM, SameDtype("antiquant_scale", "x"), _module("variables: antiquant_scale has the dtype of x"), "documented, code", when=NO_INT64_SCALE),
     Rule("wqmm.offset.dtype", WQMM, SameDtype("antiquant_offset", "antiquant_scale"), _module("variables: antiquant_offset has the dtype of antiquant_scale"), "documented, code", when=NO_INT64_SCALE),
@@ -152,7 +152,7 @@ RULES_A2 = (
     Rule("wqmm.int64.no_group", WQMM, Value("antiquant_group_size", lambda v, call: v == 0, "no groups", lambda v, call: 0), _module("variables: int64 antiquant_scale is per channel"), "documented, code", when=INT64_SCALE),
     Rule("wqmm.int64.x", WQMM, Layout("x", transposed=False), _module("variables: int64 antiquant_scale: x not transposed"), "documented, code", when=INT64_SCALE),
     Rule("wqmm.int64.weight", WQMM, Layout("weight", "ND", True), _module("variables: int64 antiquant_scale: weight in ND, transposed"), "documented, code", when=INT64_SCALE),
-    Rule("wqmm.int64.weight.dtype", WQMM, DtypeIs("weight", (I8,)), _module("variables: int64 antiquant_scale: weight int8"), "documented, code", when=INT64_SCALE),
+    Rule("wqmm.int64.weight.dtype", WQMM, DtypeIn("weight", (I8,)), _module("variables: int64 antiquant_scale: weight int8"), "documented, code", when=INT64_SCALE),
     Rule("wqmm.int64.m", WQMM, Size("m", 1, 96), _module("variables: int64 antiquant_scale: M in [1, 96]"), "documented, code", when=INT64_SCALE),
     Rule("wqmm.int64.k", WQMM, Size("k", 64, None, 64), _module("variables: int64 antiquant_scale: K a multiple of 64"), "documented, code", when=INT64_SCALE),
     Rule("wqmm.int64.n", WQMM, Size("n", 64, None, 64), _module("variables: int64 antiquant_scale: N a multiple of 64"), "documented, code", when=INT64_SCALE),

@@ -1,0 +1,312 @@
+"""``npu_weight_quant_batchmatmul``: what it computes, kernel template by kernel template.
+
+On A2/A3 the vendor's library picks one of several kernels by shape, and they round differently. ``template`` names the
+arithmetic: ``"custom"`` (the documented one, and the default), ``"msd"``, ``"fixpipe"``, ``"310p"``, or ``"auto"`` for
+what the library would pick. docs/semantics.md, section 2, states each and what is not known about it.
+"""
+
+from __future__ import annotations
+
+import torch
+from quantpass.lowering.int4 import unpack_int4
+from quantpass.lowering.integer_matmul import int_matmul
+from quantpass.lowering.quant_matmul import requantize, scale_and_offset, to_float
+from quantpass.lowering.scale_words import unpack_scale_word
+
+from quantpass.ir import matrix_shape, require
+
+TEMPLATES = ("custom", "msd", "fixpipe", "310p", "auto")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def weight_quant_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    antiquant_scale: torch.Tensor,
+    antiquant_offset: torch.Tensor | None = None,
+    quant_scale: torch.Tensor | None = None,
+    quant_offset: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    antiquant_group_size: int = 0,
+    inner_precise: int = 0,
+    *,
+    transpose_x: bool = False,
+    transpose_weight: bool = False,
+    template: str = "custom",
+    saturate: bool = False,
+) -> torch.Tensor:
+    """``x @ ((weight + antiquant_offset) * antiquant_scale) + bias``.
+
+    The custom template dequantizes the weight in float16 where x is float16 (two roundings) and in float32, rounded
+    once to x's dtype, where it is not; products accumulate in float32, the bias enters the accumulator.
+
+    Args:
+        x: ``(..., M, K)`` float16, bfloat16 or float32; stored ``(..., K, M)`` where ``transpose_x``.
+        weight: ``(K, N)`` int8, or int4 packed in int32 along the stored last axis; stored ``(N, K)`` where
+            ``transpose_weight``.
+        antiquant_scale: ``(1,)``, ``(N,)``, ``(1, N)`` or, with groups, ``(ceil(K / group), N)``; the dtype of x, or
+            int64 words (per channel, float16 x).
+        antiquant_offset: the same shape; **added** to the codes (minus the zero point). The dtype of the scale; int32
+            with an int64 scale.
+        quant_scale: ``(1,)``, ``(N,)`` or ``(1, N)``: float32 or an int64 word; makes the output int8.
+        quant_offset: float32; read only where ``quant_scale`` is float32 (an int64 word carries its own offset).
+        bias: ``(N,)`` or ``(1, N)``, floating.
+        antiquant_group_size: rows of K that share a scale; 0 for all.
+        inner_precise: 1 recombines the planes of the grouped int4 MSD template in float16.
+        transpose_x: x is stored ``(..., K, M)``.
+        transpose_weight: weight is stored ``(N, K)``.
+        template: one of ``TEMPLATES``.
+        saturate: float16 overflow gives the largest finite number (310P) instead of infinity (A2/A3).
+
+    Raises:
+        ValueError: an argument that the operator does not take; the message names it.
+
+    Source: LinearWeightQuant.md; npu_weight_quant_batchmatmul.md; docs/semantics.md, section 2.
+    """
+    require(template in TEMPLATES, f"weight_quant_matmul: template is {template!r}; accepted: {TEMPLATES}")
+    require(
+        x.dtype in _FLOATS,
+        f"weight_quant_matmul: x is {x.dtype}; it must be float16, bfloat16 or float32",
+        "cpu.wqmm.dtypes.x",
+    )
+    require(
+        inner_precise in (0, 1),
+        f"weight_quant_matmul: inner_precise is {inner_precise}; it must be 0 or 1",
+        "wqmm.inner_precise",
+    )
+    left = x.transpose(-2, -1) if transpose_x else x
+    codes = weight_codes(weight, transpose_weight)
+    k, n = codes.shape
+    require(left.shape[-1] == k, f"weight_quant_matmul: x has K = {left.shape[-1]} and weight has K = {k}", "wqmm.k")
+    scale, offset = _parameters(antiquant_scale, antiquant_offset, x.dtype, k, n, antiquant_group_size)
+    added = _bias(bias, n)
+    if template == "auto":
+        template = chosen_template(
+            x, weight, antiquant_scale, quant_scale, antiquant_group_size, transpose_x, transpose_weight
+        )
+    if template == "msd":
+        require(antiquant_scale.dtype != torch.int64, "weight_quant_matmul: the msd template takes no int64 scale")
+        planes = _INT4_PLANES if weight.dtype == torch.int32 else _INT8_PLANES
+        acc = _msd(left, codes, scale, offset, antiquant_group_size, planes, bool(inner_precise))
+    else:
+        w = _dequantized(codes, scale, offset, x.dtype)
+        acc = left.to(torch.float32) @ w.to(torch.float32)
+    if added is not None:
+        acc = acc + added
+    if quant_scale is None:
+        require(
+            quant_offset is None, "weight_quant_matmul: quant_offset is given without quant_scale", "wqmm.quant_offset"
+        )
+        return _half_away(acc, x.dtype, saturate) if template == "msd" else to_float(acc, x.dtype, saturate)
+    offsets = None if quant_offset is None else quant_offset.reshape(-1)
+    factor, word_offset = scale_and_offset(quant_scale.reshape(-1), offsets)
+    return requantize(acc * factor, word_offset)
+
+
+def chosen_template(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    antiquant_scale: torch.Tensor,
+    quant_scale: torch.Tensor | None,
+    group_size: int,
+    transpose_x: bool,
+    transpose_weight: bool,
+) -> str:
+    """What the A2/A3 library would pick, of the templates that are modelled.
+
+    Source: weight_quant_batch_matmul_v2_tiling_registry.cpp:33-54, tiling_msd.cpp:104-155, tiling_fixpipe.cpp:67-123.
+    """
+    if antiquant_scale.dtype == torch.int64:
+        return "fixpipe"
+    k, n = matrix_shape(weight, transpose_weight)
+    m = x.shape[-1] if transpose_x else x.shape[-2]
+    if transpose_x or quant_scale is not None or x.dtype == torch.float32:
+        return "custom"
+    if weight.dtype == torch.int8:
+        # Above these sizes the library splits K in a variant whose factors are not modelled.
+        fits = group_size == 0 and m <= 64 and k % 32 == 0 and n % 32 == 0 and k <= 13696 and n <= 32000
+        return "msd" if fits else "custom"
+    if group_size == 0:
+        return "msd" if m <= 64 and k % 32 == 0 and n % 32 == 0 and transpose_weight and n >= 2 * m else "custom"
+    fits = group_size in (64, 128) and m <= group_size // 8 and k % group_size == 0 and n % 64 == 0
+    return "msd" if fits and not transpose_weight else "custom"
+
+
+def dequantize_weight(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    dtype: torch.dtype,
+    group_size: int = 0,
+    *,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """``(weight + offset) * scale`` as ``(K, N)`` in ``dtype``, rounded as the custom template rounds it."""
+    codes = weight_codes(weight, transposed)
+    wide_scale, wide_offset = _parameters(scale, offset, dtype, *codes.shape, group_size)
+    return _dequantized(codes, wide_scale, wide_offset, dtype)
+
+
+def weight_codes(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """The integers of a stored weight as an int8 ``(K, N)`` view."""
+    require(
+        weight.dim() == 2,
+        f"weight_quant_matmul: weight has rank {weight.dim()}; it must be a matrix",
+        "wqmm.weight.rank",
+    )
+    known = weight.dtype in (torch.int8, torch.int32)
+    require(
+        known,
+        f"weight_quant_matmul: weight is {weight.dtype}; it must be int8, or int4 in int32",
+        "cpu.wqmm.dtypes.weight",
+    )
+    codes = unpack_int4(weight) if weight.dtype == torch.int32 else weight
+    return codes.t() if transposed else codes
+
+
+def _dequantized(
+    codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    if scale.dtype == torch.int64:  # the fixpipe template: integers, then one FP19 multiplication
+        factor, _ = unpack_scale_word(scale)
+        whole = codes.to(torch.int32) if offset is None else codes.to(torch.int32) + offset
+        return (whole.to(torch.float32) * factor).to(torch.float16)
+    work = torch.float16 if dtype == torch.float16 else torch.float32
+    w = codes.to(work)
+    if offset is not None:
+        w = w + offset.to(work)
+    return (w * scale.to(work)).to(dtype)
+
+
+def _parameters(
+    scale: torch.Tensor, offset: torch.Tensor | None, dtype: torch.dtype, k: int, n: int, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and offset checked and spread, so that both broadcast against ``(K, N)``."""
+    word = scale.dtype == torch.int64
+    if word:
+        fits = dtype == torch.float16 and group_size == 0
+        require(
+            fits,
+            "weight_quant_matmul: an int64 antiquant_scale needs float16 x and one scale a channel",
+            "wqmm.int64.no_group",
+        )
+    else:
+        require(
+            scale.dtype == dtype,
+            f"weight_quant_matmul: antiquant_scale is {scale.dtype}; it must have the dtype of x, {dtype}",
+            "wqmm.scale.dtype",
+        )
+    if offset is not None:
+        same = tuple(offset.shape) == tuple(scale.shape)
+        shapes = f"antiquant_offset is {tuple(offset.shape)}, antiquant_scale {tuple(scale.shape)}"
+        require(same, f"weight_quant_matmul: {shapes}; they must have one shape", "wqmm.offset.shape")
+        wanted = torch.int32 if word else scale.dtype
+        require(
+            offset.dtype == wanted,
+            f"weight_quant_matmul: antiquant_offset is {offset.dtype}; with a {scale.dtype} scale it must be {wanted}",
+            "wqmm.offset.dtype",
+        )
+    spread = _spread(scale, k, n, group_size)
+    return spread, None if offset is None else _spread(offset, k, n, group_size)
+
+
+def _spread(parameter: torch.Tensor, k: int, n: int, group_size: int) -> torch.Tensor:
+    shape = tuple(parameter.shape)
+    if group_size == 0:
+        accepted = ((1,), (1, 1), (n,), (1, n))
+        require(
+            shape in accepted,
+            f"weight_quant_matmul: antiquant_scale has shape {shape}; accepted: {accepted}",
+            "wqmm.scale.shape",
+        )
+        return parameter.reshape(1, -1)
+    require(
+        group_size > 0,
+        f"weight_quant_matmul: antiquant_group_size is {group_size}; it must be 0 or positive",
+        "wqmm.group",
+    )
+    groups = -(-k // group_size)
+    require(
+        shape == (groups, n),
+        f"weight_quant_matmul: antiquant_scale is {shape}; with groups of {group_size} it must be ({groups}, {n})",
+        "wqmm.scale.shape.group",
+    )
+    return parameter.repeat_interleave(group_size, dim=0)[:k]
+
+
+def _bias(bias: torch.Tensor | None, n: int) -> torch.Tensor | None:
+    if bias is None:
+        return None
+    shape = tuple(bias.shape)
+    require(
+        shape in ((n,), (1, n)),
+        f"weight_quant_matmul: bias has shape {shape}; it must be ({n},) or (1, {n})",
+        "wqmm.bias.shape",
+    )
+    require(
+        bias.dtype in _FLOATS, f"weight_quant_matmul: bias is {bias.dtype}; it must be floating", "cpu.wqmm.dtypes.bias"
+    )
+    return bias.reshape(n).to(torch.float32)
+
+
+# -- the MSD templates ---------------------------------------------------------------------------------------------
+# The weight stays integer; x is decomposed into integer planes relative to its largest element, so that the cube
+# multiplies integers: x / max = a1 / s1 + a2 / s2 (+ a3 / s3).
+
+_INT8_PLANES = (127.499, 2 * 127.499**2)
+_INT4_PLANES = (7.49, 7.49 * 14.98, 7.49 * 14.98**2)
+
+
+def _msd(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    group_size: int,
+    planes: tuple[float, ...],
+    fast: bool,
+) -> torch.Tensor:
+    """The accumulator of the multi-scale decomposition templates, ``(..., M, N)`` float32."""
+    k = codes.shape[0]
+    group = group_size or k
+    total: torch.Tensor | None = None
+    for start in range(0, k, group):
+        rows = slice(start, min(start + group, k))
+        part = _msd_group(x[..., rows].to(torch.float32), codes[rows], planes, fast and group_size > 0)
+        if offset is not None:
+            added = offset[start if offset.shape[0] > 1 else 0].to(torch.float32)
+            part = part + x[..., rows].to(torch.float32).sum(-1, keepdim=True) * added
+        part = part * scale[start if scale.shape[0] > 1 else 0].to(torch.float32)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _msd_group(x: torch.Tensor, codes: torch.Tensor, planes: tuple[float, ...], fast: bool) -> torch.Tensor:
+    largest = x.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest == 0, 0.0, 1.0 / largest)
+    # Short rows are divided, long ones multiplied by the reciprocal.
+    u = x * inverse if x.shape[-1] >= 128 else torch.where(largest == 0, 0.0, x / largest)
+    rest, result = u, torch.zeros((*x.shape[:-1], codes.shape[1]), dtype=torch.float16 if fast else torch.float32)
+    for steps in planes:
+        plane = _round_half_away(rest * steps)
+        rest = rest - plane / steps
+        product = int_matmul(plane.to(torch.int8), codes).to(torch.float32) / steps
+        result = result + product.to(result.dtype)
+    return result.to(torch.float32) * largest
+
+
+def _round_half_away(t: torch.Tensor) -> torch.Tensor:
+    return torch.sign(t) * torch.floor(t.abs() + 0.5)
+
+
+def _half_away(t: torch.Tensor, dtype: torch.dtype, saturate: bool) -> torch.Tensor:
+    """Float32 to a 16-bit float with ties away from zero."""
+    nearest = to_float(t, dtype, saturate)
+    if dtype == torch.float32:
+        return nearest
+    tie = (nearest.to(torch.float64) - t.to(torch.float64)).abs() > 0
+    away = torch.nextafter(nearest, torch.where(t >= 0, torch.inf, -torch.inf).to(dtype))
+    middle = (nearest.to(torch.float64) + away.to(torch.float64)) / 2
+    exactly = tie & (middle == t.to(torch.float64))
+    return torch.where(exactly & torch.isfinite(away), away, nearest)

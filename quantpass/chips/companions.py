@@ -1,0 +1,175 @@
+"""Legality of the operators around the two matmuls: parameter packing, quantize, dequantize, format casts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantpass.chips.calls import OpCall
+from quantpass.chips.requirements import DtypeIn, Finding, Layout, NotEmpty, Present, Rank, SameDtype, Shape, Value
+from quantpass.chips.rules import Rule, When
+from quantpass.records import TensorSpec
+from quantpass.torch_internals import statically_true
+
+TQP = "npu_trans_quant_param"
+INT4PACK = "npu_convert_weight_to_int4pack"
+FORMAT_CAST = "npu_format_cast"
+DYNAMIC_QUANT = "npu_dynamic_quant"
+ANTI_QUANT = "npu_anti_quant"
+QUANTIZE = "npu_quantize"
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+GRAPH = ("graph",)
+_NZ, _ND = 29, 2
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleAndOffset:
+    """Shapes of ``npu_trans_quant_param``: 1-D sizes that are equal or 1, or equal ``(1, n)``."""
+
+    @property
+    def want(self) -> str:
+        return "scale (n,), (1,) or (1, n), and an offset whose 1-D size is equal or 1, or that is equal in 2-D"
+
+    def check(self, call: OpCall) -> list[Finding]:
+        scale, offset = call.tensor("scale"), call.tensor("offset")
+        if scale is None:
+            return []
+        if scale.rank not in (1, 2) or (scale.rank == 2 and statically_true(scale.shape[0] == 1) is False):
+            sizes = scale.shape[0] if scale.shape else 1
+            return [Finding(f"scale has shape {scale.shape}", self.want, {"scale": TensorSpec(scale.dtype, (sizes,))})]
+        if offset is None:
+            return []
+        fact = f"scale has shape {scale.shape} and offset has shape {offset.shape}"
+        fix = {"offset": TensorSpec(offset.dtype, scale.shape)}
+        if scale.rank != offset.rank:
+            return [Finding(fact, self.want, fix)]
+        equal = all(statically_true(a == b) is not False for a, b in zip(scale.shape, offset.shape, strict=True))
+        one = scale.rank == 1 and 1 in (scale.shape[0], offset.shape[0])
+        return [] if equal or one else [Finding(fact, self.want, fix)]
+
+
+@dataclass(frozen=True, slots=True)
+class LastMultiple:
+    """The last dimension of a tensor is a multiple of ``of``."""
+
+    arg: str
+    of: int
+
+    @property
+    def want(self) -> str:
+        return f"{self.arg} with a last dimension that is a multiple of {self.of}"
+
+    def check(self, call: OpCall) -> list[Finding]:
+        spec = call.tensor(self.arg)
+        if spec is None or not spec.shape:
+            return []
+        last = spec.shape[-1]
+        holds = statically_true(last % self.of == 0)
+        if holds is True:
+            return []
+        if holds is None:
+            return [Finding(f"{self.arg}'s last dimension {last} % {self.of} == 0", self.want, undecided=True)]
+        fix = {self.arg: TensorSpec(spec.dtype, (*spec.shape[:-1], -(-last // self.of) * self.of))}
+        return [Finding(f"{self.arg} has shape {spec.shape}", self.want, fix)]
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """The operator does not exist on the chip, or in the mode."""
+
+    where: str
+
+    @property
+    def want(self) -> str:
+        return f"another operator: {self.where}"
+
+    def check(self, call: OpCall) -> list[Finding]:
+        return [Finding(f"{call.op} in {call.mode} mode", self.want)]
+
+
+def _is_int4(arg: str) -> When:
+    def test(call: OpCall) -> bool:
+        return call.args.get(arg) in (torch.quint4x2, "quint4x2")
+
+    return When(f"{arg} quint4x2", test)
+
+
+def _one_of(*accepted: Any) -> Any:
+    return lambda value, call: value in accepted
+
+
+DIVIDES = When("div_mode=True", lambda call: call.args.get("div_mode") in (None, True))
+MULTIPLIES = When("div_mode=False", lambda call: call.args.get("div_mode") is False)
+_Q = "npu_quantize.md"
+
+_COMMON = (
+    Rule("tqp.scale.present", TQP, Present("scale"), "npu_trans_quant_param.md: scale"),
+    Rule("tqp.scale.dtype", TQP, DtypeIn("scale", (F32,)), "npu_trans_quant_param.md: scale is float32", "documented",
+         hint="a scale that is int64 already has been converted: don't convert it twice"),
+    Rule("tqp.offset.dtype", TQP, DtypeIn("offset", (F32,)), "npu_trans_quant_param.md: offset is float32"),
+    Rule("tqp.empty", TQP, NotEmpty(("scale", "offset")), "npu_trans_quant_param.md: no empty tensors"),
+    Rule("tqp.shapes", TQP, ScaleAndOffset(), "aclnn_trans_quant_param_v2.cpp:63-108", "documented, code, probed",
+         hint="the document's (g, 1) and (g, n) for grouped matmuls are rejected by the operator"),
+    Rule("tqp.contiguous", TQP, Layout("scale", transposed=False), "npu_trans_quant_param.md: contiguous tensors"),
+    Rule("tqp.round_mode", TQP, Value("round_mode", _one_of(0, 1), "round_mode 0 or 1", lambda v, call: 0),
+         "npu_trans_quant_param.md: round_mode", "documented, code"),
+    Rule("format_cast.input.present", FORMAT_CAST, Present("input"), "npu_format_cast.md: input"),
+    Rule("format_cast.rank", FORMAT_CAST, Rank("input", 2, 6), "FormatCastKernelNpu.cpp:45-56", "code",
+         when=When("acl_format 29", lambda call: call.args.get("acl_format") == _NZ), hint="a vector silently stays in ND"),
+    Rule("format_cast.format", FORMAT_CAST, Value("acl_format", _one_of(_ND, _NZ), "acl_format 2 (ND) or 29 (FRACTAL_NZ)", lambda v, call: _NZ),
+         "npu_format_cast.md: acl_format", "documented", hint="other formats are outside what quantpass knows"),
+    Rule("format_cast.graph", FORMAT_CAST, Unavailable("cast the parameter before compiling"), "no fake kernel, no converter in torch_npu 2.13.0", "probed", modes=GRAPH,
+         hint="quantpass plans the cast in the graph and carries it out on the parameter"),
+    Rule("anti_quant.x.present", ANTI_QUANT, Present("x"), "npu_anti_quant.md: x"),
+    Rule("anti_quant.x.dtype", ANTI_QUANT, DtypeIn("x", (torch.int8, torch.int32)), "npu_anti_quant.md: x"),
+    Rule("anti_quant.scale.dtype", ANTI_QUANT, DtypeIn("scale", (F32, BF16)), "npu_anti_quant.md: scale"),
+    Rule("anti_quant.scale.shape", ANTI_QUANT, Shape("scale", (("last",), (1,))), "npu_anti_quant.md: scale is (1,) or the last dimension",
+         hint="the operator scales along the last dimension only"),
+    Rule("anti_quant.offset.shape", ANTI_QUANT, Shape("offset", (("last",), (1,))), "npu_anti_quant.md: offset"),
+    Rule("anti_quant.offset.dtype", ANTI_QUANT, SameDtype("offset", "scale"), "npu_anti_quant.md: offset"),
+    Rule("anti_quant.dst", ANTI_QUANT, Value("dst_dtype", _one_of(F16, BF16), "dst_dtype float16 or bfloat16", lambda v, call: F16), "npu_anti_quant.md: dst_dtype"),
+    Rule("quantize.input.present", QUANTIZE, Present("input"), f"{_Q}: input"),
+    Rule("quantize.input.dtype", QUANTIZE, DtypeIn("input", (F16, BF16, F32)), f"{_Q}: input"),
+    Rule("quantize.dtype.divide", QUANTIZE, Value("dtype", _one_of(torch.qint8, torch.quint8, torch.qint32, "qint8", "quint8", "qint32"), "dtype qint8, quint8 or qint32 with div_mode=True"),
+         f"{_Q}: dtype", "documented, code", when=DIVIDES, hint="quint4x2 needs div_mode=False"),
+    Rule("quantize.dtype.multiply", QUANTIZE, Value("dtype", _one_of(torch.qint8, torch.quint4x2, "qint8", "quint4x2"), "dtype qint8 or quint4x2 with div_mode=False"),
+         f"{_Q}: dtype", "documented, code", when=MULTIPLIES),
+)  # fmt: skip
+
+_A2_ONLY = (
+    Rule("quantize.int4.last", QUANTIZE, LastMultiple("input", 8), f"{_Q}: quint4x2 packs eight along the last dimension", "documented, code", when=_is_int4("dtype")),
+    Rule("int4pack.weight.present", INT4PACK, Present("weight"), "npu_convert_weight_to_int4pack.md: weight"),
+    Rule("int4pack.dtype", INT4PACK, DtypeIn("weight", (torch.int32,)), "npu_convert_weight_to_int4pack.md: weight is int32", "documented, code"),
+    Rule("int4pack.rank", INT4PACK, Rank("weight", 2, 2), "npu_convert_weight_to_int4pack.md: weight has 2 dimensions", "documented, code"),
+    Rule("int4pack.contiguous", INT4PACK, Layout("weight", transposed=False), "npu_convert_weight_to_int4pack.md: contiguous", "documented, code",
+         hint="a transposed weight is packed as (n, k/8) and viewed transposed"),
+    Rule("int4pack.last", INT4PACK, LastMultiple("weight", 8), "npu_convert_weight_to_int4pack.md: the last dimension a multiple of 8", "documented, code"),
+    Rule("int4pack.graph", INT4PACK, Unavailable("pack the parameter before compiling"), "no fake kernel, no converter in torch_npu 2.13.0", "probed", modes=GRAPH, contradicted=True,
+         hint="its document says that it supports graph mode"),
+    Rule("dynamic_quant.input.present", DYNAMIC_QUANT, Present("input"), "npu_dynamic_quant.md: input"),
+    Rule("dynamic_quant.input", DYNAMIC_QUANT, DtypeIn("input", (F16, BF16)), "npu_dynamic_quant.md: input is float16 or bfloat16"),
+    Rule("dynamic_quant.rank", DYNAMIC_QUANT, Rank("input", 2, 8), "npu_dynamic_quant.md: input has more than one dimension"),
+    Rule("dynamic_quant.smooth.dtype", DYNAMIC_QUANT, SameDtype("smooth_scales", "input"), "npu_dynamic_quant.md: smooth_scales has the dtype of input"),
+    Rule("dynamic_quant.smooth.shape", DYNAMIC_QUANT, Shape("smooth_scales", (("last",),)), "npu_dynamic_quant.md: smooth_scales has the size of the last dimension",
+         when=When("no group_index", lambda call: call.args.get("group_index") is None)),
+    Rule("dynamic_quant.dst", DYNAMIC_QUANT, Value("dst_type", _one_of(torch.int8, torch.qint8, torch.quint4x2, "int8", "qint8", "quint4x2"), "dst_type int8 or quint4x2", lambda v, call: torch.int8),
+         "npu_dynamic_quant.md: dst_type"),
+    Rule("dynamic_quant.int4.last", DYNAMIC_QUANT, LastMultiple("input", 8), "npu_dynamic_quant.md: quint4x2: the last dimension a multiple of 8", when=_is_int4("dst_type")),
+    Rule("dynamic_quant.mode", DYNAMIC_QUANT, Value("quant_mode", _one_of("pertoken", "pertensor"), "quant_mode 'pertoken' or 'pertensor'", lambda v, call: "pertoken"),
+         "npu_dynamic_quant.md: quant_mode"),
+)  # fmt: skip
+
+RULES_A2 = (*_COMMON, *_A2_ONLY)
+
+RULES_310P = (
+    *_COMMON,
+    Rule("int4pack.310p", INT4PACK, Unavailable("int8 weights"), "npu_convert_weight_to_int4pack.md: supported products", "documented"),
+    Rule("dynamic_quant.310p", DYNAMIC_QUANT, Unavailable("a static scale"), "npu_dynamic_quant.md: supported products", "documented", contradicted=True,
+         hint="aclnnDynamicQuant.md lists the Atlas inference series, and kernels for it exist (dynamic_quant_align_310p.h)"),
+    Rule("anti_quant.310p.x", ANTI_QUANT, DtypeIn("x", (torch.int8,)), "npu_anti_quant.md: supported products", "inferred"),
+    Rule("anti_quant.310p.dst", ANTI_QUANT, Value("dst_dtype", _one_of(F16), "dst_dtype float16", lambda v, call: F16), "npu_anti_quant.md: supported products", "inferred"),
+    Rule("quantize.310p.int4", QUANTIZE, Unavailable("int8"), "npu_quantize.md: supported products", "inferred", when=_is_int4("dtype")),
+)  # fmt: skip

@@ -1,0 +1,389 @@
+"""``LinearWeightQuant`` and ``LinearQuant`` of torch_npu.contrib.module, anywhere.
+
+Signatures, defaults, variables, shapes and dtypes are those of the two module documents (LinearWeightQuant.md,
+LinearQuant.md), including the arguments that the module in torch_npu 2.13.0 lacks. The forward emits quantpass's
+fused operators: it runs eagerly on a CPU, under ``torch.compile``, and on an NPU. Every constraint of the documents is
+checked and named by its rule (in eager mode; a compiler sees the operator alone).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantpass.chips import chip_named
+from quantpass.chips.calls import QMM, WQMM, OpCall
+from quantpass.legality import Verdict, judge
+from quantpass.records import TensorSpec
+
+ops = torch.ops.quantpass
+
+
+class _QuantizedLinear(nn.Module):
+    """What the two modules share: parameters that are meant to be replaced, and constraints that are checked."""
+
+    in_features: int
+    out_features: int
+
+    def _parameter(
+        self, name: str, wanted: bool, *shape: int, dtype: torch.dtype | None = None, device: Any = None
+    ) -> None:
+        tensor = torch.empty(shape, dtype=dtype, device=device) if wanted else None
+        self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A quantized module's variables have the dtype and shape of what is assigned, not of what was made.
+        for name, parameter in self._parameters.items():
+            given = state_dict.get(prefix + name)
+            if parameter is None or not isinstance(given, torch.Tensor):
+                continue
+            if (given.dtype, given.shape) != (parameter.dtype, parameter.shape):
+                parameter.data = torch.empty_like(given, device=parameter.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """``in_features=..., out_features=...`` and the weight's dtype."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, weight={self.weight.dtype}"
+
+
+def _spec(t: torch.Tensor | None, *, transposed: bool = False) -> TensorSpec | None:
+    if t is None:
+        return None
+    shape = tuple(t.shape)
+    if transposed and t.dim() >= 2:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    return TensorSpec(t.dtype, shape, transposed=transposed and t.dim() >= 2)
+
+
+def _require(verdict: Verdict, module: str) -> None:
+    if not verdict.legal:
+        broken = "\n".join(f"  {r}" + (f" [{r.doc}]" if r.doc else "") for r in verdict.rejects)
+        raise ValueError(f"{module}: this call breaks\n{broken}")
+
+
+class LinearWeightQuant(_QuantizedLinear):
+    """``y = x @ ((weight + antiquant_offset) * antiquant_scale).T + bias``, possibly quantized to int8.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is a bias.
+        device: where the parameters are made.
+        dtype: dtype of the input x; kept for reference, as in the vendor's module.
+        antiquant_offset: whether the weight has an offset (minus its zero point).
+        quant_scale: whether the output is quantized.
+        quant_offset: whether the output's quantization has an offset; needs ``quant_scale``.
+        antiquant_group_size: 0, or a multiple of 32 in [32, K-1].
+        inner_precise: 0 for precision, 1 for speed (int4 weight in FRACTAL_NZ, per group, M <= 16).
+        weight_dtype: kept for the signature of torch_npu 2.13.0; must be None.
+
+    Variables, to be assigned through ``.data``: weight (N, K) int8, or (N, K/8) int32 with eight int4 each;
+    antiquant_scale and antiquant_offset (N,), (N, 1), (1,) or, with groups, (N, ceil(K / group)); quant_scale (1, N),
+    (N,) or (1,) float32 or int64; quant_offset the same, float32; bias (N,) or (1, N), float16 for float16 x and
+    float32 for bfloat16 x.
+
+    Source: LinearWeightQuant.md.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        antiquant_offset: bool = False,
+        quant_scale: bool = False,
+        quant_offset: bool = False,
+        antiquant_group_size: int = 0,
+        inner_precise: int = 0,
+        weight_dtype: None = None,
+    ) -> None:
+        super().__init__()
+        if quant_offset and not quant_scale:
+            raise ValueError(
+                "LinearWeightQuant: quant_offset=True needs quant_scale=True (LinearWeightQuant.md, constraints)"
+            )
+        if weight_dtype is not None:
+            raise ValueError(
+                f"LinearWeightQuant: weight_dtype is {weight_dtype}; only None (int8, or int4 in int32) is known"
+            )
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self._parameter("weight", True, out_features, in_features, device=device)
+        self._parameter("antiquant_scale", True, out_features, device=device)
+        self._parameter("antiquant_offset", antiquant_offset, out_features, device=device)
+        self._parameter("quant_scale", quant_scale, out_features, device=device)
+        self._parameter("quant_offset", quant_offset, out_features, device=device)
+        self._parameter("bias", bias, out_features, device=device)
+        self.antiquant_group_size, self.inner_precise = antiquant_group_size, inner_precise
+        self.weight_dtype = weight_dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the module.
+
+        Args:
+            x: (M, K), float16 or bfloat16.
+
+        Returns:
+            (M, N) in the dtype of x, or int8 with a ``quant_scale``.
+
+        Raises:
+            ValueError: a constraint of the document is broken; the message names the rule.
+        """
+        if not torch.compiler.is_compiling():
+            _require(judge(self.call(x), chip_named("ascend910b"), _DOCUMENTED), "LinearWeightQuant")
+        scale, offset = _column_major(self.antiquant_scale), _column_major(self.antiquant_offset)
+        assert scale is not None
+        return ops.weight_quant_matmul(  # type: ignore[no-any-return]
+            x, self.weight, scale, offset, self.quant_scale, self.quant_offset, self.bias, self.antiquant_group_size,
+            self.inner_precise, transpose_weight=True,
+        )  # fmt: skip
+
+    def call(self, x: torch.Tensor, *, mode: str = "eager") -> OpCall:
+        """The operator call that the forward makes, for :func:`quantpass.legality.judge`."""
+        scale, offset = _column_major(self.antiquant_scale), _column_major(self.antiquant_offset)
+        return OpCall(
+            WQMM,
+            mode,
+            {
+                "x": _spec(x),
+                "weight": _spec(self.weight, transposed=True),
+                "antiquant_scale": _spec(scale),
+                "antiquant_offset": _spec(offset),
+                "quant_scale": _spec(self.quant_scale),
+                "quant_offset": _spec(self.quant_offset),
+                "bias": _spec(self.bias),
+                "antiquant_group_size": self.antiquant_group_size,
+                "inner_precise": self.inner_precise,
+            },
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        bits: int = 8,
+        granularity: str = "channel",
+        group_size: int = 0,
+        symmetric: bool = True,
+    ) -> LinearWeightQuant:
+        """Quantize a float ``nn.Linear``.
+
+        Args:
+            linear: float16 or bfloat16.
+            bits: 8 or 4; int4 is packed eight to an int32 along K.
+            granularity: ``"tensor"``, ``"channel"`` or ``"group"``.
+            group_size: rows of K that share a scale, with ``"group"``.
+            symmetric: without an offset; otherwise with one, ``-zero_point``.
+        """
+        if linear.weight.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"from_linear: the weight is {linear.weight.dtype}; the operator takes float16 or bfloat16"
+            )
+        codes, scale, zero = quantize_weight(
+            linear.weight.detach(), bits=bits, granularity=granularity, group_size=group_size, symmetric=symmetric
+        )
+        n, k = linear.weight.shape
+        group = group_size if granularity == "group" else 0
+        dtype = linear.weight.dtype
+        module = cls(
+            k, n, bias=linear.bias is not None, dtype=dtype, antiquant_offset=not symmetric, antiquant_group_size=group
+        )
+        module.weight.data = ops.pack_int4(codes) if bits == 4 else codes
+        # (1,) for a whole tensor: repeated, since per channel is legal wherever per tensor is.
+        shape = (n, -1) if group else (n,)
+        module.antiquant_scale.data = scale.expand(n, -1).reshape(shape).to(dtype).contiguous()
+        if zero is not None:
+            module.antiquant_offset.data = (-zero).expand(n, -1).reshape(shape).to(dtype).contiguous()
+        if linear.bias is not None:
+            module.bias.data = linear.bias.detach().to(torch.float16 if dtype == torch.float16 else torch.float32)
+        return module
+
+
+class LinearQuant(_QuantizedLinear):
+    """int8 x int8 or int4 x int4, dequantized and possibly quantized again: ``npu_quant_matmul`` as a module.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether there is a bias.
+        offset: whether the output's quantization has an offset (int8 output only).
+        pertoken_scale: whether x has a scale for each row.
+        device: where the parameters are made (torch_npu 2.13.0's signature).
+        dtype: kept for torch_npu 2.13.0's signature.
+        output_dtype: int8 (also None), float16, bfloat16 or int32.
+        x1_dtype: reinterpretation of x; None.
+        x2_dtype: reinterpretation of the weight; None.
+        group_size: rows of K that share a scale; None.
+
+    Variables, to be assigned through ``.data``: weight (..., N, K) int8, or (N, K/8) int32 with eight int4 each; scale
+    (1,) or (N,) float32, bfloat16 or int64; offset (1,) or (N,) float32; pertoken_scale (M,) float32; bias (N,) or
+    (batch, 1, N), int32 or floating.
+
+    Source: LinearQuant.md.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        offset: bool = False,
+        pertoken_scale: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        output_dtype: torch.dtype | None = None,
+        x1_dtype: None = None,
+        x2_dtype: None = None,
+        group_size: None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("x1_dtype", x1_dtype), ("x2_dtype", x2_dtype), ("group_size", group_size)):
+            if value is not None:
+                raise ValueError(f"LinearQuant: {name} is {value}; LinearQuant.md gives it no meaning, leave it None")
+        del dtype
+        self.in_features, self.out_features, self.output_dtype = in_features, out_features, output_dtype
+        self.x1_dtype, self.x2_dtype, self.group_size = x1_dtype, x2_dtype, group_size
+        self._parameter("weight", True, out_features, in_features, device=device)
+        self._parameter("scale", True, out_features, device=device)
+        self._parameter("offset", offset, out_features, dtype=torch.float32, device=device)
+        self._parameter("pertoken_scale", pertoken_scale, out_features, dtype=torch.float32, device=device)
+        self._parameter("bias", bias, out_features, dtype=torch.int32, device=device)
+
+    def forward(self, x1: torch.Tensor) -> torch.Tensor:
+        """Apply the module.
+
+        Args:
+            x1: (..., M, K) int8, or (M, K/8) int32.
+
+        Returns:
+            (..., M, N) in ``output_dtype``.
+
+        Raises:
+            ValueError: a constraint of the document is broken; the message names the rule.
+        """
+        pair = (x1.dtype, self.weight.dtype)
+        if pair not in ((torch.int8, torch.int8), (torch.int32, torch.int32)):
+            raise ValueError(
+                f"LinearQuant: input and weight are {pair[0]} and {pair[1]}; both int8 or both int32 (qmm.same_dtype)"
+            )
+        if not torch.compiler.is_compiling():
+            _require(judge(self.call(x1), chip_named("ascend910b"), _DOCUMENTED), "LinearQuant")
+        scale, offset = self.scale, self.offset
+        if self._packs_scale():
+            scale, offset = ops.trans_quant_param(scale, offset), None
+        return ops.quant_matmul(  # type: ignore[no-any-return]
+            x1, self.weight, scale, offset=offset, pertoken_scale=self.pertoken_scale, bias=self.bias,
+            output_dtype=self.output_dtype or torch.int8, transpose_x2=True,
+        )  # fmt: skip
+
+    def _packs_scale(self) -> bool:
+        word = self.output_dtype in (None, torch.int8, torch.float16)
+        return self.scale.dtype == torch.float32 and self.pertoken_scale is None and word
+
+    def call(self, x1: torch.Tensor, *, mode: str = "eager") -> OpCall:
+        """The operator call that the forward makes, for :func:`quantpass.legality.judge`."""
+        scale = _spec(self.scale)
+        if scale is not None and self._packs_scale():
+            scale = TensorSpec(torch.int64, scale.shape)
+        return OpCall(
+            QMM,
+            mode,
+            {
+                "x1": _spec(x1),
+                "x2": _spec(self.weight, transposed=True),
+                "scale": scale,
+                "offset": _spec(self.offset),
+                "pertoken_scale": _spec(self.pertoken_scale),
+                "bias": _spec(self.bias),
+                "output_dtype": self.output_dtype,
+            },
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        input_scale: float | None = None,
+        bits: int = 8,
+        granularity: str = "channel",
+        output_dtype: torch.dtype = torch.float16,
+    ) -> LinearQuant:
+        """Quantize a float ``nn.Linear`` whose input will be quantized symmetrically.
+
+        Args:
+            linear: floating.
+            input_scale: the static scale of the input's codes; None leaves a ``pertoken_scale`` to be assigned.
+            bits: 8 or 4.
+            granularity: ``"tensor"`` or ``"channel"``.
+            output_dtype: float16 or bfloat16.
+        """
+        if output_dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"from_linear: output_dtype is {output_dtype}; it must be float16 or bfloat16")
+        codes, scale, _ = quantize_weight(linear.weight.detach(), bits=bits, granularity=granularity)
+        n, k = linear.weight.shape
+        dynamic = input_scale is None
+        module = cls(k, n, bias=linear.bias is not None, pertoken_scale=dynamic, output_dtype=output_dtype)
+        module.weight.data = ops.pack_int4(codes) if bits == 4 else codes
+        total = scale.reshape(-1).to(torch.float64) * (1.0 if input_scale is None else input_scale)
+        module.scale.data = total.to(torch.float32)
+        if linear.bias is not None:
+            bias = linear.bias.detach()
+            through_word = not dynamic and output_dtype == torch.float16
+            module.bias.data = (
+                (bias.double() / total).round().to(torch.int32) if through_word else bias.to(torch.float32)
+            )
+        return module
+
+
+_DOCUMENTED = ("wqmm.nz.eager",)
+"""A module does not know its mode; what depends on it is checked where the graph is compiled."""
+
+
+def _column_major(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """(N, 1) or (N, groups) as (1, N) or (groups, N); a vector stays one."""
+    return parameter.transpose(-1, -2) if parameter is not None and parameter.dim() == 2 else parameter
+
+
+def quantize_weight(
+    weight: torch.Tensor, *, bits: int = 8, granularity: str = "channel", group_size: int = 0, symmetric: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Round a float weight (N, K) to ``real = (codes - zero_point) * scale``.
+
+    Args:
+        weight: floating, (N, K).
+        bits: 8 or 4.
+        granularity: ``"tensor"``, ``"channel"`` (one scale a row) or ``"group"``.
+        group_size: columns that share a scale, with ``"group"``; must divide K.
+        symmetric: zero_point is None, codes use [-127, 127] or [-7, 7]; otherwise all codes are used.
+
+    Returns:
+        codes int8 (N, K); scale float32 (1, 1), (N, 1) or (N, K / group); zero_point float32 of that shape, or None.
+    """
+    n, k = weight.shape
+    if bits not in (4, 8):
+        raise ValueError(f"bits is {bits}; accepted: 8, 4")
+    if granularity not in ("tensor", "channel", "group"):
+        raise ValueError(f"granularity is {granularity!r}; accepted: 'tensor', 'channel', 'group'")
+    if granularity == "group" and (group_size <= 0 or k % group_size):
+        raise ValueError(f"group_size is {group_size}; with granularity='group' it must divide K = {k}")
+    rows = {"tensor": (1, n * k), "channel": (n, k), "group": (-1, group_size)}[granularity]
+    blocks = weight.to(torch.float32).reshape(rows)
+    high = 2 ** (bits - 1) - 1
+    tiny = torch.finfo(torch.float16).tiny
+    if symmetric:
+        scale = (blocks.abs().amax(1, keepdim=True) / high).clamp(min=tiny)
+        zero = None
+        codes = (blocks / scale).round().clamp(-high, high)
+    else:
+        low_value, high_value = blocks.amin(1, keepdim=True).clamp(max=0), blocks.amax(1, keepdim=True).clamp(min=0)
+        scale = ((high_value - low_value) / (2**bits - 1)).clamp(min=tiny)
+        zero = (-high - 1 - low_value / scale).round()
+        codes = (blocks / scale + zero).round().clamp(-high - 1, high)
+    shape = {"tensor": (1, 1), "channel": (n, 1), "group": (n, -1)}[granularity]
+    return codes.reshape(n, k).to(torch.int8), scale.reshape(shape), None if zero is None else zero.reshape(shape)

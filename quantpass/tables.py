@@ -1,0 +1,72 @@
+"""What each chip supports, as tables: for the command line and for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tabulate import tabulate
+
+from quantpass.chips import CHIPS
+from quantpass.chips.requirements import Dtype, DtypeTable, Row, name_of
+from quantpass.chips.rules import Chip, Rule
+
+
+def chip_overview(style: str = "simple") -> str:
+    """One line a chip."""
+    rows = [[c.name, c.title, ", ".join(f"{p}*" for p in c.soc_prefixes) or "-", len(c.rules)] for c in CHIPS.values()]
+    return tabulate(rows, headers=["target", "product", "device names", "rules"], tablefmt=style)
+
+
+def chip_tables(chip: Chip, style: str = "simple") -> Iterator[tuple[str, str]]:
+    """``(title, table)`` pairs: dtype tables as in the module documents, then every other rule."""
+    for rule in chip.rules:
+        if isinstance(rule.need, DtypeTable):
+            yield f"{rule.op}: dtypes ({rule.id})", _dtype_table(rule.need, style)
+    operators = dict.fromkeys(r.op for r in chip.rules)
+    for op in operators:
+        rows = [_rule_row(r) for r in chip.rules if r.op == op and not isinstance(r.need, DtypeTable)]
+        if rows:
+            headers = ["rule", "applies", "demands", "evidence", "source"]
+            yield f"{op}: rules", tabulate(rows, headers=headers, tablefmt=style)
+
+
+def _dtype_table(table: DtypeTable, style: str) -> str:
+    rows = [[*(_cell(c) for c in row.cells), _marks(row)] for row in table.rows]
+    return tabulate(rows, headers=[*table.columns, ""], tablefmt=style)
+
+
+def _cell(cell: tuple[Dtype, ...]) -> str:
+    return "/".join(name_of(d) for d in cell)
+
+
+def _marks(row: Row) -> str:
+    if row.contradicted:
+        return f"contradicted: {row.contradicted}"
+    return "" if len(row.modes) == 2 else f"{row.modes[0]} only"
+
+
+def _rule_row(rule: Rule) -> list[str]:
+    applies = [rule.when.words] if rule.when else []
+    if len(rule.modes) == 1:
+        applies.append(f"{rule.modes[0]} mode")
+    evidence = rule.evidence + (", contradicted" if rule.contradicted else "")
+    return [rule.id, " and ".join(applies) or "always", rule.need.want, evidence, rule.source]
+
+
+def markdown() -> str:
+    """The page ``docs/chips.md``."""
+    parts = [
+        "# What each chip supports",
+        "",
+        "Made by `make docs` from the rule rows in `quantpass/chips/`; a test keeps it so. *Evidence*: **documented**",
+        "by the vendor, read in the vendor's **code**, **probed** on the vendor's wheel, **inferred**. A",
+        "**contradicted** rule is one about which documents and code disagree: it forbids unless named in",
+        "`allow=(...)`.",
+        "",
+        chip_overview("github"),
+    ]
+    for chip in CHIPS.values():
+        parts += ["", f"## {chip.title}: `{chip.name}`"]
+        for title, table in chip_tables(chip, "github"):
+            parts += ["", f"### {title}", "", table]
+    return "\n".join(parts) + "\n"
