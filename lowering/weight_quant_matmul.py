@@ -143,7 +143,8 @@ def dequantize_weight(
 ) -> torch.Tensor:
     """``(weight + offset) * scale`` as ``(K, N)`` in ``dtype``, rounded as the custom template rounds it."""
     codes = weight_codes(weight, transposed)
-    wide_scale, wide_offset = _parameters(scale, offset, dtype, *codes.shape, group_size)
+    k, n = codes.shape
+    wide_scale, wide_offset = _parameters(scale, offset, dtype, k, n, group_size)
     return _dequantized(codes, wide_scale, wide_offset, dtype)
 
 

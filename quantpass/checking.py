@@ -28,7 +28,7 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         DYNAMIC_QUANT: ("input", "smooth_scales", "group_index", "dst_type", "quant_mode"),
         ANTI_QUANT: ("x", "scale", "offset", "dst_dtype"),
         QUANTIZE: ("input", "scales", "zero_points", "dtype", "axis", "div_mode"),
-        "LinearQuant": ("input", "weight", "scale", "offset", "pertoken_scale", "bias", "output_dtype"),
+        "LinearQuant": ("x1", "input", "weight", "scale", "offset", "pertoken_scale", "bias", "output_dtype"),
         "LinearWeightQuant": (
             *("x", "weight", "antiquant_scale", "antiquant_offset", "quant_scale", "quant_offset", "bias"),
             *("antiquant_group_size", "inner_precise"),
@@ -121,7 +121,9 @@ def _as_operator(call: OpCall) -> OpCall:
         packs = args.get("pertoken_scale") is None and output in (None, torch.int8, torch.float16)
         if isinstance(scale, TensorSpec) and scale.dtype == torch.float32 and packs:
             args["scale"] = TensorSpec(torch.int64, scale.shape)
-        args["x1"], args["x2"] = args.pop("input", None), _swapped(args.pop("weight", None))
+        module_input = args.pop("input", None)  # the vendor's forward names it x, the document x1
+        args["x1"] = module_input if args.get("x1") is None else args["x1"]
+        args["x2"] = _swapped(args.pop("weight", None))
         return OpCall(QMM, call.mode, args)
     if call.op == "LinearWeightQuant":
         args = dict(call.args)

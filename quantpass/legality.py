@@ -9,7 +9,7 @@ from typing import Any
 from quantpass.chips.calls import OpCall
 from quantpass.chips.requirements import Finding
 from quantpass.chips.rules import Chip, Rule
-from quantpass.records import Reject
+from quantpass.records import Reject, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Broken:
 
     def reject(self) -> Reject:
         f = self.finding
-        hint = self.rule.hint
+        hint = f.hint or self.rule.hint
         if self.contradicted:
             allow = f"documents and code disagree here: allow=({self.rule_id!r},) permits it"
             hint = f"{hint}; {allow}" if hint else allow
@@ -103,11 +103,17 @@ def _nearest(call: OpCall, chip: Chip, allow: Collection[str], broken: list[Brok
     """Apply the rules' own fixes, one after another, until nothing is broken; None if that leads nowhere."""
     changes: dict[str, Any] = {}
     for _ in range(8):
-        fix = next((b.finding.fix for b in broken if b.finding.fix), None)
-        if fix is None:
+        fix = next((b.finding.fix for b in broken if b.finding.fix), None) or _in_nd(call.replaced(**changes))
+        if not fix:
             return None
         changes |= fix
         broken, _ = broken_rules(call.replaced(**changes), chip, allow)
         if not broken:
             return changes
     return None
+
+
+def _in_nd(call: OpCall) -> dict[str, Any]:
+    """What rules of FRACTAL_NZ ask for when nothing else helps."""
+    specs = {name: value for name, value in call.args.items() if isinstance(value, TensorSpec) and value.format == "NZ"}
+    return {name: TensorSpec(s.dtype, s.shape, transposed=s.transposed) for name, s in specs.items()}

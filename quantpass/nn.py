@@ -8,6 +8,7 @@ checked and named by its rule (in eager mode; a compiler sees the operator alone
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class _QuantizedLinear(nn.Module):
 
     in_features: int
     out_features: int
+    weight: nn.Parameter
 
     def _parameter(
         self, name: str, wanted: bool, *shape: int, dtype: torch.dtype | None = None, device: Any = None
@@ -86,6 +88,13 @@ class LinearWeightQuant(_QuantizedLinear):
 
     Source: LinearWeightQuant.md.
     """
+
+    weight: nn.Parameter
+    antiquant_scale: nn.Parameter
+    antiquant_offset: nn.Parameter | None
+    quant_scale: nn.Parameter | None
+    quant_offset: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -196,9 +205,9 @@ class LinearWeightQuant(_QuantizedLinear):
         # (1,) for a whole tensor: repeated, since per channel is legal wherever per tensor is.
         shape = (n, -1) if group else (n,)
         module.antiquant_scale.data = scale.expand(n, -1).reshape(shape).to(dtype).contiguous()
-        if zero is not None:
+        if zero is not None and module.antiquant_offset is not None:
             module.antiquant_offset.data = (-zero).expand(n, -1).reshape(shape).to(dtype).contiguous()
-        if linear.bias is not None:
+        if linear.bias is not None and module.bias is not None:
             module.bias.data = linear.bias.detach().to(torch.float16 if dtype == torch.float16 else torch.float32)
         return module
 
@@ -215,9 +224,11 @@ class LinearQuant(_QuantizedLinear):
         device: where the parameters are made (torch_npu 2.13.0's signature).
         dtype: kept for torch_npu 2.13.0's signature.
         output_dtype: int8 (also None), float16, bfloat16 or int32.
-        x1_dtype: reinterpretation of x; None.
-        x2_dtype: reinterpretation of the weight; None.
-        group_size: rows of K that share a scale; None.
+        x1_dtype: what x holds, to be checked: int8, or int32 or quint4x2 for packed int4; None takes x as it comes.
+        x2_dtype: what the weight holds, likewise.
+        group_size: ``[gm, gn, gk]``, the ``group_sizes`` of ``npu_quant_matmul``: ``gk`` rows of K share a scale (the
+            scale is then ``(K / gk, N)``). LinearQuant.md names the argument and says nothing of it; the newer
+            npu_quant_matmul.md does (docs/semantics.md, section 1).
 
     Variables, to be assigned through ``.data``: weight (..., N, K) int8, or (N, K/8) int32 with eight int4 each; scale
     (1,) or (N,) float32, bfloat16 or int64; offset (1,) or (N,) float32; pertoken_scale (M,) float32; bias (N,) or
@@ -225,6 +236,12 @@ class LinearQuant(_QuantizedLinear):
 
     Source: LinearQuant.md.
     """
+
+    weight: nn.Parameter
+    scale: nn.Parameter
+    offset: nn.Parameter | None
+    pertoken_scale: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -237,14 +254,16 @@ class LinearQuant(_QuantizedLinear):
         device: Any = None,
         dtype: torch.dtype | None = None,
         output_dtype: torch.dtype | None = None,
-        x1_dtype: None = None,
-        x2_dtype: None = None,
-        group_size: None = None,
+        x1_dtype: torch.dtype | None = None,
+        x2_dtype: torch.dtype | None = None,
+        group_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("x1_dtype", x1_dtype), ("x2_dtype", x2_dtype), ("group_size", group_size)):
-            if value is not None:
-                raise ValueError(f"LinearQuant: {name} is {value}; LinearQuant.md gives it no meaning, leave it None")
+        for name, value in (("x1_dtype", x1_dtype), ("x2_dtype", x2_dtype)):
+            if value is not None and value not in _CARRIERS:
+                raise ValueError(f"LinearQuant: {name} is {value}; accepted: None, {', '.join(map(str, _CARRIERS))}")
+        if group_size is not None and len(group_size) != 3:
+            raise ValueError(f"LinearQuant: group_size is {group_size}; it must be None or [gm, gn, gk]")
         del dtype
         self.in_features, self.out_features, self.output_dtype = in_features, out_features, output_dtype
         self.x1_dtype, self.x2_dtype, self.group_size = x1_dtype, x2_dtype, group_size
@@ -271,19 +290,25 @@ class LinearQuant(_QuantizedLinear):
             raise ValueError(
                 f"LinearQuant: input and weight are {pair[0]} and {pair[1]}; both int8 or both int32 (qmm.same_dtype)"
             )
+        for name, said, is_ in (("x1_dtype", self.x1_dtype, pair[0]), ("x2_dtype", self.x2_dtype, pair[1])):
+            if said is not None and _CARRIERS[said] != is_:
+                raise ValueError(
+                    f"LinearQuant: {name} is {said}, which comes as {_CARRIERS[said]}; the tensor is {is_}"
+                )
         if not torch.compiler.is_compiling():
             _require(judge(self.call(x1), chip_named("ascend910b"), _DOCUMENTED), "LinearQuant")
-        scale, offset = self.scale, self.offset
+        scale: torch.Tensor = self.scale
+        offset: torch.Tensor | None = self.offset
         if self._packs_scale():
             scale, offset = ops.trans_quant_param(scale, offset), None
         return ops.quant_matmul(  # type: ignore[no-any-return]
             x1, self.weight, scale, offset=offset, pertoken_scale=self.pertoken_scale, bias=self.bias,
-            output_dtype=self.output_dtype or torch.int8, transpose_x2=True,
+            output_dtype=self.output_dtype or torch.int8, group_sizes=self.group_size, transpose_x2=True,
         )  # fmt: skip
 
     def _packs_scale(self) -> bool:
         word = self.output_dtype in (None, torch.int8, torch.float16)
-        return self.scale.dtype == torch.float32 and self.pertoken_scale is None and word
+        return self.scale.dtype == torch.float32 and self.pertoken_scale is None and word and not self.group_size
 
     def call(self, x1: torch.Tensor, *, mode: str = "eager") -> OpCall:
         """The operator call that the forward makes, for :func:`quantpass.legality.judge`."""
@@ -301,6 +326,7 @@ class LinearQuant(_QuantizedLinear):
                 "pertoken_scale": _spec(self.pertoken_scale),
                 "bias": _spec(self.bias),
                 "output_dtype": self.output_dtype,
+                "group_sizes": self.group_size,
             },
         )
 
@@ -332,7 +358,7 @@ class LinearQuant(_QuantizedLinear):
         module.weight.data = ops.pack_int4(codes) if bits == 4 else codes
         total = scale.reshape(-1).to(torch.float64) * (1.0 if input_scale is None else input_scale)
         module.scale.data = total.to(torch.float32)
-        if linear.bias is not None:
+        if linear.bias is not None and module.bias is not None:
             bias = linear.bias.detach()
             through_word = not dynamic and output_dtype == torch.float16
             module.bias.data = (
@@ -341,8 +367,11 @@ class LinearQuant(_QuantizedLinear):
         return module
 
 
-_DOCUMENTED = ("wqmm.nz.eager",)
-"""A module does not know its mode; what depends on it is checked where the graph is compiled."""
+_DOCUMENTED = ("wqmm.nz.eager", "qmm.group")
+"""A module does not know its mode, which is checked where a graph is compiled; ``group_size`` is asked for by name."""
+
+_CARRIERS = {torch.int8: torch.int8, torch.int32: torch.int32, torch.quint4x2: torch.int32}
+"""What a dtype of ``x1_dtype`` and ``x2_dtype`` comes in."""
 
 
 def _column_major(parameter: torch.Tensor | None) -> torch.Tensor | None:

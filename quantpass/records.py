@@ -47,7 +47,7 @@ class TensorSpec:
     Args:
         dtype: element type.
         shape: logical shape; sizes may be ``int`` or ``torch.SymInt``.
-        format: ``"ND"`` or ``"NZ"`` (FRACTAL_NZ, format 29).
+        format: ``"ND"``, or ``"NZ"`` or ``"FRACTAL_NZ"`` (format 29).
         transposed: True where the last two dimensions are a swapped view of contiguous storage.
     """
 
@@ -59,8 +59,10 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, torch.dtype):
             raise TypeError(f"TensorSpec: dtype is {self.dtype!r}; give a torch.dtype such as torch.int8")
+        if self.format == "FRACTAL_NZ":
+            object.__setattr__(self, "format", "NZ")
         if self.format not in ("ND", "NZ"):
-            raise ValueError(f"TensorSpec: format is {self.format!r}; accepted: 'ND', 'NZ' (FRACTAL_NZ)")
+            raise ValueError(f"TensorSpec: format is {self.format!r}; accepted: 'ND', 'NZ', 'FRACTAL_NZ'")
         try:
             shape = tuple(self.shape)
         except TypeError:

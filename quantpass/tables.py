@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from tabulate import tabulate
 
 from quantpass.chips import CHIPS
-from quantpass.chips.requirements import Dtype, DtypeTable, Row, name_of
+from quantpass.chips.dtype_table import DtypeTable, Row
+from quantpass.chips.requirements import Dtype, name_of
 from quantpass.chips.rules import Chip, Rule
 
 

@@ -15,7 +15,7 @@ from quantpass.checking import _NUMBERS as NUMBERS
 from quantpass.chips import CHIPS
 from quantpass.chips.calls import QMM, WQMM, OpCall
 from quantpass.chips.companions import ANTI_QUANT, DYNAMIC_QUANT, FORMAT_CAST, INT4PACK, QUANTIZE, TQP
-from quantpass.chips.requirements import DtypeTable
+from quantpass.chips.dtype_table import DtypeTable
 from quantpass.cli import main, parse_argument
 from quantpass.legality import broken_rules, judge
 from quantpass.tables import markdown

@@ -227,3 +227,33 @@ def test_arguments_that_make_no_sense():
     with pytest.raises(ValueError, match="takes float16 or bfloat16"):
         LinearWeightQuant.from_linear(nn.Linear(8, 8))
     assert qp.nn.LinearQuant is LinearQuant
+
+
+def test_linear_quant_takes_the_newer_groups():
+    x, w = (torch.randint(-8, 8, shape, generator=G) for shape in ((4, 512), (32, 512)))
+    m = LinearQuant(
+        512, 32, bias=False, pertoken_scale=True, output_dtype=torch.bfloat16, group_size=[0, 0, 256],
+        x1_dtype=torch.quint4x2, x2_dtype=torch.int32,
+    )  # fmt: skip
+    m.weight.data, m.scale.data, m.pertoken_scale.data = ops.pack_int4(w), torch.rand(2, 32), torch.rand(4)
+    groups = torch.stack([x[:, k : k + 256] @ w[:, k : k + 256].t() for k in (0, 256)])
+    expected = (groups * m.scale[:, None]).sum(0) * m.pertoken_scale[:, None]
+    assert_close(m(ops.pack_int4(x)), expected.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x1_dtype": torch.float16}, "x1_dtype is torch.float16; accepted"),
+        ({"group_size": [256]}, r"\[gm, gn, gk\]"),
+    ],
+)
+def test_linear_quant_refuses_what_means_nothing(options, message):
+    with pytest.raises(ValueError, match=message):
+        LinearQuant(64, 32, **options)
+
+
+def test_linear_quant_compares_what_is_said_with_what_comes():
+    m = quant_module(output_dtype=torch.float16, x1_dtype=torch.quint4x2)
+    with pytest.raises(ValueError, match=r"x1_dtype is torch\.quint4x2, which comes as torch\.int32"):
+        m(torch.zeros(3, 64, dtype=torch.int8))

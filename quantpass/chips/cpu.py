@@ -3,15 +3,14 @@
 import torch
 
 from quantpass.chips.calls import QMM, WQMM
+from quantpass.chips.dtype_table import DtypeTable, Row
 from quantpass.chips.requirements import (
     Broadcasts,
-    DtypeTable,
     EqualSizes,
     NotEmpty,
     Present,
     QmmBias,
     Rank,
-    Row,
     SameShape,
     Shape,
     Value,

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 
 from quantpass.chips.calls import QMM, packed_int4
+from quantpass.chips.dtype_table import DtypeTable, Row
 from quantpass.chips.requirements import (
     Broadcasts,
     DtypeIn,
-    DtypeTable,
     EqualSizes,
     Layout,
     NotEmpty,
     Present,
     QmmBias,
     Rank,
-    Row,
     SameDtype,
     Shape,
     Size,
@@ -33,8 +35,18 @@ UNGROUPED = When("no group_sizes", lambda call: not any(call.args.get("group_siz
 INT4 = When("int4 packed in int32", lambda call: packed_int4(call.tensor("x1")) or packed_int4(call.tensor("x2")))
 
 
-def table(*rows: Row) -> DtypeTable:
-    return DtypeTable(COLUMNS, rows, defaults={"output_dtype": I8})
+HINTS = {
+    "scale": "float16 and int8 results read an int64 word: pack a float32 scale with npu_trans_quant_param; bfloat16, "
+    "int32 and per-token results take a float32 or bfloat16 scale",
+    "bias": "an int32 bias is added before the scales (round(bias / scale)), a floating one after them: that needs a "
+    "bfloat16 result, or a float16 one with pertoken_scale",
+    "offset": "an offset belongs to an int8 result; pack it into the scale's word",
+    "pertoken_scale": "scales for each row need a float16 or bfloat16 result and a float scale",
+}
+
+
+def table(*rows: Row, hints: Mapping[str, str] = MappingProxyType({})) -> DtypeTable:
+    return DtypeTable(COLUMNS, rows, {"output_dtype": I8}, hints)
 
 
 def row(x: torch.dtype, scale, offset, bias, pertoken, out, **marks) -> Row:  # type: ignore[no-untyped-def]
@@ -83,8 +95,8 @@ _A2_ROWS = (
     ),
 )  # fmt: skip
 
-ROWS_A2 = table(*_A2_ROWS)
-ROWS_A5 = table(*_A2_ROWS, row(I8, (I64,), NO, (I32, None), NO, (BF16,)))
+ROWS_A2 = table(*_A2_ROWS, hints=HINTS)
+ROWS_A5 = table(*_A2_ROWS, row(I8, (I64,), NO, (I32, None), NO, (BF16,)), hints=HINTS)
 
 
 def _module(line: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from quantpass.chips.calls import OpCall
+from quantpass.chips.calls import INT4_PER_INT32, OpCall
 from quantpass.records import TensorSpec
 from quantpass.torch_internals import statically_true
 
@@ -20,7 +20,8 @@ class Finding:
     """One way in which a call breaks a requirement.
 
     ``undecided``: it depends on a symbolic size; ``fact`` is then the assumption that makes the call legal.
-    ``fix``: arguments that would meet the requirement, where there is an obvious edit.
+    ``fix``: arguments that would meet the requirement, where there is an obvious edit. ``hint`` stands in for the
+    rule's own where it is more to the point.
     """
 
     fact: str
@@ -28,6 +29,7 @@ class Finding:
     fix: dict[str, Any] | None = None
     part: str = ""
     undecided: bool = False
+    hint: str = ""
 
 
 class Requirement(Protocol):
@@ -264,7 +266,7 @@ class SameDtype:
         if a is None or b is None or a.dtype == b.dtype:
             return []
         fact = f"{self.a} is {name_of(a.dtype)} and {self.b} is {name_of(b.dtype)}"
-        return [Finding(fact, self.want, {self.a: _with_dtype(a, b.dtype)})]
+        return [Finding(fact, self.want, {self.a: with_dtype(self.a, a, b.dtype)})]
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +285,11 @@ class DtypeIn:
         if spec is None or spec.dtype in self.dtypes:
             return []
         return [
-            Finding(f"{self.arg} is {name_of(spec.dtype)}", self.want, {self.arg: _with_dtype(spec, self.dtypes[0])})
+            Finding(
+                f"{self.arg} is {name_of(spec.dtype)}",
+                self.want,
+                {self.arg: with_dtype(self.arg, spec, self.dtypes[0])},
+            )
         ]
 
 
@@ -407,76 +413,14 @@ def _batch(a: TensorSpec, b: TensorSpec) -> tuple[Any, ...] | None:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a dtype table: for each column the dtypes accepted (None: the argument is left out)."""
-
-    cells: tuple[tuple[Dtype, ...], ...]
-    modes: tuple[str, ...] = ("graph", "eager")
-    contradicted: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class DtypeTable:
-    """The dtypes of a call's arguments match a line of a table.
-
-    Where none does, the nearest line is named, column by column.
-    """
-
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def want(self) -> str:
-        return f"dtypes of {', '.join(self.columns)} as in a line of the table"
-
-    def cell(self, call: OpCall, column: str) -> Dtype:
-        value = call.args.get(column)
-        if value is None:
-            value = self.defaults.get(column)
-        return value.dtype if isinstance(value, TensorSpec) else value
-
-    def check(self, call: OpCall) -> list[Finding]:
-        have = [self.cell(call, c) for c in self.columns]
-        rows = [r for r in self.rows if call.mode in r.modes]
-        wrong = [[i for i, cell in enumerate(r.cells) if have[i] not in cell] for r in rows]
-        if not rows or any(not w and not r.contradicted for w, r in zip(wrong, rows, strict=True)):
-            return []
-        for w, r in zip(wrong, rows, strict=True):
-            if not w:
-                return [Finding(r.note, "documents and code that agree", part=f"!{r.contradicted}")]
-        firm = [(w, r) for w, r in zip(wrong, rows, strict=True) if not r.contradicted]
-        # The output dtype and the inputs are what the model needs; parameters are what can be changed.
-        fixed = {self.columns.index(c) for c in ("x1", "x2", "x", "weight", "output_dtype") if c in self.columns}
-        w, row = min(firm, key=lambda p: (sum(i in fixed for i in p[0]), len(p[0])))
-        return [self._finding(call, i, have, row) for i in w]
-
-    def _finding(self, call: OpCall, i: int, have: Sequence[Dtype], row: Row) -> Finding:
-        column, cell = self.columns[i], row.cells[i]
-        fitting = (
-            f"{c} {name_of(h)}"
-            for c, h, accepted in zip(self.columns, have, row.cells, strict=True)
-            if h in accepted and h is not None
-        )
-        others = ", ".join(fitting)
-        fact = f"{column} is {name_of(have[i])}" if have[i] is not None else f"{column} is missing"
-        accepted = " or ".join("none" if d is None else name_of(d) for d in cell)
-        want = f"{column} {accepted} with {others}"
-        spec = call.tensor(column)
-        fix: dict[str, Any] | None = None
-        if cell[0] is None:
-            fix = {column: None}
-        elif spec is not None:
-            fix = {column: _with_dtype(spec, cell[0])}
-        elif column == "output_dtype":
-            fix = {column: cell[0]}
-        return Finding(fact, want, fix, part=column)
-
-
-def _with_dtype(spec: TensorSpec, dtype: torch.dtype) -> TensorSpec:
-    return TensorSpec(dtype, spec.shape, spec.format, spec.transposed)
+def with_dtype(arg: str, spec: TensorSpec, dtype: torch.dtype) -> TensorSpec:
+    """``spec`` in another dtype; a matrix operand that goes between int8 and packed int4 changes its stored last axis."""
+    shape = list(spec.shape)
+    if arg in ("x1", "x2", "weight") and {spec.dtype, dtype} == {torch.int8, torch.int32} and spec.rank >= 2:
+        axis = -2 if spec.transposed else -1
+        unpacks = dtype == torch.int8
+        shape[axis] = shape[axis] * INT4_PER_INT32 if unpacks else shape[axis] // INT4_PER_INT32
+    return TensorSpec(dtype, tuple(shape), spec.format, spec.transposed)
 
 
 def _text(value: Any) -> str:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 
 from quantpass.chips.calls import WQMM, OpCall
+from quantpass.chips.dtype_table import DtypeTable, Row
 from quantpass.chips.requirements import (
     Absent,
     DtypeIn,
-    DtypeTable,
     EqualSizes,
     Layout,
     NotEmpty,
     Present,
     Rank,
-    Row,
     SameDtype,
     SameShape,
     Shape,
@@ -45,7 +44,16 @@ def _a2_rows() -> tuple[Row, ...]:
     return (*rows, Row(((F16,), (I8,), (I64,), (I32, None), (F16, None), NO, NO)))
 
 
-ROWS_A2 = DtypeTable(COLUMNS, _a2_rows())
+ROWS_A2 = DtypeTable(
+    COLUMNS,
+    _a2_rows(),
+    hints={
+        "antiquant_scale": "cast it to the dtype of x",
+        "antiquant_offset": "cast it to the dtype of antiquant_scale (int32 beside an int64 one)",
+        "bias": "float16 x takes a float16 bias, bfloat16 x a float32 one",
+        "quant_scale": "pack it with npu_trans_quant_param(quant_scale, quant_offset); an int64 antiquant_scale takes none",
+    },
+)
 
 INT64_SCALE = dtype_is("antiquant_scale", I64)
 NO_INT64_SCALE = When("antiquant_scale not int64", lambda call: not INT64_SCALE.test(call))
