@@ -1,7 +1,7 @@
 """How graphs spell things: tables of operator readers, gathered in one object.
 
-A dialect of a tool is a flat file beside this one with a function or two that return readers; :func:`default_dialects`
-lists them. Nothing is registered by importing a module.
+A dialect of a tool is a flat file beside this one with a function ``dialect()`` that returns a
+:class:`~quantpass.patterns.dialect.Dialect`; :data:`KNOWN` lists them. Nothing is registered by importing a module.
 """
 
 from __future__ import annotations
@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 
 from quantpass.patterns import affine, contractions, epilogues, integers, movement, quantized_decomposed
+from quantpass.patterns.dialect import Dialect
 
 from quantpass.schema import ReaderTable
+
+__all__ = ["Dialect", "Dialects", "default_dialects"]
+
+KNOWN = (quantized_decomposed.dialect,)
+"""The tools that quantpass knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +44,20 @@ class Dialects:
 
 
 @cache
-def default_dialects() -> Dialects:
-    """The dialects that quantpass knows."""
+def default_dialects(more: tuple[Dialect, ...] = ()) -> Dialects:
+    """Plain ATen, the dialects that quantpass knows, and ``more``.
+
+    Raises:
+        ValueError: two dialects read the same operator.
+        TypeError: a reader does not name every argument of its operator.
+    """
+    dialects = [*(dialect() for dialect in KNOWN), *more]
     return Dialects(
         movements=movement.movement_table(),
-        integers=integers.bounds_table(),
+        integers=integers.bounds_table().merged(*(d.integers for d in dialects)),
         arithmetic=affine.arithmetic_table(),
-        dequantizers=ReaderTable(quantized_decomposed.dequantizers(), leading=2),
-        recentre=ReaderTable(quantized_decomposed.recentre(), leading=1),
-        contractions=contractions.contraction_table(),
-        steps=epilogues.arithmetic_steps().merged(quantized_decomposed.quantize_steps()),
+        dequantizers=ReaderTable({}, leading=2).merged(*(d.dequantizers for d in dialects)),
+        recentre=ReaderTable({}, leading=1).merged(*(d.recentre for d in dialects)),
+        contractions=ReaderTable(contractions.contractions(), leading=1).merged(*(d.contractions for d in dialects)),
+        steps=epilogues.arithmetic_steps().merged(*(d.steps for d in dialects)),
     )

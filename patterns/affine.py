@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from quantpass.patterns.integers import IntegerReader, Range, fits, integer_span
 from quantpass.patterns.movement import Movement, movement_of
-from quantpass.patterns.terms import Term, same_shape, term_of, wide
+from quantpass.patterns.terms import Term, same_shape, same_size, term_of, wide
 from torch.fx import Node
 
 from quantpass import expr as ex
@@ -55,6 +55,16 @@ class Affine:
         codes = self.codes if movement.kind == "same" else _replayed(node, self.codes)
         return Affine(codes, self.span, factors, zero_point, after)
 
+    def permuted(self, order: tuple[int, ...]) -> Affine | None:
+        """This value with its dimensions in another order."""
+        terms = [t.permuted(order) for t in (*self.factors, *filter(None, [self.zero_point]))]
+        if any(t is None for t in terms):
+            return None
+        factors = tuple(t for t in terms[: len(self.factors)] if t is not None)
+        zero_point = terms[-1] if self.zero_point is not None else None
+        shape = tuple(self.shape[d] for d in order)
+        return Affine(ex.permute(self.codes, order), self.span, factors, zero_point, shape)
+
     def times(self, term: Term) -> Affine:
         """This value multiplied by ``term``."""
         return replace(self, factors=(*self.factors, replace(term, expr=wide(term.expr))))
@@ -95,11 +105,15 @@ def _replayed(node: Node, codes: Expr) -> Expr:
 
 @dataclass(frozen=True, slots=True)
 class NotAffine:
-    """Why a value could not be read. ``quantized`` tells an unusable quantized value from a float."""
+    """Why a value could not be read.
+
+    ``quantized`` tells an unusable quantized value from a float; ``rule`` is what a report calls the reason.
+    """
 
     reason: str
     quantized: bool = False
     hint: str = ""
+    rule: str = "read.weight"
 
 
 class AffineReader:
@@ -130,7 +144,7 @@ class AffineReader:
         self._recentre = recentre
         self._integers = IntegerReader(values, movements, integers)
         self._memo: dict[Node, Affine | NotAffine] = {}
-        self.weights: dict[tuple[Node, bool], Any] = {}
+        self.weights: dict[Any, Any] = {}
 
     def read(self, node: Node) -> Affine | NotAffine:
         """Read the value of ``node``."""
@@ -238,6 +252,18 @@ class AffineReader:
         if uniform is not None:
             return Term(ex.scalar(uniform), (1,) * len(shape))
         aligned = tuple(s if d == axis else 1 for d, s in enumerate(shape))
+        return Term(self.values.expr(operand), aligned)
+
+    def vector(self, operand: Any, shape: tuple[Any, ...], *, rows: bool) -> Term | None:
+        """A tensor with an element for each column (or row) of a value ``(..., M, N)``, whatever its own shape."""
+        if not isinstance(operand, Node) or not isinstance(operand.meta.get("val"), torch.Tensor):
+            return self.term(operand, shape)
+        aligned = (*shape[:-1], 1) if rows else (1,) * (len(shape) - 1) + (shape[-1],)
+        numel: Any = 1
+        for size in aligned:
+            numel = numel * size
+        if not same_size(operand.meta["val"].numel(), numel):
+            return None
         return Term(self.values.expr(operand), aligned)
 
     def converted(self, value: Any, dtype: torch.dtype | None) -> Affine | NotAffine | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from quantpass.patterns.affine import AffineReader, reciprocal
-from quantpass.patterns.contractions import Contraction
+from quantpass.patterns.contractions import Contraction, Own
 from quantpass.patterns.terms import Term, same_shape, same_size, wide
 from torch.fx import Node
 
@@ -28,7 +28,7 @@ class Step:
     ``kind``: ``"scale"`` and ``"add"`` (with ``term``), ``"cast"``, ``"view"``, ``"relu"``, ``"round"``, ``"clamp"``
     (with ``bounds``) or ``"quantize"`` (scale, zero point and bounds in one named operator).
     ``inverted`` marks a scale that the graph divides by. ``node`` computes the value after the step; it is the matmul
-    itself for what the matmul's own arguments say.
+    itself for what the matmul operator does by itself, where ``own_dtype`` is the dtype after the step.
     """
 
     kind: str
@@ -37,6 +37,13 @@ class Step:
     zero_point: int = 0
     bounds: tuple[float, float] | None = None
     inverted: bool = False
+    own_dtype: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the value after the step."""
+        dtype: torch.dtype = self.node.meta["val"].dtype
+        return self.own_dtype or dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,9 @@ class Epilogue:
 def read_epilogue(reader: AffineReader, table: ReaderTable, contraction: Contraction) -> Epilogue:
     """Walk from the matmul towards its users."""
     node = contraction.node
-    steps = _own_steps(reader, contraction)
+    steps = own_steps(reader, contraction)
+    if contraction.out_order is not None:
+        return Epilogue(tuple(steps), "its dimensions are in another order than a matmul's")
     while True:
         users = [u for u in node.users if not _only_asserts(u)]
         if len(users) != 1:
@@ -62,20 +71,26 @@ def read_epilogue(reader: AffineReader, table: ReaderTable, contraction: Contrac
         node = step.node
 
 
-def _own_steps(reader: AffineReader, c: Contraction) -> list[Step]:
-    """The steps that the matmul operator's own arguments stand for (alpha, beta, bias)."""
-    shape = tuple(c.node.meta["val"].shape)
-    steps = []
-    if c.alpha != 1:
-        term = reader.term(c.alpha, shape)
-        steps.append(Step("scale", c.node, term))
-    if c.bias is not None and c.beta != 0:
-        term = reader.term(c.bias, shape)
-        if term is not None and c.beta != 1:
-            beta = reader.term(c.beta, shape)
-            term = None if beta is None else replace(term, expr=ex.mul(wide(term.expr), beta.expr))
-        steps.append(Step("add", c.node, term))
+def own_steps(reader: AffineReader, c: Contraction) -> list[Step]:
+    """What the matmul operator does to its product by itself (alpha, beta and bias, scales of fused operators)."""
+    dtype, steps = c.product_dtype, []
+    for own in c.own:
+        if own.kind == "cast" or (own.kind == "scale" and not dtype.is_floating_point):
+            dtype = c.node.meta["val"].dtype if own.kind == "cast" else torch.float32
+        term = None if own.kind == "cast" else _own_term(reader, own, c.product_shape)
+        steps.append(Step(own.kind, c.node, term, own_dtype=dtype))
     return steps
+
+
+def _own_term(reader: AffineReader, own: Own, shape: tuple[Any, ...]) -> Term | None:
+    if own.along is None:
+        term = reader.term(own.operand, shape)
+    else:
+        term = reader.vector(own.operand, shape, rows=own.along == "rows")
+    if term is None or (isinstance(own.times, int | float) and own.times == 1):
+        return term
+    times = reader.term(own.times, shape)
+    return None if times is None else replace(term, expr=ex.mul(wide(term.expr), times.expr))
 
 
 def _only_asserts(user: Node) -> bool:

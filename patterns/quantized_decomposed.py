@@ -10,32 +10,29 @@ from typing import Any
 
 import torch
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.dialect import Dialect
 from quantpass.patterns.epilogues import Step
 from torch.fx import Node
 
 from quantpass.expr import Call, Recentred
-from quantpass.schema import Reader
 
 
-def dequantizers() -> dict[Any, Reader]:
-    return {
-        "quantized_decomposed::dequantize_per_tensor": _dequantize_per_tensor,
-        "quantized_decomposed::dequantize_per_tensor.tensor": _dequantize_per_tensor,
-        "quantized_decomposed::dequantize_per_tensor.tensor2": _dequantize_per_tensor,
-        "quantized_decomposed::dequantize_per_channel": _dequantize_per_channel,
-    }
-
-
-def quantize_steps() -> dict[Any, Reader]:
-    return {
-        "quantized_decomposed::quantize_per_tensor": _quantize_per_tensor,
-        "quantized_decomposed::quantize_per_tensor.tensor": _quantize_per_tensor,
-    }
-
-
-def recentre() -> dict[Any, Reader]:
-    """Quantize operators that give int8 codes when their bounds and zero point are moved by 128."""
-    return {"quantized_decomposed::quantize_per_tensor": _recentred}
+def dialect() -> Dialect:
+    return Dialect(
+        "quantized_decomposed",
+        dequantizers={
+            "quantized_decomposed::dequantize_per_tensor": _dequantize_per_tensor,
+            "quantized_decomposed::dequantize_per_tensor.tensor": _dequantize_per_tensor,
+            "quantized_decomposed::dequantize_per_tensor.tensor2": _dequantize_per_tensor,
+            "quantized_decomposed::dequantize_per_channel": _dequantize_per_channel,
+        },
+        # Bounds and zero point moved by 128 give int8 codes.
+        recentre={"quantized_decomposed::quantize_per_tensor": _recentred},
+        steps={
+            "quantized_decomposed::quantize_per_tensor": _quantize_per_tensor,
+            "quantized_decomposed::quantize_per_tensor.tensor": _quantize_per_tensor,
+        },
+    )
 
 
 def _recentred(

@@ -66,7 +66,7 @@ class Term:
         if movement.kind == "same":
             return self
         if movement.kind == "permute":
-            return self._permuted(movement.order)
+            return self.permuted(movement.order)
         if movement.kind == "expand":
             added = len(after) - len(before)
             return replace(self, shape=(1,) * added + self.shape)
@@ -80,7 +80,8 @@ class Term:
         full = all(is_one(b) or not is_one(s) for s, b in zip(self.shape[:-1], before[:-1], strict=True))
         return replace(self, shape=(*after[:-1], 1)) if self.kind == "rows" and full else None
 
-    def _permuted(self, order: tuple[int, ...]) -> Term | None:
+    def permuted(self, order: tuple[int, ...]) -> Term | None:
+        """This term after its value's dimensions were put into another order."""
         shape = tuple(self.shape[d] for d in order)
         moving = [d for d in order if not is_one(self.shape[d])]
         if moving == sorted(moving):

@@ -21,6 +21,9 @@ from quantpass.sites import Reading
 aten = torch.ops.aten
 ops = torch.ops.quantpass
 
+HALF_OPT_IN = "numerics.float16"
+"""What a user names in ``allow`` to have float32 sites computed in float16."""
+
 FLOAT32_STEPS = 2.0**-22
 """Relative rounding of the few float32 operations between an accumulator and the output."""
 
@@ -37,7 +40,7 @@ class LaidOut:
     @property
     def spec(self) -> TensorSpec:
         shape = ex.shape_of(self.expr)
-        logical = tuple(reversed(shape)) if self.transposed else shape
+        logical = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
         return TensorSpec(ex.dtype_of(self.expr), logical, self.format, self.transposed)
 
 
@@ -117,23 +120,31 @@ def flattened(e: Expr) -> Expr:
 
 
 def in_output_form(value: Expr, reading: Reading, c: Composition) -> Expr:
-    """``value``, ``(M, N)``, in the shape of the node that it replaces."""
-    fake = c.output.meta["val"]
-    if len(fake.shape) == 2 and len(reading.node.meta["val"].shape) == 2 and c.last_view is None:
+    """``value``, ``(M, N)`` or with batch dimensions, in the shape of the node that it replaces."""
+    contraction = reading.contraction
+    assert contraction is not None
+    if contraction.out_order is not None:
+        sizes = _product_sizes(reading, tuple(contraction.product_shape))
+        return ex.permute(ex.reshape(value, sizes), contraction.out_order)
+    shape = tuple(c.output.meta["val"].shape)
+    if len(shape) == len(ex.shape_of(value)) == len(contraction.product_shape) and c.last_view is None:
         return value
-    return ex.reshape(value, _output_sizes(reading, c))
-
-
-def _output_sizes(reading: Reading, c: Composition) -> list[Any]:
-    symbolic = [s for s in c.output.meta["val"].shape if not isinstance(s, int)]
-    if len(symbolic) == 0:
-        return list(c.output.meta["val"].shape)
-    if len(symbolic) == 1:
-        return [s if isinstance(s, int) else -1 for s in c.output.meta["val"].shape]
+    symbolic = [s for s in shape if not isinstance(s, int)]
+    if len(symbolic) < 2:
+        return ex.reshape(value, [s if isinstance(s, int) else -1 for s in shape])
     if c.last_view is not None and len(c.last_view.args) == 2 and isinstance(c.last_view.args[1], list | tuple):
-        return list(c.last_view.args[1])
+        return ex.reshape(value, list(c.last_view.args[1]))
+    return ex.reshape(value, _product_sizes(reading, shape))
+
+
+def _product_sizes(reading: Reading, shape: tuple[Any, ...]) -> list[Any]:
+    """``shape``, ``(..., M, N)``, in a form that a rewritten graph can use."""
     assert reading.contraction is not None
-    return [*ex.sizes_of(reading.contraction.lhs)[:-1], c.output.meta["val"].shape[-1]]
+    if all(isinstance(s, int) for s in shape):
+        return list(shape)
+    sizes = ex.sizes_of(reading.contraction.lhs)
+    order = reading.contraction.lhs_order or range(len(sizes))
+    return [*[sizes[d] for d in order][:-1], shape[-1]]
 
 
 def spec_of(e: Expr | None, shape: tuple[Any, ...] | None = None) -> TensorSpec | None:

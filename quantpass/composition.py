@@ -69,23 +69,23 @@ class Composition:
         return not self.rows and ex.is_all(self.columns, 1.0)
 
 
-def compositions(matmul: Node, steps: Sequence[Step]) -> list[Composition]:
-    """Every prefix of the epilogue that can be written as one formula, shortest first."""
-    return list(_grow(matmul, steps))
+def compositions(matmul: Node, dtype: torch.dtype, steps: Sequence[Step]) -> list[Composition]:
+    """Every prefix of the epilogue that can be written as one formula, shortest first.
+
+    ``dtype`` is that of the product.
+    """
+    return list(_grow(matmul, dtype, steps))
 
 
-def _grow(matmul: Node, steps: Sequence[Step]) -> Iterator[Composition]:
-    dtype = matmul.meta["val"].dtype
+def _grow(matmul: Node, dtype: torch.dtype, steps: Sequence[Step]) -> Iterator[Composition]:
     one = ex.reshape(ex.scalar(1.0), (1,))
     c: Composition | None = Composition(0, matmul, dtype, one, faithful=dtype == torch.int32)
     assert c is not None
     yield c
     for length, step in enumerate(steps, 1):
-        # What the matmul operator adds by itself comes before its node's value exists.
-        dtype = step.node.meta["val"].dtype
         if c.requantize is not None and not c.dtype.is_floating_point:
             return  # the codes: whoever reads them next must find them
-        c = _FOLDS[step.kind](replace(c, length=length, output=step.node, dtype=dtype), step, c.dtype)
+        c = _FOLDS[step.kind](replace(c, length=length, output=step.node, dtype=step.dtype), step, c.dtype)
         if c is None:
             return
         yield c

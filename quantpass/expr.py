@@ -150,17 +150,57 @@ def swap_last(e: Expr) -> Expr:
     return Call(aten.transpose.int, (e, -2, -1), {}, dtype_of(e), (*shape[:-2], shape[-1], shape[-2]))
 
 
+def permute(e: Expr, order: Sequence[int]) -> Expr:
+    """``e`` with its dimensions in another order."""
+    order = tuple(order)
+    if order == tuple(range(len(order))):
+        return e
+    if isinstance(e, Const):
+        return Const(e.tensor.permute(order), label=e.label)
+    shape = tuple(shape_of(e)[d] for d in order)
+    if isinstance(e, Ref):
+        inner = _order_of(e.node, len(order))
+        if inner is not None and tuple(inner[d] for d in order) == tuple(range(len(order))):
+            return Ref(e.node.args[0])  # type: ignore[arg-type]  # put back into its first order
+    return Call(aten.permute.default, (e, list(order)), {}, dtype_of(e), shape)
+
+
+def _order_of(node: Node, rank: int) -> tuple[int, ...] | None:
+    """The order into which a permuting node puts the dimensions of its input."""
+    if node.op != "call_function" or not isinstance(node.args[0] if node.args else None, Node):
+        return None
+    if node.target is aten.permute.default:
+        return tuple(int(d) % rank for d in node.args[1])  # type: ignore[union-attr,arg-type]
+    order = list(range(rank))
+    if node.target is aten.t.default and rank == 2:
+        return (1, 0)
+    if node.target is aten.transpose.int:
+        a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+        order[a], order[b] = order[b], order[a]
+        return tuple(order)
+    return None
+
+
 def _binary(target: Any, a: Expr, b: Expr) -> Expr:
     if isinstance(a, Const) and isinstance(b, Const):
         return Const(target(a.tensor, b.tensor))
     ta, tb = dtype_of(a), dtype_of(b)
     dtype = ta if isinstance(b, Const) and ta.is_floating_point else tb if isinstance(a, Const) else ta
     # A constant meets a node in the node's precision (float32 at least), so that float64 never enters the graph.
-    dtype = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+    if not dtype.is_floating_point and not (_is_whole(a) and _is_whole(b)):
+        dtype = torch.float32
     if dtype.is_floating_point:
-        a, b = cast(a, dtype), cast(b, dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+    a, b = cast(a, dtype), cast(b, dtype)
     shape = torch.broadcast_shapes(shape_of(a), shape_of(b))
     return Call(target, (a, b), {}, dtype, tuple(shape))
+
+
+def _is_whole(e: Expr) -> bool:
+    """True for integers, and for constants that are integers in a floating dtype."""
+    if not dtype_of(e).is_floating_point:
+        return True
+    return isinstance(e, Const) and bool((e.tensor == e.tensor.round()).all())
 
 
 def mul(a: Expr, b: Expr) -> Expr:

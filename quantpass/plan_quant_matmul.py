@@ -11,6 +11,7 @@ from quantpass import conventions
 from quantpass import expr as ex
 from quantpass.candidates import (
     FLOAT32_STEPS,
+    HALF_OPT_IN,
     Candidate,
     LaidOut,
     Notes,
@@ -19,7 +20,6 @@ from quantpass.candidates import (
     flattened,
     in_output_form,
     ops,
-    rows_of,
     spec_of,
     weight_layouts,
 )
@@ -85,6 +85,13 @@ def _refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
             "one scale for each column of N",
             "quantize the weight per channel",
         )
+    if weight.k_scale is not None:
+        yield Reject(
+            "qmm.weight.k_scale",
+            "the weight's scale varies along K",
+            "one scale for each column of N",
+            "move the scale along K onto the activation before quantizing it (as SmoothQuant does)",
+        )
     for factor in activation.factors:
         if factor.kind not in ("scalar", "rows"):
             yield Reject(
@@ -93,23 +100,40 @@ def _refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
                 "one scale, or one for each row",
                 "move the scale into the weight before quantizing it",
             )
+    batched = len(ex.shape_of(weight.codes)) > 2
+    if batched and any(f.kind == "rows" for f in activation.factors):
+        yield Reject(
+            "qmm.batched.rows",
+            "both operands are computed at run time and the left one has a scale for each row",
+            "one scale for the whole tensor",
+            "quantize both operands of an attention matmul per tensor",
+        )
     zero = activation.zero_point
-    if zero is not None and (zero.kind != "scalar" or zero.constant is None):
-        per = "is different for each row" if zero.kind == "rows" else "is known only at run time"
+    if zero is None:
+        return
+    if zero.kind != "scalar" or batched:
+        per = "stands beside a right operand of several matrices" if batched else "is different for each row"
         yield Reject(
             "qmm.activation.zero_point",
             f"the activation's zero point {per}",
-            "a zero point that is one number when compiling: the operator has no rank-1 term",
+            "one zero point for the whole tensor: the operator has no rank-1 term",
             "quantize activations symmetrically",
+        )
+    elif zero.constant is None and ex.dtype_of(zero.expr).is_floating_point:
+        yield Reject(
+            "qmm.activation.zero_point.dtype",
+            "the activation's zero point is known only at run time and is a float",
+            "an integer: it goes into the int32 bias",
+            "quantize activations symmetrically, or keep their zero point in an integer tensor",
         )
 
 
 def _product(activation: Affine, weight: Weight, c: Composition) -> _Product | None:
     notes = Notes()
     codes = activation.codes
-    zero = 0.0 if activation.zero_point is None else float(activation.zero_point.constant)  # type: ignore[arg-type]
-    x = flattened(codes)
-    if len(ex.shape_of(codes)) != 2:
+    x = codes
+    if len(ex.shape_of(codes)) != 2 and len(ex.shape_of(weight.codes)) == 2:
+        x = flattened(codes)
         notes.did("x flattened to 2-D")
     columns, rows = ex.mul(weight.scale, c.columns), list(c.rows)
     for factor in activation.factors:
@@ -118,8 +142,11 @@ def _product(activation: Affine, weight: Weight, c: Composition) -> _Product | N
         else:
             rows.append(factor.flat())
     acc_addend, addend = c.acc_addend, c.addend
-    if zero:
-        correction = conventions.activation_correction(ex.scalar(zero), _column_sums(weight))
+    if activation.zero_point is not None:
+        zero = ex.cast(
+            activation.zero_point.flat(), torch.float64 if ex.known(activation.zero_point.expr) else torch.int32
+        )
+        correction = conventions.activation_correction(zero, _column_sums(weight))
         acc_addend = correction if acc_addend is None else ex.add(acc_addend, correction)
         notes.did("activation zero point folded into the bias")
     if isinstance(acc_addend, Const):
@@ -186,6 +213,8 @@ def _candidates(reading: Reading, p: _Product, chip: Chip, options: Options) -> 
             yield from _float_output(reading, p, laid_out, chip, options)
             if c.dtype == torch.float32 and not integer_graph:
                 yield _emit(reading, p, laid_out, chip, options, torch.int32, bias=_int32(p.acc_addend))
+            if c.dtype == torch.float32 and p.rows is None and HALF_OPT_IN in options.allow:
+                yield from _word_output(reading, p, laid_out, chip, options)
 
 
 def _word_output(
@@ -320,7 +349,7 @@ def _emit(
 ) -> Candidate:
     """The call with result dtype ``out``; int32 results are scaled in the graph where the site is floating."""
     c, n = p.composition, p.weight.n
-    m = rows_of(ex.shape_of(p.x))
+    *batch, m, k = ex.shape_of(p.x)
     scale = ex.named(ex.cast(p.columns, torch.float32), "scale")
     float_epilogue = out == torch.int32 and c.dtype.is_floating_point
     if out == torch.int32:
@@ -340,7 +369,7 @@ def _emit(
         "saturate": chip.saturates and out == torch.float16,
     }
     specs = {
-        "x1": spec_of(p.x, (m, p.weight.k)),
+        "x1": spec_of(p.x, (*batch, m, k)),
         "x2": laid_out.spec,
         "scale": spec_of(scale),
         "pertoken_scale": spec_of(rows, (m,)),
@@ -348,18 +377,23 @@ def _emit(
         "output_dtype": out,
     }
     fixups = [*p.fixups, *laid_out.fixups]
-    value: Expr = call_op(ops.quant_matmul.default, arguments, out, (m, n))
+    lead = torch.broadcast_shapes(tuple(batch), ex.shape_of(laid_out.expr)[:-2])
+    value: Expr = call_op(ops.quant_matmul.default, arguments, out, (*lead, m, n))
     int8_codes = None
     if float_epilogue:
         value = _scaled_in_graph(value, p)
         fixups.append("int32 result, scaled in float32 in the graph")
+    in_half = out == torch.float16 and c.dtype == torch.float32
+    if in_half:
+        value = ex.cast(value, torch.float32)
+        fixups.append("computed in float16")
     value = in_output_form(value, reading, c)
     if c.requantize is not None:
         fixups.append("quantize folded into the matmul")
         int8_codes, value = value, _as_codes(value, c, shift)
     if word and p.addend is not None:
         fixups.append("bias rounded to int32")
-    numerics = _numerics(p, word)
+    numerics = _numerics(p, word, in_half=in_half)
     return Candidate(
         OpCall(QMM, options.mode, specs), c, value, laid_out.format, numerics, tuple(fixups), (), int8_codes
     )
@@ -389,10 +423,13 @@ def _as_codes(int8: Expr, c: Composition, shift: int) -> Expr:
     return ex.cast(more, c.dtype)
 
 
-def _numerics(p: _Product, word: bool) -> Numerics:
-    if not word:
-        return Numerics("exact", FLOAT32_STEPS)
-    if p.addend is None:
-        return Numerics("exact", _FP19 + FLOAT32_STEPS)
-    largest = float(p.columns.tensor.abs().max()) if isinstance(p.columns, Const) else float("inf")
-    return Numerics("bounded", _FP19 + FLOAT32_STEPS, largest / 2, ("bias rounded to a multiple of the scale",))
+def _numerics(p: _Product, word: bool, *, in_half: bool) -> Numerics:
+    relative = FLOAT32_STEPS + (_FP19 if word else 0.0) + (2.0**-11 if in_half else 0.0)
+    why, absolute = [], 0.0
+    if word and p.addend is not None:
+        absolute = float(p.columns.tensor.abs().max()) / 2 if isinstance(p.columns, Const) else float("inf")
+        why.append("bias rounded to a multiple of the scale")
+    if in_half:
+        absolute += torch.finfo(torch.float16).smallest_normal
+        why.append("computed in float16, which overflows above 65504")
+    return Numerics("bounded" if why else "exact", relative, absolute, tuple(why))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from quantpass import conventions
 from quantpass import expr as ex
 from quantpass.candidates import (
+    HALF_OPT_IN,
     Candidate,
     Notes,
+    aten,
     call_op,
     flattened,
     in_output_form,
@@ -22,8 +25,9 @@ from quantpass.candidates import (
 from quantpass.chips.calls import WQMM, OpCall
 from quantpass.chips.rules import Chip
 from quantpass.composition import Composition
-from quantpass.expr import Const, Expr, Ref
+from quantpass.expr import Const, Expr
 from quantpass.options import Options
+from quantpass.patterns.weights_by_value import shifted_by_group
 from quantpass.records import Numerics, Reject, Weight
 from quantpass.sites import Reading
 
@@ -36,27 +40,46 @@ def weight_quant_candidates(
     reading: Reading, compositions: list[Composition], chip: Chip, options: Options
 ) -> Iterator[Candidate | Reject]:
     """Candidates from the most to the least complete epilogue, and reasons where there can be none."""
-    weight, c = reading.weight, reading.contraction
-    assert isinstance(weight, Weight) and c is not None
-    x = c.lhs.meta["val"]
-    if not x.dtype.is_floating_point:
+    weight, x = reading.weight, reading.x
+    assert isinstance(weight, Weight) and x is not None
+    if not ex.dtype_of(x).is_floating_point:
         return
-    for composition in reversed(compositions):
-        fits = composition.complete and not composition.rows and composition.requantize is None
-        if fits and composition.dtype == x.dtype:
-            yield from _candidates(reading, composition, weight, chip, options)
+    if len(ex.shape_of(weight.codes)) > 2:
+        yield Reject(
+            "wqmm.weight.rank",
+            f"a weight of rank {len(ex.shape_of(weight.codes))}",
+            "a matrix: npu_weight_quant_batchmatmul takes no batches of weights",
+        )
+        return
+    narrow = _as_int4(weight)
+    dtypes = [ex.dtype_of(x)]
+    if dtypes == [torch.float32] and HALF_OPT_IN in options.allow:
+        dtypes.append(torch.float16)
+    for dtype in dtypes:
+        for composition in reversed(compositions):
+            fits = composition.complete and not composition.rows and composition.requantize is None
+            if fits and composition.dtype == ex.dtype_of(x):
+                yield from _candidates(reading, narrow, composition, dtype, chip, options)
+    if dtypes == [torch.float32] and chip.rules:
+        yield Reject(
+            HALF_OPT_IN,
+            "the activation is float32",
+            "float16 or bfloat16",
+            f"run the model in float16 or bfloat16, or name {HALF_OPT_IN!r} in allow to compute these sites in float16",
+        )
 
 
 def _candidates(
-    reading: Reading, c: Composition, weight: Weight, chip: Chip, options: Options
+    reading: Reading, narrow: Weight | None, c: Composition, dtype: torch.dtype, chip: Chip, options: Options
 ) -> Iterator[Candidate | Reject]:
-    assert reading.contraction is not None
-    lhs = reading.contraction.lhs
-    dtype = lhs.meta["val"].dtype
-    notes = Notes()
-    x = flattened(Ref(lhs))
-    if ex.shape_of(x) != tuple(lhs.meta["val"].shape):
-        notes.did("x flattened to 2-D")
+    """Candidates for one epilogue.
+
+    ``narrow`` is the weight with int4 codes where it has such; ``dtype`` is what the operator computes in.
+    """
+    assert reading.x is not None and isinstance(reading.weight, Weight)
+    shape, notes = ex.shape_of(reading.x), Notes()
+    weight = reading.weight if narrow is None else narrow
+    x, x_error, x_absolute = _activation(reading.x, weight, dtype, notes)
     scale = _scale(weight, c, notes)
     offset = None if weight.zero_point is None else conventions.antiquant_offset(weight.zero_point)
     error, scale16, offset16 = _parameter_error(scale, offset, dtype)
@@ -69,11 +92,16 @@ def _candidates(
         )
         return
     bias, bias_error = _bias(c, dtype, notes)
-    why = tuple(w for e, w in ((error, f"scale rounded to {dtype}"), (bias_error, f"bias rounded to {dtype}")) if e)
-    relative = _WEIGHT_ROUNDING[dtype] + weight.k * 2.0**-24 + error
-    numerics = Numerics("bounded" if why else "exact", relative, bias_error, why)
-    m, n = rows_of(tuple(lhs.meta["val"].shape)), weight.n
-    for int4 in [True, False] if _is_int4(weight) else [False]:
+    reasons = {f"scale rounded to {dtype}": error, f"bias rounded to {dtype}": bias_error}
+    if weight.k_scale is not None:
+        reasons["x multiplied by the weight's scale along K"] = x_error
+    if dtype != ex.dtype_of(reading.x):
+        reasons["computed in float16, which overflows above 65504"] = x_error
+    why = tuple(w for w, e in reasons.items() if e)
+    relative = _WEIGHT_ROUNDING[dtype] + weight.k * 2.0**-24 + error + x_error
+    numerics = Numerics("bounded" if why else "exact", relative, bias_error + x_absolute, why)
+    m, n = rows_of(shape), weight.n
+    for int4 in [True, False] if narrow is not None else [False]:
         for laid_out in weight_layouts(weight, chip, WQMM, options, int4=int4):
             arguments = {
                 "x": x,
@@ -93,7 +121,7 @@ def _candidates(
                 "bias": spec_of(bias),
                 "antiquant_group_size": weight.group_size,
             }
-            value = call_op(ops.weight_quant_matmul.default, arguments, dtype, (m, n))
+            value = ex.cast(call_op(ops.weight_quant_matmul.default, arguments, dtype, (m, n)), c.dtype)
             yield Candidate(
                 OpCall(WQMM, options.mode, specs),
                 c,
@@ -104,8 +132,72 @@ def _candidates(
             )
 
 
-def _is_int4(weight: Weight) -> bool:
-    return isinstance(weight.codes, Const) and weight.low >= -8 and weight.high <= 7
+def _as_int4(weight: Weight) -> Weight | None:
+    """``weight`` with codes in [-8, 7], moved together with its zero point where needed; None where it can't be."""
+    if not isinstance(weight.codes, Const):
+        return None
+    if weight.low >= -8 and weight.high <= 7:
+        return weight
+    if weight.high - weight.low > 15 and not weight.group_size:
+        return None  # moving each channel by itself could help, but no tool packs 4-bit codes that way
+    codes = weight.codes.tensor.t() if weight.transposed else weight.codes.tensor
+    group = weight.group_size or weight.k
+    zero = weight.zero_point if weight.zero_point is not None else ex.scalar(0.0)
+    if not isinstance(zero, Const) or not isinstance(weight.scale, Const):
+        return None
+    if weight.high - weight.low <= 15:
+        shift = weight.low + 8
+        moved, zero_point = (codes - shift).to(torch.int8), zero.tensor.expand_as(weight.scale.tensor) - shift
+    else:
+        shifted = shifted_by_group(codes.double(), zero.tensor.double(), group, bits=4)
+        if shifted is None:
+            return None
+        moved, zero_point = shifted
+    stored = moved.t().contiguous() if weight.transposed else moved.contiguous()
+    scale = Const(weight.scale.tensor.expand_as(zero_point).contiguous(), label=weight.scale.label)
+    return replace(
+        weight,
+        codes=Const(stored, label=weight.codes.label),
+        scale=scale,
+        zero_point=None if not bool(zero_point.any()) else Const(zero_point),
+        low=int(moved.min()),
+        high=int(moved.max()),
+    )
+
+
+def _activation(x: Expr, weight: Weight, dtype: torch.dtype, notes: Notes) -> tuple[Expr, float, float]:
+    """x as the operator takes it, with the relative and the absolute change that this makes to a sum over K."""
+    error = absolute = 0.0
+    if len(ex.shape_of(x)) != 2:
+        x = flattened(x)
+        notes.did("x flattened to 2-D")
+    if weight.k_order is not None:
+        shape = ex.shape_of(x)
+        x = ex.apply(
+            aten.index_select.default, x, -1, Const(weight.k_order, label="order"), dtype=ex.dtype_of(x), shape=shape
+        )
+        notes.did("columns of x reordered as the weight's groups are")
+    if weight.k_scale is not None:
+        # At most 1 in magnitude, so x can't overflow; it can underflow, hence the absolute part.
+        of_k = Const(weight.k_scale.to(ex.dtype_of(x)), label="k_scale")
+        x = ex.apply(aten.mul.Tensor, x, of_k, dtype=ex.dtype_of(x), shape=ex.shape_of(x))
+        error += 2 * _HALF_UNIT[ex.dtype_of(x)]
+        absolute += _largest_column(weight) * torch.finfo(ex.dtype_of(x)).smallest_normal
+        notes.did("the weight's scale along K moved onto x")
+    if dtype != ex.dtype_of(x):
+        x = ex.cast(x, dtype)
+        error += 2 * _HALF_UNIT[dtype]
+        absolute += _largest_column(weight) * torch.finfo(dtype).smallest_normal
+        notes.did(f"computed in {str(dtype).removeprefix('torch.')}")
+    return x, error, absolute
+
+
+def _largest_column(weight: Weight) -> float:
+    """An upper bound of ``sum_k |w_kn|`` over all columns."""
+    if not isinstance(weight.scale, Const) or not ex.known(weight.zero_point):
+        return float("inf")
+    zero = weight.zero_point.tensor.abs().max() if isinstance(weight.zero_point, Const) else 0.0
+    return weight.k * (max(abs(weight.low), abs(weight.high)) + float(zero)) * float(weight.scale.tensor.abs().max())
 
 
 def _scale(weight: Weight, c: Composition, notes: Notes) -> Expr:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch.fx import Node
+
 from quantpass import expr as ex
 from quantpass.candidates import Candidate, aten
 from quantpass.chips.calls import QMM
@@ -18,7 +20,6 @@ from quantpass.expr import Expr, Ref
 from quantpass.legality import judge
 from quantpass.options import Options
 from quantpass.patterns.affine import Affine, NotAffine
-from quantpass.patterns.contractions import Contraction
 from quantpass.plan_quant_matmul import quant_matmul_candidates
 from quantpass.plan_weight_quant import weight_quant_candidates
 from quantpass.records import Numerics, Plan, Reject, Weight
@@ -39,7 +40,10 @@ def plan_site(reading: Reading, chip: Chip, options: Options) -> Planned:
     if reading.rejects:
         return Planned(None, None, reading.rejects)
     assert reading.epilogue is not None and isinstance(reading.weight, Weight)
-    prefixes = compositions(reading.node, reading.epilogue.steps)
+    assert reading.contraction is not None
+    prefixes = compositions(reading.node, reading.contraction.product_dtype, reading.epilogue.steps)
+    if reading.contraction.whole:
+        prefixes = [p for p in prefixes if p.length >= len(reading.contraction.own)]
     rejects: list[Reject] = []
     for candidate in _candidates(reading, prefixes, chip, options):
         if isinstance(candidate, Reject):
@@ -77,9 +81,12 @@ def _activation_reject(read: NotAffine) -> Reject:
 
 
 def _nothing_fits(reading: Reading) -> Reject:
-    assert reading.contraction is not None
-    dtype = reading.contraction.lhs.meta["val"].dtype
-    return Reject("plan.none", f"no fused operator takes a {dtype} activation here", "a floating or int8 activation")
+    assert reading.x is not None
+    return Reject(
+        "plan.none",
+        f"no fused operator takes a {ex.dtype_of(reading.x)} activation here",
+        "a floating or int8 activation",
+    )
 
 
 def _as_plan(candidate: Candidate, reading: Reading, passed_over: list[Reject], assumptions: tuple[str, ...]) -> Plan:
@@ -101,18 +108,18 @@ def _as_plan(candidate: Candidate, reading: Reading, passed_over: list[Reject], 
 def _with_leftover(candidate: Candidate, reading: Reading) -> Expr:
     """The fused value, with what the matmul operator adds or scales by itself and the plan did not take in."""
     c, value = reading.contraction, candidate.value
-    assert c is not None and reading.epilogue is not None
-    steps = [s.kind for s in reading.epilogue.steps if s.node is reading.node][candidate.composition.length :]
+    assert c is not None
     dtype, shape = c.node.meta["val"].dtype, tuple(c.node.meta["val"].shape)
-    if "scale" in steps:
-        value = ex.apply(aten.mul.Tensor, value, c.alpha, dtype=dtype, shape=shape)
-    if "add" in steps:
-        assert c.bias is not None
-        value = ex.apply(aten.add.Tensor, Ref(c.bias) if c.beta == 1 else _times(c), value, dtype=dtype, shape=shape)
+    for own in c.own[candidate.composition.length :]:
+        operand = Ref(own.operand) if isinstance(own.operand, Node) else own.operand
+        if own.kind == "scale":
+            value = ex.apply(aten.mul.Tensor, value, operand, dtype=dtype, shape=shape)
+        else:
+            value = ex.apply(aten.add.Tensor, _times(operand, own.times), value, dtype=dtype, shape=shape)
     return value
 
 
-def _times(c: Contraction) -> Expr:
-    assert c.bias is not None
-    fake = c.bias.meta["val"]
-    return ex.apply(aten.mul.Tensor, Ref(c.bias), c.beta, dtype=fake.dtype, shape=tuple(fake.shape))
+def _times(operand: Expr, times: object) -> Expr:
+    if isinstance(times, int | float) and times == 1:
+        return operand
+    return ex.apply(aten.mul.Tensor, operand, times, dtype=ex.dtype_of(operand), shape=ex.shape_of(operand))

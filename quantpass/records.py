@@ -125,6 +125,10 @@ class Weight:
         low: smallest code the weight holds (or could hold, where its values are not known).
         high: largest code.
         proved: True where the graph's own value was evaluated and compared with this reading.
+        k_order: the rows of ``codes`` are those of the operand in this order, ``(K,)`` int64; None for their own.
+        k_scale: the rows are to be multiplied by this as well, ``(K,)`` float64, at most 1; None for none.
+
+    ``codes`` with more than two dimensions is an operand that is computed when the graph runs, a matrix for each batch.
     """
 
     codes: Expr
@@ -137,6 +141,8 @@ class Weight:
     low: int
     high: int
     proved: bool
+    k_order: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,13 +98,15 @@ class ReaderTable:
             return None
         return reader
 
-    def merged(self, other: Mapping[Any, Reader]) -> ReaderTable:
+    def merged(self, *others: Mapping[Any, Reader]) -> ReaderTable:
         """A table with more readers; one that is already there is an error."""
         mine: dict[Any, Reader] = {**self._named, **{t: r for t, r in self._resolved.items() if r}}
-        double = sorted(str(key) for key in set(mine) & set(other))
-        if double:
-            raise ValueError(f"two readers for {', '.join(double)}; give one")
-        return ReaderTable({**mine, **other}, self._leading)
+        for other in others:
+            double = sorted(str(key) for key in set(mine) & set(other))
+            if double:
+                raise ValueError(f"two readers for {', '.join(double)}; give one")
+            mine |= other
+        return ReaderTable(mine, self._leading)
 
 
 def _mismatch(target: OpOverload, reader: Reader, leading: int) -> str | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from quantpass import expr as ex
+from quantpass.expr import Expr, Ref
 from quantpass.patterns import Dialects
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, read_contraction
@@ -28,6 +29,7 @@ class Reading:
         source: ``file:line`` of the user's code, or empty.
         node: the matmul.
         contraction: its operands; None where the form is not read.
+        x: the left operand, ``(..., M, K)``.
         activation: the left operand as affine value, or why it is not one.
         weight: the right operand, or why it could not be read.
         epilogue: what follows.
@@ -39,6 +41,7 @@ class Reading:
     source: str
     node: Node
     contraction: Contraction | None
+    x: Expr | None
     activation: Affine | NotAffine
     weight: Weight | NotAffine
     epilogue: Epilogue | None
@@ -67,21 +70,45 @@ def find_sites(graph: Graph, values: StaticValues, dialects: Dialects) -> Iterat
 def _read_site(
     reader: AffineReader, dialects: Dialects, node: Node, found: Contraction | NoContraction
 ) -> Reading | None:
-    name, source = provenance(node)
     if isinstance(found, NoContraction):
-        if not any(_is_quantized(reader.read(o)) for o in found.operands):
-            return None
-        reject = Reject("read.matmul", found.reason, "a matmul of two matrices", "rewrite it as x @ w with 2-D w")
-        unread = NotAffine("not read")
-        return Reading(name, source, node, None, unread, unread, None, "not read", (reject,))
-    weight = read_weight(reader, found.rhs, transposed=found.rhs_transposed)
-    activation = reader.read(found.lhs)
+        return _unread_site(reader, node, found)
+    weight = _weight(reader, found)
+    if not _is_quantized(weight) and reader.values.is_static(found.lhs):
+        swapped = found.swapped()
+        on_the_left = _weight(reader, swapped) if swapped is not None else weight
+        if swapped is not None and _is_quantized(on_the_left):
+            found, weight = swapped, on_the_left
+    x, activation = _activation(reader, found)
     if not _is_quantized(weight) and not _is_quantized(activation):
         return None
     rejects = tuple(_reading_rejects(reader, found, weight))
     epilogue = read_epilogue(reader, dialects.steps, found) if not rejects else None
     text = f"{_describe_activation(activation)} x {_describe_weight(weight)}"
-    return Reading(name, source, node, found, activation, weight, epilogue, text, rejects)
+    return Reading(*provenance(node), node, found, x, activation, weight, epilogue, text, rejects)
+
+
+def _unread_site(reader: AffineReader, node: Node, found: NoContraction) -> Reading | None:
+    if not found.certain and not any(_is_quantized(reader.read(o)) for o in found.operands):
+        return None
+    reject = Reject("read.matmul", found.reason, "a matmul of two matrices that can be read", found.hint)
+    unread = NotAffine("not read")
+    return Reading(*provenance(node), node, None, None, unread, unread, None, "not read", (reject,))
+
+
+def _weight(reader: AffineReader, c: Contraction) -> Weight | NotAffine:
+    if c.weight is not None:
+        special: Weight | NotAffine = c.weight(reader)
+        return special
+    return read_weight(reader, c.rhs, transposed=c.rhs_transposed, matrix=c.matrix)
+
+
+def _activation(reader: AffineReader, c: Contraction) -> tuple[Expr, Affine | NotAffine]:
+    x, read = Ref(c.lhs), reader.read(c.lhs)
+    if c.lhs_order is None:
+        return x, read
+    if isinstance(read, Affine):
+        read = read.permuted(c.lhs_order) or NotAffine("its scale does not follow the transposition", quantized=True)
+    return ex.permute(x, c.lhs_order), read
 
 
 def _is_quantized(read: Affine | Weight | NotAffine) -> bool:
@@ -99,7 +126,7 @@ def _reading_rejects(reader: AffineReader, c: Contraction, weight: Weight | NotA
         hint = "quantize the weight as well" if static or c.rhs.op == "placeholder" else ""
         yield Reject("read.weight.float", what, "a weight read as scale * (codes - zero_point)", hint)
         return
-    yield Reject("read.weight", what, "a weight read as scale * (codes - zero_point)", weight.hint)
+    yield Reject(weight.rule, what, "a weight read as scale * (codes - zero_point)", weight.hint)
 
 
 def provenance(node: Node) -> tuple[str, str]:

@@ -1,0 +1,338 @@
+"""Reading a static operand by value: what an arbitrary subgraph of unpacks, shifts, views and products *does*.
+
+Find where the graph goes from integers to floats, evaluate what follows with those integers set to 0, 1 and 2, and take
+the line through the three. The line has to explain every element of the operand's actual value: that is the proof.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from quantpass.patterns.affine import NotAffine
+from torch.fx import Node
+
+from quantpass.expr import Const, Expr
+from quantpass.records import Weight
+from quantpass.static_values import StaticValues
+
+aten = torch.ops.aten
+
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+TOLERANCE = 1e-3
+"""How far from an integer a recovered code may be, in codes; float64 evaluation leaves about 1e-10."""
+
+_SAME = 1e-9
+"""Relative difference below which two scales are one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A right operand and how it lies: ``(..., N, K)`` where ``transposed``; seen as ``matrix`` where that is given."""
+
+    node: Node
+    transposed: bool
+    matrix: tuple[int, int] | None = None
+
+    def kn(self, value: torch.Tensor) -> torch.Tensor:
+        """The operand's value as ``(K, N)``; the first of equal matrices."""
+        value = value.reshape(self.matrix) if self.matrix else value.reshape(-1, *value.shape[-2:])[0]
+        return value.t() if self.transposed else value
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """``value = slope * codes + intercept``, elementwise, all ``(K, N)`` in float64."""
+
+    codes: torch.Tensor
+    slope: torch.Tensor
+    intercept: torch.Tensor
+
+
+def weight_by_value(values: StaticValues, operand: Operand) -> Weight | NotAffine:
+    """Read a static operand by evaluating it."""
+    node = operand.node
+    if not _holds_codes(node):
+        if looks_dequantized(operand.kn(values.value(node))):
+            return NotAffine(
+                "its values are floats on a grid of at most 256 steps: it was dequantized before the pass",
+                quantized=True,
+                hint="run quantpass before constant folding and freezing (torch._inductor.config.freezing = False), "
+                "and keep the tool from storing dequantized weights",
+                rule="read.weight.folded",
+            )
+        return NotAffine("it is a plain floating-point weight")
+    full = values.widened(node)
+    if full.dim() > 2 and operand.matrix is None:
+        matrices = full.reshape(-1, *full.shape[-2:])
+        if not bool((matrices == matrices[:1]).all()):
+            return NotAffine(
+                f"a weight of rank {full.dim()} whose matrices differ",
+                quantized=True,
+                hint="weights of experts need a grouped matmul, which is not among the fused operators; a matmul for "
+                "each expert can be fused",
+                rule="read.weight.batched",
+            )
+    actual = operand.kn(full)
+    if not actual.numel() or not bool(torch.isfinite(actual).all()):
+        return NotAffine("it is empty or holds values that are not finite", quantized=True)
+    if not node.meta["val"].dtype.is_floating_point:
+        return _from_line(values, [node], _Line(actual, torch.ones_like(actual), torch.zeros_like(actual)))
+    problem = NotAffine("its value is not a linear function of its codes", quantized=True, rule="read.weight.nonlinear")
+    for cuts in _integer_cuts(node, full.numel()):
+        line = _probe(values, operand, cuts, actual)
+        found = problem if line is None else _from_line(values, cuts, line)
+        if isinstance(found, Weight):
+            return found
+        problem = found
+    return problem
+
+
+# -- where integers become floats ----------------------------------------------------------------------------------
+
+
+def _backwards(node: Node, past: set[Node] | None = None) -> Iterator[tuple[Node, torch.Tensor]]:
+    """Tensor nodes that ``node`` is computed from, nearest first; not past those that the caller adds to ``past``."""
+    seen, todo = {node}, [node]
+    for n in todo:
+        if past is not None and n in past:
+            continue
+        for i in n.all_input_nodes:
+            fake = i.meta.get("val")
+            if i not in seen and isinstance(fake, torch.Tensor):
+                seen.add(i)
+                todo.append(i)
+                yield i, fake
+
+
+def _integer_cuts(node: Node, numel: int) -> Iterator[list[Node]]:
+    """Sets of integer tensors to probe: each of full size by itself, then all that are large enough, together.
+
+    Several together are the parts of a weight that is put together from pieces (concatenated, sliced, unpacked into a
+    float buffer).
+    """
+    past: set[Node] = set()
+    for n, fake in _backwards(node, past):
+        if fake.numel() == numel and _is_whole(n, fake):
+            past.add(n)
+            yield [n]
+    alone = set(past)
+    past.clear()
+    for n, fake in _backwards(node, past):
+        if fake.numel() * 16 >= numel and _is_whole(n, fake):
+            past.add(n)
+    if past and not (len(past) == 1 and past <= alone):
+        yield sorted(past)
+
+
+def _is_whole(n: Node, fake: torch.Tensor) -> bool:
+    return fake.dtype in _INTEGERS or _rounds(n)
+
+
+def _rounds(n: Node) -> bool:
+    return n.op == "call_function" and n.target in (aten.round.default, aten.floor.default)
+
+
+def _holds_codes(node: Node) -> bool:
+    """True where integers large enough to hold a weight's codes (at 2 bits each) flow into ``node``."""
+    fake = node.meta["val"]
+    if fake.dtype in _INTEGERS:
+        return True
+    least = fake.numel() if isinstance(fake.numel(), int) else 0
+    return any((t.dtype in _INTEGERS and t.numel() * 16 >= least) or _rounds(n) for n, t in _backwards(node))
+
+
+def _probe(values: StaticValues, operand: Operand, cuts: list[Node], actual: torch.Tensor) -> _Line | None:
+    """The line through the values at codes 0, 1 and 2, if it explains every element of the actual value."""
+    at = []
+    for code in (0, 1, 2):
+        replaced = {cut: _filled(cut, code) for cut in cuts}
+        try:
+            at.append(operand.kn(values.widened(operand.node, replaced)))
+        except (RuntimeError, IndexError):
+            return None
+    slope, intercept = at[1] - at[0], at[0]
+    steepest = slope.abs().max()
+    if not bool(torch.isfinite(at[2]).all()) or steepest == 0:
+        return None
+    if (at[2] - intercept - 2 * slope).abs().max() > _SAME * steepest:
+        return None
+    flat = slope == 0
+    codes = torch.where(flat, 0.0, (actual - intercept) / torch.where(flat, 1.0, slope))
+    whole = codes.round()
+    if (codes - whole).abs().max() > TOLERANCE or bool((actual != intercept)[flat].any()):
+        return None
+    return _Line(whole, slope, intercept)
+
+
+def _filled(cut: Node, code: int) -> torch.Tensor:
+    fake = cut.meta["val"]
+    return torch.full(fake.shape, code, dtype=torch.float64 if fake.dtype.is_floating_point else fake.dtype)
+
+
+# -- from a line to a weight ---------------------------------------------------------------------------------------
+
+
+def _from_line(values: StaticValues, cuts: list[Node], line: _Line) -> Weight | NotAffine:
+    k, n = line.codes.shape
+    flat = line.slope == 0
+    zero = torch.where(flat, 0.0, -line.intercept / torch.where(flat, 1.0, line.slope))
+    if bool((line.intercept != 0)[flat].any()):
+        return NotAffine("a column has the scale 0 but not the value 0", quantized=True)
+    codes, slope = line.codes, line.slope
+    order = k_scale = None
+    group = _group_size(slope, zero)
+    if group is None:
+        order, group = _act_order(slope, zero)
+        if order is not None:
+            codes, slope, zero = codes[order], slope[order], zero[order]
+    if group is None:
+        k_scale, slope = _split_off_k(slope)
+        group = _group_size(slope, zero) if k_scale is not None else None
+    if group is None:
+        return NotAffine(
+            "its scale or zero point varies along K without regular groups",
+            quantized=True,
+            hint="the operators take a scale for each column of N, or for each group of rows of K",
+            rule="read.weight.along_k",
+        )
+    scale, zero = (_per_group(t, group) for t in (slope, zero))
+    shifted = _into_int8(codes, zero, group)
+    if shifted is None:
+        return NotAffine("its codes span more than 8 bits", quantized=True, rule="read.weight.bits")
+    codes, zero = shifted
+    low, high = int(codes.min()), int(codes.max())
+    stored, stored_transposed = _stored_codes(values, cuts, codes)
+    zero_point = None if bool((zero == 0).all()) else Const(zero)
+    if zero_point is not None and scale.shape != zero.shape:
+        scale = scale.expand_as(zero)
+    return Weight(
+        stored, stored_transposed, k, n, Const(scale), zero_point, 0 if group == k else group, low, high, True,
+        k_order=order, k_scale=k_scale,
+    )  # fmt: skip
+
+
+def _group_size(*parameters: torch.Tensor) -> int | None:
+    """The largest group of rows within which nothing changes; None where every row would be its own group."""
+    k = parameters[0].shape[0]
+    group = k
+    for p in parameters:
+        changes = ((p[1:] - p[:-1]).abs() > _SAME * p.abs().max()).any(dim=1).nonzero().flatten() + 1
+        for change in changes.tolist():
+            group = math.gcd(group, change)
+    return group if group > 1 or k == 1 else None
+
+
+def _act_order(slope: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
+    """The order of rows that makes groups regular, and their size: quantization in order of activation size."""
+    k = slope.shape[0]
+    rows = torch.cat([slope, zero], dim=1)
+    _, which, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
+    group = math.gcd(*counts.tolist())
+    if group <= 1 or group == k:
+        return None, None
+    # Groups in the order of their first rows, so that the order stays as close to the graph's as it can.
+    first = torch.full((len(counts),), k, dtype=torch.int64).scatter_reduce(0, which, torch.arange(k), "amin")
+    return torch.argsort(first[which], stable=True), group
+
+
+def _split_off_k(slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """``slope[k, n] = of_k[k] * of_n[n]``: the part along K, at most 1 in magnitude, and the rest; or None."""
+    largest = slope.abs().amax(dim=1)
+    pivot = int(largest.argmax())
+    if not bool((largest > 0).all()):
+        return None, slope
+    column = int(slope[pivot].abs().argmax())
+    of_k = slope[:, column] / slope[pivot, column]
+    rest = slope[pivot].expand_as(slope)
+    if bool(((of_k[:, None] * rest - slope).abs() > _SAME * slope.abs().max()).any()):
+        return None, slope
+    return of_k, rest
+
+
+def _per_group(parameter: torch.Tensor, group: int) -> torch.Tensor:
+    """``(K, N)`` to ``(K / group, N)``, to ``(N,)`` where there is one group, to ``(1,)`` where all are equal."""
+    rows = parameter[::group]
+    if rows.shape[0] > 1:
+        return rows.contiguous()
+    row = rows[0]
+    if bool(((row - row[0]).abs() <= 1e-12 * row.abs().max()).all()):
+        return row[:1].clone()
+    return row.contiguous()
+
+
+def _into_int8(codes: torch.Tensor, zero: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Shift codes and zero point together so that the codes fit int8; None where they are too many."""
+    low, high = float(codes.min()), float(codes.max())
+    if low >= -128 and high <= 127:
+        return codes.to(torch.int8), zero
+    if low >= 0 and high <= 255:
+        return (codes - 128).to(torch.int8), zero - 128
+    return shifted_by_group(codes, zero, group, bits=8)
+
+
+def shifted_by_group(
+    codes: torch.Tensor, zero: torch.Tensor, group: int, *, bits: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Codes ``(K, N)`` moved, group by group and column by column, to start at the least signed ``bits``-bit integer.
+
+    Returns:
+        int8 codes and the zero point that goes with them, ``(K / group, N)`` or ``(N,)``; None where a group spans
+        more than ``bits`` bits or groups do not divide K.
+    """
+    k, n = codes.shape
+    if k % group:
+        return None
+    blocks = codes.reshape(k // group, group, n)
+    low, high = blocks.amin(dim=1), blocks.amax(dim=1)
+    if bool((high - low >= 2**bits).any()):
+        return None
+    shift = low + 2 ** (bits - 1)
+    moved = (blocks - shift[:, None]).reshape(k, n).to(torch.int8)
+    return moved, (zero - shift).reshape(-1, n) if k // group > 1 else (zero - shift).reshape(n)
+
+
+def _stored_codes(values: StaticValues, cuts: list[Node], codes: torch.Tensor) -> tuple[Expr, bool]:
+    """The graph's own int8 tensor where it holds exactly these codes, else a new one stored ``(N, K)``."""
+    leaf = cuts[0]
+    while leaf.op == "call_function" and len(leaf.all_input_nodes) == 1:
+        leaf = leaf.all_input_nodes[0]
+    fake = leaf.meta.get("val")
+    if leaf.op != "call_function" and isinstance(fake, torch.Tensor) and fake.dtype == torch.int8 and fake.dim() == 2:
+        value = values.value(leaf)
+        if value.shape == codes.t().shape and torch.equal(value, codes.t()):
+            return Const(value, leaf, leaf.name), True
+        if value.shape == codes.shape and torch.equal(value, codes):
+            return Const(value, leaf, leaf.name), False
+    return Const(codes.t().contiguous(), label=leaf.name), True
+
+
+# -- weights that were dequantized too early -----------------------------------------------------------------------
+
+_ROWS_LOOKED_AT = 4
+_SEGMENTS = (None, 128, 32)
+"""How much of a column to look at: all of K, or the beginning that one group would cover."""
+
+
+def looks_dequantized(matrix: torch.Tensor) -> bool:
+    """True where columns of a float ``(K, N)`` matrix take few values on a regular grid, as only codes do."""
+    k, n = matrix.shape
+    if not matrix.dtype.is_floating_point or k < 32 or n == 0:
+        return False
+    columns = matrix[:, :: max(1, n // _ROWS_LOOKED_AT)][:, :_ROWS_LOOKED_AT].t().double()
+    eps = torch.finfo(matrix.dtype).eps
+    return any(all(_on_a_grid(c[:size], eps) for c in columns) for size in _SEGMENTS if size is None or size < k)
+
+
+def _on_a_grid(values: torch.Tensor, eps: float) -> bool:
+    distinct = torch.unique(values)
+    if not 8 <= len(distinct) <= 256 or len(distinct) > 0.75 * len(values):
+        return False
+    gaps = distinct[1:] - distinct[:-1]
+    step = gaps[gaps > 4 * eps * distinct.abs().max()].min() if bool((gaps > 0).any()) else gaps.max()
+    levels = (distinct / step).abs()
+    if float(levels.max()) > 256:
+        return False
+    return bool(((levels - levels.round()).abs() <= 0.02 + levels * eps).all())
