@@ -9,14 +9,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from quantpass.patterns import affine, contractions, epilogues, integers, movement, quantized_decomposed
+from quantpass.patterns import (
+    affine,
+    ascend,
+    aten_packed,
+    bitsandbytes,
+    contractions,
+    epilogues,
+    fake_quantize,
+    integers,
+    movement,
+    quantized_decomposed,
+    quanto,
+    torchao_affine,
+)
 from quantpass.patterns.dialect import Dialect
 
 from quantpass.schema import ReaderTable
 
 __all__ = ["Dialect", "Dialects", "default_dialects"]
 
-KNOWN = (quantized_decomposed.dialect,)
+KNOWN = (
+    aten_packed.dialect,
+    fake_quantize.dialect,
+    quantized_decomposed.dialect,
+    torchao_affine.dialect,
+    quanto.dialect,
+    bitsandbytes.dialect,
+    ascend.dialect,
+)
 """The tools that quantpass knows."""
 
 

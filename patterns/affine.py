@@ -6,6 +6,7 @@ operand towards its integers and accounts for every argument of every node it pa
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -191,6 +192,10 @@ class AffineReader:
         return Affine(int8 or recentred(node), (held[0] - 128, held[1] - 128), (), down, shape)
 
     def _read_call(self, node: Node) -> Affine | NotAffine | None:
+        if node.target is operator.getitem and node.args[1] == 0 and isinstance(node.args[0], Node):
+            several = node.args[0]
+            reader = self._dequantizers.get(several.target)  # type: ignore[call-overload]
+            return None if reader is None else call_reader(reader, several, self, node)
         for table in (self._dequantizers, self._arithmetic):
             reader = table.get(node.target)  # type: ignore[call-overload]
             if reader is not None:

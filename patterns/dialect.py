@@ -21,7 +21,7 @@ class Dialect:
         name: the tool.
         dequantizers: operators that return ``scale * (codes - zero_point)``. Readers take
             ``(reader, node, **arguments)`` with an :class:`~quantpass.patterns.affine.AffineReader` and return an
-            ``Affine`` or ``NotAffine``.
+            ``Affine`` or ``NotAffine``. Of an operator with several results the first one is read.
         recentre: quantize operators that can give int8 codes instead of uint8 ones. Readers take
             ``(node, **arguments)`` and return a :class:`~quantpass.expr.Recentred` or None.
         integers: operators that return bounded integers. Readers take ``(reader, node, **arguments)`` with an

@@ -25,6 +25,7 @@ def dialect() -> Dialect:
             "quantized_decomposed::dequantize_per_tensor.tensor": _dequantize_per_tensor,
             "quantized_decomposed::dequantize_per_tensor.tensor2": _dequantize_per_tensor,
             "quantized_decomposed::dequantize_per_channel": _dequantize_per_channel,
+            "quantized_decomposed::dequantize_per_token": _dequantize_per_token,
         },
         # Bounds and zero point moved by 128 give int8 codes.
         recentre={"quantized_decomposed::quantize_per_tensor": _recentred},
@@ -76,6 +77,29 @@ def _dequantize_per_channel(
 ) -> Affine | NotAffine:
     del quant_min, quant_max, dtype, out_dtype
     return reader.dequantized(node, input_, scales, zero_points, axis=axis)
+
+
+def _dequantize_per_token(
+    reader: AffineReader,
+    node: Node,
+    *,
+    input_: Any,
+    scales: Any,
+    zero_points: Any,
+    quant_min: Any,
+    quant_max: Any,
+    dtype: torch.dtype,
+    output_dtype: torch.dtype,
+) -> Affine | NotAffine:
+    del quant_min, quant_max, dtype, output_dtype
+    value = reader.read(input_)
+    shape = tuple(node.meta["val"].shape)
+    for operand, combine in ((zero_points, Affine.minus), (scales, Affine.times)):
+        term = reader.vector(operand, shape, rows=True)
+        if isinstance(value, NotAffine) or term is None:
+            return value if isinstance(value, NotAffine) else NotAffine("per-token scales of another shape", True)
+        value = combine(value, term)
+    return value
 
 
 def _quantize_per_tensor(

@@ -100,10 +100,12 @@ def _backwards(node: Node, past: set[Node] | None = None) -> Iterator[tuple[Node
         if past is not None and n in past:
             continue
         for i in n.all_input_nodes:
+            if i in seen:
+                continue
+            seen.add(i)
+            todo.append(i)
             fake = i.meta.get("val")
-            if i not in seen and isinstance(fake, torch.Tensor):
-                seen.add(i)
-                todo.append(i)
+            if isinstance(fake, torch.Tensor):
                 yield i, fake
 
 

@@ -91,7 +91,7 @@ def _candidates(
             "its smallest scales are below the normal range of the dtype: run the model in bfloat16",
         )
         return
-    bias, bias_error = _bias(c, dtype, notes)
+    bias, bias_error = _bias(c, dtype, weight.n, notes)
     reasons = {f"scale rounded to {dtype}": error, f"bias rounded to {dtype}": bias_error}
     if weight.k_scale is not None:
         reasons["x multiplied by the weight's scale along K"] = x_error
@@ -233,12 +233,12 @@ def _relative_change(wide: Expr, narrow: Expr, dtype: torch.dtype) -> float:
     return float(change.max())
 
 
-def _bias(c: Composition, x_dtype: torch.dtype, notes: Notes) -> tuple[Expr | None, float]:
+def _bias(c: Composition, x_dtype: torch.dtype, n: int, notes: Notes) -> tuple[Expr | None, float]:
     """The bias in the dtype that the operator takes, and the largest change that makes."""
     if c.addend is None:
         return None, 0.0
     wanted = torch.float16 if x_dtype == torch.float16 else torch.float32
-    bias = ex.expanded(ex.cast(c.addend, wanted), (c.output.meta["val"].shape[-1],))
+    bias = ex.expanded(ex.cast(c.addend, wanted), (n,))
     bias = ex.named(bias, "bias")
     if ex.dtype_of(c.addend) != wanted and ex.dtype_of(c.addend) != torch.float64:
         notes.did(f"bias cast to {str(wanted).removeprefix('torch.')}")
