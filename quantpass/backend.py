@@ -14,7 +14,7 @@ from quantpass.dump import dump
 from quantpass.options import Options, make_options
 from quantpass.pipeline import Outcome
 from quantpass.report import Report
-from quantpass.torch_internals import aot_placeholder_values, attribute_values, compile_with_aot
+from quantpass.torch_internals import aot_placeholder_values, attribute_values, compile_with_aot, decomposition_table
 
 logger = logging.getLogger("quantpass")
 
@@ -82,7 +82,7 @@ def compile_graph(
         leaves = aot_placeholder_values(aot, example_inputs) | attribute_values(aot)
         return CompiledGraph(aot, leaves, fake_inputs, options, on_outcome)
 
-    return compile_with_aot(gm, example_inputs, compiler)
+    return compile_with_aot(gm, example_inputs, compiler, decomposition_table(options.decompositions))
 
 
 def refuse_training(example_inputs: Sequence[Any]) -> None:

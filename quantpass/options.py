@@ -17,6 +17,7 @@ INNERS = ("eager", "inductor")
 NUMERICS = ("strict", "vendor")
 MODES = ("graph", "eager")
 NZ_MODES = ("auto", "never")
+DECOMPOSITIONS = ("none", "inductor", "core")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,10 @@ class Options:
             replace them by the vendor's.
         mode: which of a chip's rules hold: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn).
         nz: ``"auto"`` lays weights out in FRACTAL_NZ where the chip wants it, ``"never"`` leaves them in ND.
-        allow: rules to lift by name: contradicted ones, about which documents and code disagree.
+        allow: rules to lift by name: contradicted ones, about which documents and code disagree, and
+            ``"numerics.float16"``, which has float32 sites computed in float16 where a chip needs that.
+        decompositions: which operators are broken down before the pass sees the graph: ``"none"``, ``"inductor"``
+            (Inductor's table) or ``"core"`` (core ATen); for backends only.
         on_report: called with the :class:`quantpass.Report` of every graph that is compiled.
     """
 
@@ -43,6 +47,7 @@ class Options:
     mode: str = "graph"
     nz: str = "auto"
     allow: tuple[str, ...] = ()
+    decompositions: str = "none"
     on_report: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -52,6 +57,7 @@ class Options:
         _one_of("numerics", self.numerics, NUMERICS)
         _one_of("mode", self.mode, MODES)
         _one_of("nz", self.nz, NZ_MODES)
+        _one_of("decompositions", self.decompositions, DECOMPOSITIONS)
         if self.inner is not None and not callable(self.inner):
             _one_of(
                 "inner",

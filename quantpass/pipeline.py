@@ -91,7 +91,7 @@ def fuse_graph(
             reject = Reject("rewrite.failed", str(error), "a plan that fits the graph", "please report this graph")
             sites.append(_site(reading, Planned(None, None, (reject,)), options, fused=False))
     if rewriter is not None:
-        rewriter.finish()
+        rewriter.finish(values.mutated)
     return Outcome(tuple(sites), frozenset(values.read_leaves), before)
 
 

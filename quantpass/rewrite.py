@@ -5,7 +5,7 @@ A site is rewritten whole or not at all: if anything fails on the way, every nod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate
 
 from quantpass.dump import describe_node
 from quantpass.expr import Call, Const, Expr, Recentred, Ref, Size
+from quantpass.merge import duplicates
 from quantpass.records import Plan
 from quantpass.torch_internals import FakeTensorMode, contiguous_fake, fake_mode_of, real_tensors
 
@@ -54,6 +55,7 @@ class Rewriter:
         self._int8_twins: dict[Node, Node] = {}
         self._names: dict[str, int] = {}
         self._new: list[Node] = []
+        self._fused: list[Node] = []
 
     def apply(self, plan: Plan, site_name: str, like: Node) -> tuple[str, str]:
         """Carry out ``plan``.
@@ -87,16 +89,31 @@ class Rewriter:
         for node in self._new:
             node.meta.update({k: like.meta[k] for k in _PROVENANCE if k in like.meta})
             node.meta["quantpass"] = site_name
+        self._fused.extend(self._new)
         after = "\n".join(describe_node(n) for n in self._new)
         plan.output.replace_all_uses_with(value)
         self._replaced[plan.output] = value
         consumed = self._erase_dead(plan.output)
         return "\n".join(consumed), after
 
-    def finish(self) -> None:
-        """Check the graph and regenerate the module's code."""
+    def finish(self, written_to: Collection[Node] = ()) -> int:
+        """Merge what is quantized several times, check the graph and regenerate the module's code.
+
+        Args:
+            written_to: nodes that the graph writes to in place.
+
+        Returns:
+            How many nodes were merged into an equal one.
+        """
+        keep = {*written_to, *self._graph.output_node().all_input_nodes}
+        pairs = list(duplicates((n for n in self._fused if not n._erased), keep))
+        for later, earlier in pairs:
+            later.replace_all_uses_with(earlier)
+        for later, _ in reversed(pairs):
+            self._graph.erase_node(later)
         self._graph.lint()
         self._gm.recompile()
+        return len(pairs)
 
     # -- expressions to nodes --------------------------------------------------------------------------------------
 

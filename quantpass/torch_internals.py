@@ -27,6 +27,7 @@ __all__ = [
     "compile_isolated",
     "compile_with_aot",
     "contiguous_fake",
+    "decomposition_table",
     "fake_mode_of",
     "fill_in_values",
     "inductor_compile",
@@ -70,6 +71,19 @@ def compile_with_aot(
         decompositions=decompositions,
         keep_inference_input_mutations=True,
     )
+
+
+def decomposition_table(name: str) -> dict[Any, Any] | None:
+    """The decompositions that ``"none"``, ``"inductor"`` or ``"core"`` stands for."""
+    if name == "inductor":
+        from torch._inductor.decomposition import select_decomp_table
+
+        return dict(select_decomp_table())
+    if name == "core":
+        from torch._decomp import core_aten_decompositions
+
+        return dict(core_aten_decompositions())
+    return None
 
 
 def static_input_indices() -> frozenset[int]:

@@ -1,0 +1,72 @@
+"""Which nodes compute the same thing a second time.
+
+Tools quantize an activation once for every Linear that reads it. The float parts of a graph are none of this
+module's business: it looks at what leads up to a fused operator, as far as that is elementwise, a reduction or a view.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+_PLAIN_NAMES = frozenset(
+    f"aten::{name}"
+    for name in ["_to_copy", "clone", "full_like", "zeros_like", "ones_like", "full", "reshape", "_unsafe_view", "amax"]
+)
+
+
+def duplicates(roots: Iterable[Node], keep: Collection[Node]) -> Iterator[tuple[Node, Node]]:
+    """Pairs ``(later, earlier)`` of nodes with equal values, inputs before users.
+
+    Args:
+        roots: fused nodes.
+        keep: nodes that are to stay (written to in place, or results of the graph).
+    """
+    first: dict[Any, Node] = {}
+    same: dict[Node, Node] = {}
+    for node in _leading_up_to(roots):
+        key = _key(node, same)
+        earlier = first.setdefault(key, node)
+        if earlier is not node and node not in keep and earlier not in keep:
+            same[node] = earlier
+            yield node, earlier
+
+
+def _leading_up_to(roots: Iterable[Node]) -> list[Node]:
+    todo = [i for root in roots for i in root.all_input_nodes]
+    found: set[Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in found and _is_plain(node):
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return sorted(found)
+
+
+def _is_plain(node: Node) -> bool:
+    target = node.target
+    if node.op != "call_function":
+        return False
+    if not isinstance(target, OpOverload):
+        return target is operator.getitem
+    schema, tags = target._schema, target.tags
+    if schema.is_mutable or torch.Tag.nondeterministic_seeded in tags or target.namespace == "quantpass":
+        return False
+    elementwise = torch.Tag.pointwise in tags or torch.Tag.reduction in tags or schema.name in _PLAIN_NAMES
+    return elementwise or target.is_view or target.namespace == "quantized_decomposed"
+
+
+def _key(node: Node, same: dict[Node, Node]) -> Any:
+    def frozen(a: Any) -> Any:
+        if isinstance(a, Node):
+            return same.get(a, a)
+        if isinstance(a, list | tuple):
+            return tuple(frozen(x) for x in a)
+        return (type(a), repr(a))
+
+    return node.target, frozen(node.args), tuple(sorted((k, frozen(v)) for k, v in node.kwargs.items()))
