@@ -8,7 +8,7 @@ PIP_ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
 RUN = $(VENV)/bin/python
 
-.PHONY: help demo test test-fast lint format docs bench clean
+.PHONY: help demo test test-fast lint format docs coverage bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,8 +46,11 @@ format: $(VENV)/lint.stamp ## let ruff format and fix
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-docs: $(VENV)/test.stamp ## make the generated pages
+docs: $(VENV)/test.stamp coverage ## make the generated pages
 	$(VENV)/bin/quantpass chips --markdown > docs/chips.md
+
+coverage: $(VENV)/test.stamp ## what is read of each tool: run the tools, write docs/coverage.md
+	$(RUN) -m tests.coverage.table
 
 bench: $(VENV)/test.stamp ## time the pass beside Inductor's, in one run
 	$(RUN) benchmarks/pass_speed.py

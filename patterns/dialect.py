@@ -13,7 +13,7 @@ Readers = Mapping[Any, Reader]
 arguments of the operator's schema, ``input`` written as ``input_``."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Dialect:
     """What a tool adds to plain ATen.
 

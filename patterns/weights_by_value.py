@@ -24,8 +24,8 @@ _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 TOLERANCE = 1e-3
 """How far from an integer a recovered code may be, in codes; float64 evaluation leaves about 1e-10."""
 
-_SAME = 1e-9
-"""Relative difference below which two scales are one."""
+_SAME = (1e-9, 1e-6)
+"""Relative differences below which two scales are one: in float64, and where an operator computes in float32 inside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +79,16 @@ def weight_by_value(values: StaticValues, operand: Operand) -> Weight | NotAffin
     if not actual.numel() or not bool(torch.isfinite(actual).all()):
         return NotAffine("it is empty or holds values that are not finite", quantized=True)
     if not node.meta["val"].dtype.is_floating_point:
-        return _from_line(values, [node], _Line(actual, torch.ones_like(actual), torch.zeros_like(actual)))
+        plain = _Line(actual, torch.ones_like(actual), torch.zeros_like(actual))
+        return _from_line(values, [node], plain, _SAME[0])
     problem = NotAffine("its value is not a linear function of its codes", quantized=True, rule="read.weight.nonlinear")
-    for cuts in _integer_cuts(node, full.numel()):
-        line = _probe(values, operand, cuts, actual)
-        found = problem if line is None else _from_line(values, cuts, line)
-        if isinstance(found, Weight):
-            return found
-        problem = found
+    for same in _SAME:
+        for cuts in _integer_cuts(node, full.numel()):
+            line = _probe(values, operand, cuts, actual, same)
+            found = problem if line is None else _from_line(values, cuts, line, same)
+            if isinstance(found, Weight):
+                return found
+            problem = found
     return problem
 
 
@@ -146,7 +148,7 @@ def _holds_codes(node: Node) -> bool:
     return any((t.dtype in _INTEGERS and t.numel() * 16 >= least) or _rounds(n) for n, t in _backwards(node))
 
 
-def _probe(values: StaticValues, operand: Operand, cuts: list[Node], actual: torch.Tensor) -> _Line | None:
+def _probe(values: StaticValues, operand: Operand, cuts: list[Node], actual: torch.Tensor, same: float) -> _Line | None:
     """The line through the values at codes 0, 1 and 2, if it explains every element of the actual value."""
     at = []
     for code in (0, 1, 2):
@@ -159,7 +161,7 @@ def _probe(values: StaticValues, operand: Operand, cuts: list[Node], actual: tor
     steepest = slope.abs().max()
     if not bool(torch.isfinite(at[2]).all()) or steepest == 0:
         return None
-    if (at[2] - intercept - 2 * slope).abs().max() > _SAME * steepest:
+    if (at[2] - intercept - 2 * slope).abs().max() > same * (steepest + intercept.abs().max()):
         return None
     flat = slope == 0
     codes = torch.where(flat, 0.0, (actual - intercept) / torch.where(flat, 1.0, slope))
@@ -177,7 +179,7 @@ def _filled(cut: Node, code: int) -> torch.Tensor:
 # -- from a line to a weight ---------------------------------------------------------------------------------------
 
 
-def _from_line(values: StaticValues, cuts: list[Node], line: _Line) -> Weight | NotAffine:
+def _from_line(values: StaticValues, cuts: list[Node], line: _Line, same: float) -> Weight | NotAffine:
     k, n = line.codes.shape
     flat = line.slope == 0
     zero = torch.where(flat, 0.0, -line.intercept / torch.where(flat, 1.0, line.slope))
@@ -185,14 +187,14 @@ def _from_line(values: StaticValues, cuts: list[Node], line: _Line) -> Weight | 
         return NotAffine("a column has the scale 0 but not the value 0", quantized=True)
     codes, slope = line.codes, line.slope
     order = k_scale = None
-    group = _group_size(slope, zero)
+    group = _group_size(slope, zero, same=same)
     if group is None:
         order, group = _act_order(slope, zero)
         if order is not None:
             codes, slope, zero = codes[order], slope[order], zero[order]
     if group is None:
-        k_scale, slope = _split_off_k(slope)
-        group = _group_size(slope, zero) if k_scale is not None else None
+        k_scale, slope = _split_off_k(slope, same)
+        group = _group_size(slope, zero, same=same) if k_scale is not None else None
     if group is None:
         return NotAffine(
             "its scale or zero point varies along K without regular groups",
@@ -216,12 +218,12 @@ def _from_line(values: StaticValues, cuts: list[Node], line: _Line) -> Weight | 
     )  # fmt: skip
 
 
-def _group_size(*parameters: torch.Tensor) -> int | None:
+def _group_size(*parameters: torch.Tensor, same: float) -> int | None:
     """The largest group of rows within which nothing changes; None where every row would be its own group."""
     k = parameters[0].shape[0]
     group = k
     for p in parameters:
-        changes = ((p[1:] - p[:-1]).abs() > _SAME * p.abs().max()).any(dim=1).nonzero().flatten() + 1
+        changes = ((p[1:] - p[:-1]).abs() > same * p.abs().max()).any(dim=1).nonzero().flatten() + 1
         for change in changes.tolist():
             group = math.gcd(group, change)
     return group if group > 1 or k == 1 else None
@@ -240,7 +242,7 @@ def _act_order(slope: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor | 
     return torch.argsort(first[which], stable=True), group
 
 
-def _split_off_k(slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _split_off_k(slope: torch.Tensor, same: float) -> tuple[torch.Tensor | None, torch.Tensor]:
     """``slope[k, n] = of_k[k] * of_n[n]``: the part along K, at most 1 in magnitude, and the rest; or None."""
     largest = slope.abs().amax(dim=1)
     pivot = int(largest.argmax())
@@ -249,7 +251,7 @@ def _split_off_k(slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor
     column = int(slope[pivot].abs().argmax())
     of_k = slope[:, column] / slope[pivot, column]
     rest = slope[pivot].expand_as(slope)
-    if bool(((of_k[:, None] * rest - slope).abs() > _SAME * slope.abs().max()).any()):
+    if bool(((of_k[:, None] * rest - slope).abs() > same * slope.abs().max()).any()):
         return None, slope
     return of_k, rest
 

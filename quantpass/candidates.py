@@ -15,7 +15,7 @@ from quantpass.composition import Composition
 from quantpass.expr import Call, Const, Expr
 from quantpass.ir import NZ
 from quantpass.options import Options
-from quantpass.records import Numerics, TensorSpec, Weight
+from quantpass.records import Numerics, Reject, TensorSpec, Weight
 from quantpass.sites import Reading
 
 aten = torch.ops.aten
@@ -77,6 +77,16 @@ def weight_layouts(weight: Weight, chip: Chip, op: str, options: Options, *, int
         laid_out = _lay_out(weight, layout, int4)
         if laid_out is not None:
             yield laid_out
+
+
+def no_layout(family: str, chip: Chip) -> Reject:
+    """Why a weight can't be laid out at all; ``family`` is the first part of the rule's name."""
+    return Reject(
+        f"{family}.weight.runtime",
+        "the right operand is computed when the graph runs",
+        f"a weight that is known when compiling: {chip.title} takes it in FRACTAL_NZ",
+        "use a door that sees the weights (qp.backend, qp.npu_backend); for attention products choose another chip",
+    )
 
 
 def _lay_out(weight: Weight, layout: WeightLayout, int4: bool) -> LaidOut | None:

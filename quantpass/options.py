@@ -10,6 +10,7 @@ from typing import Any
 
 from quantpass.chips import chip_named
 from quantpass.chips.rules import Chip
+from quantpass.patterns import Dialect
 from quantpass.version import __version__
 
 LOWERINGS = ("reference",)
@@ -37,6 +38,7 @@ class Options:
             ``"numerics.float16"``, which has float32 sites computed in float16 where a chip needs that.
         decompositions: which operators are broken down before the pass sees the graph: ``"none"``, ``"inductor"``
             (Inductor's table) or ``"core"`` (core ATen); for backends only.
+        dialects: tools that quantpass does not know, as :class:`quantpass.patterns.Dialect` objects.
         on_report: called with the :class:`quantpass.Report` of every graph that is compiled.
     """
 
@@ -48,6 +50,7 @@ class Options:
     nz: str = "auto"
     allow: tuple[str, ...] = ()
     decompositions: str = "none"
+    dialects: tuple[Dialect, ...] = ()
     on_report: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +71,9 @@ class Options:
         if isinstance(self.allow, str) or not all(isinstance(a, str) for a in self.allow):
             raise TypeError(f"allow is {self.allow!r}; give a tuple of rule ids, e.g. allow=('qmm.310p.pertoken',)")
         object.__setattr__(self, "allow", tuple(self.allow))
+        if not isinstance(self.dialects, tuple | list) or not all(isinstance(d, Dialect) for d in self.dialects):
+            raise TypeError(f"dialects is {self.dialects!r}; give a tuple of quantpass.patterns.Dialect")
+        object.__setattr__(self, "dialects", tuple(self.dialects))
         if self.on_report is not None and not callable(self.on_report):
             raise TypeError(f"on_report is {self.on_report!r}; give a function of one argument, the Report")
 
@@ -79,7 +85,9 @@ class Options:
     @property
     def fingerprint(self) -> str:
         """A short name for these settings under this version of quantpass."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("inner", "on_report")}
+        left_out = ("inner", "on_report", "dialects")
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        settings["dialects"] = [d.name for d in self.dialects]
         text = repr((__version__, sorted(settings.items())))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

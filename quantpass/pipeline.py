@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from quantpass.dump import dump
 from quantpass.options import Options
-from quantpass.patterns import Dialects, default_dialects
+from quantpass.patterns import default_dialects
 from quantpass.planning import Planned, plan_site
 from quantpass.records import Reject, Site
 from quantpass.rewrite import RewriteError, Rewriter
@@ -41,13 +41,12 @@ def analyse(
     gm: GraphModule,
     leaves: Mapping[Node, torch.Tensor],
     options: Options,
-    dialects: Dialects | None = None,
 ) -> tuple[list[tuple[Reading, Planned]], StaticValues]:
     """Read and plan every site; pure."""
     values = StaticValues(gm.graph, leaves)
     # A compiler calls this with its fake mode on; constants are computed on real tensors.
     with torch.no_grad(), real_tensors():
-        readings = find_sites(gm.graph, values, dialects or default_dialects())
+        readings = find_sites(gm.graph, values, default_dialects(options.dialects))
         return [(r, plan_site(r, options.chip, options)) for r in readings], values
 
 

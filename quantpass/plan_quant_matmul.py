@@ -19,6 +19,7 @@ from quantpass.candidates import (
     call_op,
     flattened,
     in_output_form,
+    no_layout,
     ops,
     spec_of,
     weight_layouts,
@@ -60,6 +61,9 @@ def quant_matmul_candidates(
     refusals = list(_refusals(activation, weight))
     if refusals:
         yield from refusals
+        return
+    if not any(True for _ in weight_layouts(weight, chip, QMM, options, int4=False)):
+        yield no_layout("qmm", chip)
         return
     for composition in reversed(compositions):
         if not composition.complete:

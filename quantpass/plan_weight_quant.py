@@ -17,6 +17,7 @@ from quantpass.candidates import (
     call_op,
     flattened,
     in_output_form,
+    no_layout,
     ops,
     rows_of,
     spec_of,
@@ -50,6 +51,9 @@ def weight_quant_candidates(
             f"a weight of rank {len(ex.shape_of(weight.codes))}",
             "a matrix: npu_weight_quant_batchmatmul takes no batches of weights",
         )
+        return
+    if not any(True for _ in weight_layouts(weight, chip, WQMM, options, int4=False)):
+        yield no_layout("wqmm", chip)
         return
     narrow = _as_int4(weight)
     dtypes = [ex.dtype_of(x)]

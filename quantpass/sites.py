@@ -117,7 +117,12 @@ def _is_quantized(read: Affine | Weight | NotAffine) -> bool:
 
 def _reading_rejects(reader: AffineReader, c: Contraction, weight: Weight | NotAffine) -> Iterator[Reject]:
     if c.node in reader.values.mutated:
-        yield Reject("read.mutated", "the graph writes to the result in place", "a result that is not written to")
+        yield Reject(
+            "read.mutated",
+            "the graph writes to the result in place",
+            "a result that is not written to",
+            "make the graph functional first: run_decompositions({}) on an exported program",
+        )
     if not isinstance(weight, NotAffine):
         return
     static = reader.values.is_static(c.rhs)

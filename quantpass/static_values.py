@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from quantpass.expr import Const, Expr, Ref
 from quantpass.schema import arguments_of, bind
-from quantpass.torch_internals import checks_guards
+from quantpass.torch_internals import can_run, checks_guards
 
 aten = torch.ops.aten
 
@@ -71,7 +71,8 @@ class StaticValues:
         if node.op != "call_function" or node in self.mutated or isinstance(target, HigherOrderOperator):
             return False
         if isinstance(target, OpOverload):
-            return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+            random = torch.Tag.nondeterministic_seeded in target.tags
+            return not target._schema.is_mutable and not random and can_run(target)
         return getattr(target, "__module__", "") == "_operator"
 
     def value(self, node: Node) -> Any:
@@ -200,6 +201,8 @@ class StaticValues:
         if n.op in ("placeholder", "get_attr"):
             self.read_leaves.add(n)
             value = self._leaves[n].detach()
+            if type(value) is not torch.Tensor:
+                value = value.as_subclass(torch.Tensor)  # a tool's own parameter class: only its data matters
             return value.to(wide) if wide and value.is_floating_point() else value
         args, kwargs = map_arg((n.args, dict(n.kwargs)), lambda i: env[i])
         if wide is None or not isinstance(n.target, OpOverload):
@@ -254,21 +257,30 @@ def _run_wide(n: Node, args: Any, kwargs: Any, wide: torch.dtype) -> Any:
     if target is aten.view.dtype:  # a bit cast is of the narrow type
         return target(*args, **kwargs)
 
-    def widen(a: Any) -> Any:
-        return wide if isinstance(a, torch.dtype) and a.is_floating_point else a
-
     names = [name for name, _ in arguments_of(target)]
-    try:
-        return target(*(widen(a) for a in args), **{k: widen(v) for k, v in kwargs.items() if k in names})
-    except (RuntimeError, NotImplementedError, AssertionError):
-        # An operator that has no kernel for the wide type runs in its own; its result is widened.
-        narrow = [v.meta["val"] if isinstance(v, Node) and "val" in v.meta else None for v in n.args]
-        own = [
-            a.to(m.dtype) if isinstance(a, torch.Tensor) and isinstance(m, torch.Tensor) else a
-            for a, m in zip(args, narrow, strict=True)
-        ]
-        result = target(*own, **kwargs)
-        return result.to(wide) if isinstance(result, torch.Tensor) and result.is_floating_point() else result
+    for dtype in (wide, torch.float32):  # a tool's own operator may know no float64
+
+        def widen(a: Any, dtype: torch.dtype = dtype) -> Any:
+            if isinstance(a, torch.dtype) and a.is_floating_point:
+                return dtype
+            return a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+
+        try:
+            result = target(*(widen(a) for a in args), **{k: widen(v) for k, v in kwargs.items() if k in names})
+            return _as(result, wide)
+        except (RuntimeError, NotImplementedError, AssertionError):
+            continue
+    # An operator that has no kernel for a wider type runs in its own; its result is widened.
+    narrow = [v.meta["val"] if isinstance(v, Node) and "val" in v.meta else None for v in n.args]
+    own = [
+        a.to(m.dtype) if isinstance(a, torch.Tensor) and isinstance(m, torch.Tensor) else a
+        for a, m in zip(args, narrow, strict=True)
+    ]
+    return _as(target(*own, **kwargs), wide)
+
+
+def _as(result: Any, wide: torch.dtype) -> Any:
+    return result.to(wide) if isinstance(result, torch.Tensor) and result.is_floating_point() else result
 
 
 def _mutated(graph: Graph) -> frozenset[Node]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, detect_fake_mode
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -23,6 +24,7 @@ __all__ = [
     "FakeTensorMode",
     "aot_placeholder_values",
     "attribute_values",
+    "can_run",
     "checks_guards",
     "compile_isolated",
     "compile_with_aot",
@@ -73,6 +75,16 @@ def compile_with_aot(
     )
 
 
+def can_run(target: OpOverload) -> bool:
+    """False for a tool's operator that is declared here but has no kernel (its tool is not imported)."""
+    if target.namespace in ("aten", "prims", "quantpass"):
+        return True
+    keys = ("CPU", "PrivateUse1", "CUDA", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
+    return bool(target.py_kernels) or any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key) for key in keys
+    )
+
+
 def decomposition_table(name: str) -> dict[Any, Any] | None:
     """The decompositions that ``"none"``, ``"inductor"`` or ``"core"`` stands for."""
     if name == "inductor":
@@ -104,7 +116,8 @@ def aot_placeholder_values(gm: GraphModule, example_inputs: Sequence[Any]) -> di
     for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         if index in static:
             value = _described_value(node.meta.get("desc"), example_inputs)
-            if type(value) in (torch.Tensor, torch.nn.Parameter):
+            plain = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+            if plain and not is_wrapper_subclass(value):
                 found[node] = value
     return found
 

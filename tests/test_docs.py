@@ -42,3 +42,9 @@ def test_make_targets_named_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / "README.md").read_text(), flags=re.M)):
         assert re.search(rf"^{target}:", makefile, flags=re.M), f"make {target}"
+
+
+def test_files_shown_in_the_docs_are_the_files():
+    for page in PAGES:
+        for name, text in re.findall(r"<!-- (\S+) -->\n```python\n(.*?)^```", page.read_text(), flags=re.M | re.S):
+            assert text == (ROOT / name).read_text(), f"{page.name} shows an old {name}"

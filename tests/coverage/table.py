@@ -1,0 +1,113 @@
+"""From captured graphs to the table in ``docs/coverage.md``: ``python -m tests.coverage.table`` writes it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+import quantpass as qp
+from tests.coverage import elsewhere, here
+from tests.coverage.captured import Captured, capture, copied, load, run
+from tests.coverage.scheme import Scheme
+from tests.coverage.store import CAPTURES
+
+TARGETS = ("cpu", "ascend310p", "ascend910b", "ascend910_93")
+PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+
+HEAD = """# What is read of each tool
+
+`make coverage` writes this page; a test keeps it true. Each row is one way of one tool to quantize a Linear or a small
+MLP. The tool's own graph is captured through `torch.compile`, judged for each target, fused for `cpu` and run: the
+result has to agree with the tool's. *sites* is the number of quantized matmuls; the columns after it say how many of
+them are fused. Rows whose tool the tests do not install are read from graphs stored in `tests/coverage/captures`
+(`python -m tests.coverage.store` makes them anew).
+
+A site that no column counts is refused by the rules named in the last column; a rule there beside a full count says
+why another, better fused operator was not taken on some target, or why a chip refuses what another takes.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    ``error`` is how far the fused graph's results are from the tool's; NaN where the graph can't run without the tool.
+    """
+
+    scheme: Scheme
+    version: str
+    sites: int
+    fused: dict[str, int]
+    refused_by: tuple[str, ...]
+    error: float
+
+    @property
+    def cells(self) -> list[str | int]:
+        counts = [self.fused[t] for t in TARGETS]
+        rules = ", ".join(f"`{r}`" for r in self.refused_by)
+        return [self.scheme.tool, self.version, self.scheme.name, self.sites, *counts, rules]
+
+
+def rows(stored: bool = True) -> Iterator[Row]:
+    """Every row; without ``stored`` only those of the tools that are installed here."""
+    logging.getLogger("quantpass").setLevel(logging.ERROR)
+    for scheme in here.schemes():
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        yield row(scheme, capture(*scheme.build()), version(scheme.package).partition("+")[0])
+    for scheme in elsewhere.schemes() if stored else ():
+        graphs, about = load(CAPTURES / f"{scheme.slug}.pt")
+        yield row(scheme, graphs, about["version"])
+
+
+def row(scheme: Scheme, graphs: list[Captured], tool_version: str) -> Row:
+    """The verdicts on one scheme."""
+    fused, rules, sites, error = dict.fromkeys(TARGETS, 0), Counter[str](), 0, 0.0
+    for c in graphs:
+        report = qp.explain(copied(c.graph), target=TARGETS)
+        sites += report["cpu"].total
+        for t in TARGETS:
+            fused[t] += report[t].fused
+        rules.update({r.rule for s in report.sites if not s.fused for r in s.rejects})
+        if report["cpu"].fused == report["cpu"].total > 0:
+            graph = copied(c.graph)
+            qp.fuse(graph, target="cpu")
+            try:
+                error = max([error, *map(_difference, run(c, graph), c.outputs)])
+            except NotImplementedError:
+                error = float("nan")  # an operator of the tool that is left in the graph has no kernel here
+    return Row(scheme, tool_version, sites, fused, tuple(sorted(rules)), error)
+
+
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference in units of the mean magnitude."""
+    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().mean())
+
+
+def page(found: list[Row]) -> str:
+    """The text of ``docs/coverage.md``."""
+    headers = ["tool", "version", "scheme", "sites", *TARGETS, "refused by"]
+    return f"{HEAD}\n{tabulate([r.cells for r in found], headers, tablefmt='github')}\n"
+
+
+def main() -> int:
+    """Write the page; fails where something that can be mapped is fused nowhere."""
+    found = list(rows())
+    PAGE.write_text(page(found), encoding="utf-8")
+    lost = [r for r in found if r.scheme.maps and max(r.fused.values()) < r.sites]
+    for r in lost:
+        print(f"not fused anywhere: {r.scheme.tool}, {r.scheme.name}: {', '.join(r.refused_by)}")
+    print(f"{len(found)} schemes, {sum(r.sites for r in found)} sites; wrote {PAGE.relative_to(Path.cwd())}")
+    return len(lost)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
