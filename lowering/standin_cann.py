@@ -37,6 +37,9 @@ TORCH_NPU_VARIABLE = "QUANTPASS_TORCH_NPU"
 
 _OWN_LIBRARIES = ("_C*.so", "lib/lib*.so", "dynamo/torchair/core/*.so")
 _LEFT_OUT = ("libop_plugin_atb.so",)  # loaded on demand, and linked with a library that belongs to no release of CANN
+_OTHER_BODIES = {"aclrtGetDeviceCount": "(unsigned int *count) { *count = 1; return 0; }"}
+"""One device, or torch_npu's own guards end the process as soon as a fake tensor is on it."""
+
 _PYTHON = re.compile(r"_?Py[A-Z_]")
 
 
@@ -147,7 +150,7 @@ def _identity(package: Path, libraries: list[Path]) -> str:
     version = package / "version.py"
     named = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", version.read_text(), re.M) if version.is_file() else None
     facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in libraries]
-    digest = hashlib.sha256(repr((sysconfig.get_platform(), str(package), facts, LIBRARIES)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((sysconfig.get_platform(), str(package), facts, LIBRARIES, _OTHER_BODIES)).encode()).hexdigest()
     return f"{named[1] if named else 'unknown'}-{digest[:16]}"
 
 
@@ -176,7 +179,7 @@ def _symbols(which: str, libraries: list[Path]) -> list[tuple[str, str]]:
 def _compile(symbols: list[str], target: Path) -> None:
     """Every library gets every name: which of CANN's libraries a name is in differs from release to release."""
     source = target / "standin.c"
-    source.write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in symbols))
+    source.write_text("".join(f"long {name}{_OTHER_BODIES.get(name, '(void) { return 0; }')}\n" for name in symbols))
     first = target / LIBRARIES[0]
     _run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-fno-builtin", "-o", str(first), str(source)])
     for name in LIBRARIES[1:]:
