@@ -150,7 +150,9 @@ def _identity(package: Path, libraries: list[Path]) -> str:
     version = package / "version.py"
     named = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", version.read_text(), re.M) if version.is_file() else None
     facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in libraries]
-    digest = hashlib.sha256(repr((sysconfig.get_platform(), str(package), facts, LIBRARIES, _OTHER_BODIES)).encode()).hexdigest()
+    digest = hashlib.sha256(
+        repr((sysconfig.get_platform(), str(package), facts, LIBRARIES, _OTHER_BODIES)).encode()
+    ).hexdigest()
     return f"{named[1] if named else 'unknown'}-{digest[:16]}"
 
 
@@ -179,7 +181,8 @@ def _symbols(which: str, libraries: list[Path]) -> list[tuple[str, str]]:
 def _compile(symbols: list[str], target: Path) -> None:
     """Every library gets every name: which of CANN's libraries a name is in differs from release to release."""
     source = target / "standin.c"
-    source.write_text("".join(f"long {name}{_OTHER_BODIES.get(name, '(void) { return 0; }')}\n" for name in symbols))
+    bodies = {name: _OTHER_BODIES.get(name, "(void) { return 0; }") for name in symbols}
+    source.write_text("".join(f"long {name}{body}\n" for name, body in bodies.items()))
     first = target / LIBRARIES[0]
     _run(["gcc", "-shared", "-fPIC", "-O1", "-w", "-fno-builtin", "-o", str(first), str(source)])
     for name in LIBRARIES[1:]:
