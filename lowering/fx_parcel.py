@@ -79,7 +79,9 @@ def pack(gm: GraphModule) -> Parcel:
         if node.op == "get_attr":
             tensor = _attribute(gm, str(node.target))
             if not isinstance(tensor, torch.Tensor):
-                raise ValueError(f"the graph calls {node.target}, a {type(tensor).__name__}: control flow has no preview")
+                raise ValueError(
+                    f"the graph calls {node.target}, a {type(tensor).__name__}: control flow has no preview"
+                )
             if tensor.numel() > LARGEST_CONSTANT:
                 raise ValueError(f"the graph holds {node.target} of shape {tuple(tensor.shape)} as a constant")
             constants[str(node.target)] = tensor.detach().cpu()

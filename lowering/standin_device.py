@@ -64,6 +64,13 @@ def install(soc_name: str = "Ascend910B2", on_graph: GraphListener | None = None
     return torchair
 
 
+def install_for(target: str) -> Any:
+    """:func:`install` for a chip or SoC name of the kind that ``target`` options take."""
+    from quantpass.chips import chip_named
+
+    return install(target if target.startswith("Ascend") else SOC_NAMES[chip_named(target).name])
+
+
 def _stop_finalizers(backend: Any) -> None:
     """Nothing was started, so nothing is to be stopped when the process ends."""
     import atexit
