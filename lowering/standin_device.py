@@ -47,6 +47,7 @@ def install(soc_name: str = "Ascend910B2", on_graph: GraphListener | None = None
     torch_npu.npu.device_count = lambda: 1
     _backend._get_device_id = lambda: 0
     nothing = lambda *_, **__: None  # noqa: E731
+    torch_npu.npu.is_available = lambda: False  # or Dynamo asks for the current stream, which starts the device
     fx2ge_converter.initialize_graph_engine = nothing
     _backend.initialize_graph_engine = nothing
     # An empty string says that the installed CANN knows every operator and attribute.
