@@ -1,7 +1,6 @@
 """Fixtures that several test files share."""
 
 import pytest
-
 from quantpass.lowering.standin_cann import StandinError, ensure_standins
 from quantpass.lowering.standin_process import TorchairProcess
 

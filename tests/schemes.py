@@ -2,7 +2,8 @@
 
 Both hold the same integers and scales. ``module`` names the class in ``torch_npu.contrib.module`` (and in
 ``quantpass.nn``), ``settings`` its arguments, ``tensors`` what is assigned to its variables, ``plain`` the same
-computation in PyTorch's own operators.
+computation in PyTorch's own operators; None where quantpass has no plan that makes the operator of it, and where the
+module of ``quantpass.nn`` stands in.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ class Scheme:
     settings: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     x: torch.Tensor
-    plain: Callable[[], nn.Module]
+    plain: Callable[[], nn.Module] | None
     chips: tuple[str, ...] = ALL
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -201,5 +202,38 @@ def quant_schemes():
     yield scheme("int8 to int32", {}, {}, torch.int32, A2_A3)
 
 
+def hand_written_schemes():
+    g = torch.Generator().manual_seed(2)
+    ops = torch.ops.quantpass
+    x = torch.randn(M, K, generator=g).half()
+    word = ops.trans_quant_param(torch.rand(N, generator=g) * 50 + 1, torch.full((1,), -3.0))
+    scale = (torch.rand(N, generator=g) * 0.01 + 1e-3).half()
+    yield Scheme(
+        "float16 x int8 to int8",
+        "LinearWeightQuant",
+        {"bias": False, "quant_scale": True},
+        {"weight": _codes(g), "antiquant_scale": scale, "quant_scale": word},
+        x,
+        None,
+        A2_A3,
+    )
+    codes = torch.randint(-8, 8, (M, K), generator=g, dtype=torch.int8)
+    float_scale = torch.rand(N, generator=g) * 1e-2
+    for bias in (None, torch.randint(-99, 99, (N,), generator=g, dtype=torch.int32)):
+        yield Scheme(
+            f"int4 x int4 to float16{'' if bias is None else ', bias'}",
+            "LinearQuant",
+            {"bias": bias is not None, "output_dtype": torch.float16},
+            {
+                "weight": ops.pack_int4(_codes(g, -8, 8)),
+                "scale": float_scale,
+                **({} if bias is None else {"bias": bias}),
+            },
+            ops.pack_int4(codes),
+            None,
+            A2_A3,
+        )
+
+
 def all_schemes():
-    return [*weight_quant_schemes(), *quant_schemes()]
+    return [*weight_quant_schemes(), *quant_schemes(), *hand_written_schemes()]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from expecttest import TestCase
+from quantpass.lowering.standin_process import PreviewError
 from torch import nn
 
 import quantpass as qp
 from quantpass.cli import main
-from quantpass.lowering.standin_process import PreviewError
 from tests.helpers import CHIPS, IntegerW8A8, StaticW8A8, WeightOnly, assert_close
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
@@ -180,10 +180,10 @@ output_desc {
             qp.preview_ge(nn.GELU(approximate=kind), (X,), target="ascend910b", process=self.process)
             for kind in ("none", "tanh")
         )
-        self.assertEqual([exact.ops, tanh.ops], [["Gelu"], ["Gelu"]])
-        self.assertFalse(torch.equal(exact.run()[0][0], exact.graphs[0].outputs[0]))
-        self.assertTrue(torch.equal(exact.run(exact_gelu=True)[0][0], exact.graphs[0].outputs[0]))
-        self.assertTrue(torch.equal(tanh.run()[0][0], tanh.graphs[0].outputs[0]))
+        assert exact.ops == tanh.ops == ["Gelu"]
+        assert not torch.equal(exact.run()[0][0], exact.graphs[0].outputs[0])
+        assert torch.equal(exact.run(exact_gelu=True)[0][0], exact.graphs[0].outputs[0])
+        assert torch.equal(tanh.run()[0][0], tanh.graphs[0].outputs[0])
 
 
 MODELS = {
