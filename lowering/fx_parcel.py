@@ -112,7 +112,8 @@ def unpack(parcel: Parcel, make_fake: Callable[[TensorValue], Any], device: torc
     Raises:
         ValueError: an operator that is not defined here.
     """
-    graph, known = Graph(), {}
+    graph = Graph()
+    known: dict[str, Node] = {}
 
     def restored(a: Any) -> Any:
         if isinstance(a, NodeRef):

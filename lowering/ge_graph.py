@@ -104,9 +104,9 @@ class GeGraph:
         """The types of the operators that compute something (no inputs, constants and outputs), in order."""
         return [op.type for op in self.ops if op.type not in (*_INPUTS, "Const", "ConstPlaceHolder", "NetOutput")]
 
-    def to_networkx(self) -> nx.DiGraph:
+    def to_networkx(self) -> Any:
         """Operators as nodes (attribute ``op``), data and control dependencies as edges."""
-        graph = nx.DiGraph()
+        graph: Any = nx.DiGraph()
         for op in self.ops:
             graph.add_node(op.name, op=op, type=op.type)
         for op in self.ops:
@@ -206,9 +206,9 @@ def _mismatch(x: GeOp, y: GeOp, twins: dict[str, str]) -> str | None:
         if x.attrs.get(key) != y.attrs.get(key):
             return f"attribute {key}"
     if x.type in _INPUTS:
-        for p, q in zip(x.outputs, y.outputs, strict=True):
-            if str(p) != str(q):
-                return f"{p} and {q}"
+        for left, right in zip(x.outputs, y.outputs, strict=True):
+            if str(left) != str(right):
+                return f"{left} and {right}"
     return None
 
 

@@ -38,11 +38,16 @@ def kernels(*, saturates: bool, exact_gelu: bool = False) -> dict[str, Kernel]:
     }
 
 
+def _padded(x: Inputs, count: int) -> Inputs:
+    """Inputs with those at the end that were left out."""
+    return [*x, *[None] * (count - len(x))]
+
+
 # -- quantized ---------------------------------------------------------------------------------------------------------
 
 
 def _quant_batch_matmul(x: Inputs, a: Attributes, *, saturates: bool) -> torch.Tensor:
-    x1, x2, scale, offset, bias, pertoken = (*x, *[None] * (6 - len(x)))
+    x1, x2, scale, offset, bias, pertoken = _padded(x, 6)
     return quant_matmul(
         x1,
         x2,
@@ -58,7 +63,7 @@ def _quant_batch_matmul(x: Inputs, a: Attributes, *, saturates: bool) -> torch.T
 
 
 def _weight_quant_batch_matmul(x: Inputs, a: Attributes, *, saturates: bool) -> torch.Tensor:
-    activation, weight, scale, offset, quant_scale, quant_offset, bias = (*x, *[None] * (7 - len(x)))
+    activation, weight, scale, offset, quant_scale, quant_offset, bias = _padded(x, 7)
     transposed = a["transpose_weight"]
     if transposed:
         scale, offset = _turned(scale), _turned(offset)
@@ -94,7 +99,7 @@ def _bitcast(x: Inputs, a: Attributes) -> torch.Tensor:
         raise NotImplementedError("Bitcast with keep_dim")
     name, t = dtype_name(a["type"]), x[0]
     if name == "INT4" and t.dtype == torch.int32:
-        return unpack_int4(t).unflatten(-1, (-1, 8))
+        return unpack_int4(t).unflatten(-1, (-1, 8))  # type: ignore[no-any-return]
     if name == "INT32" and t.dtype == torch.int8 and t.shape[-1] == 8:
         return pack_int4(t).squeeze(-1)
     if name in ("UINT64", "INT64") and t.dtype == torch.int64:
@@ -146,7 +151,7 @@ def _softmax(x: Inputs, a: Attributes) -> torch.Tensor:
 
 
 def _layer_norm(x: Inputs, a: Attributes) -> tuple[torch.Tensor, ...]:
-    t, shape, gamma, beta = (*x, *[None] * (4 - len(x)))
+    t, shape, gamma, beta = _padded(x, 4)
     out, mean, rstd = torch.native_layer_norm(t, _ints(shape), gamma, beta, a["epsilon"])
     return out, mean.float(), rstd.float()
 
