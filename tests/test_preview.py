@@ -335,3 +335,55 @@ def test_command(torchair, tmp_path, monkeypatch):
     assert "1 of 1 quantized matmuls fused" in result.output
     assert "GE interpreted against FX: equal" in result.output
     assert 'type: "WeightQuantBatchMatmulV2"' in output.read_text()
+
+
+# -- operators on computed operands ------------------------------------------------------------------------------------
+
+OPS = torch.ops.quantpass
+CODES = torch.randint(-8, 8, (16, 64), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+COMPUTED = {
+    "format cast": (lambda x: -OPS.format_cast(x + 1, 29), (X,), ["Add", "TransData", "Neg"]),
+    "packing": (lambda x: OPS.pack_int4(x + 0), (CODES,), ["Add", "Cast", "Reshape", "Bitcast"]),
+    "scale word": (lambda s, o: OPS.trans_quant_param(s.abs(), o), (X[0], X[1]), ["Abs", "TransQuantParamV2"]),
+    "int4 matmul": (
+        lambda a, b, s: OPS.quant_matmul(a, b, s, output_dtype=torch.bfloat16, transpose_x2=True),
+        (OPS.pack_int4(CODES), OPS.pack_int4(CODES), torch.full((16,), 0.1)),
+        ["Bitcast", "Reshape", "Bitcast", "Reshape", "QuantBatchMatmulV3"],
+    ),
+    "grouped weight, stored (N, K)": (
+        lambda x, w, s: OPS.weight_quant_matmul(x, w, s, antiquant_group_size=32, transpose_weight=True),
+        (X.half(), CODES, torch.rand(2, 16).half()),
+        ["Transpose", "WeightQuantBatchMatmulV2"],
+    ),
+    "grouped weight, stored (K, N)": (
+        lambda x, w, s: OPS.weight_quant_matmul(x, w, s, antiquant_group_size=32),
+        (X.half(), CODES.t().contiguous(), torch.rand(2, 16).half()),
+        ["WeightQuantBatchMatmulV2"],
+    ),
+    "batches": (
+        lambda a, b, s: OPS.quant_matmul(a, b, s, output_dtype=torch.int32),
+        (CODES.reshape(2, 8, 64), CODES.t().reshape(1, 64, 16).contiguous(), torch.ones(1)),
+        ["QuantBatchMatmulV3"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_fused_operators_called_by_hand(name, torchair):
+    function, args, ops = COMPUTED[name]
+    preview = qp.preview_ge(function, args, target="ascend910b", fuse=False, process=torchair)
+    assert preview.ops == ops
+    ((computed,),) = preview.run()
+    assert torch.equal(computed, preview.graphs[0].outputs[0])
+
+
+def test_float32_output_has_no_ge_operator(torchair):
+    args = (CODES, CODES, torch.ones(1))
+    with pytest.raises(PreviewError, match="compile with the chip's name as target"):
+        qp.preview_ge(
+            lambda a, b, s: OPS.quant_matmul(a, b, s, output_dtype=torch.float32, transpose_x2=True),
+            args,
+            target="ascend910b",
+            fuse=False,
+            process=torchair,
+        )
