@@ -29,6 +29,7 @@ def kernels(*, saturates: bool, exact_gelu: bool = False) -> dict[str, Kernel]:
     gelu = "none" if exact_gelu else "tanh"
     return {
         "QuantBatchMatmulV3": functools.partial(_quant_batch_matmul, saturates=saturates),
+        "QuantBatchMatmulV4": functools.partial(_quant_batch_matmul_v4, saturates=saturates),
         "WeightQuantBatchMatmulV2": functools.partial(_weight_quant_batch_matmul, saturates=saturates),
         **_QUANTIZED,
         **_ARITHMETIC,
@@ -60,6 +61,14 @@ def _quant_batch_matmul(x: Inputs, a: Attributes, *, saturates: bool) -> torch.T
         transpose_x2=a["transpose_x2"],
         saturate=saturates,
     )
+
+
+def _quant_batch_matmul_v4(x: Inputs, a: Attributes, *, saturates: bool) -> torch.Tensor:
+    """V4 takes V3's operands in another order, and more of them."""
+    x1, x2, bias, x1_scale, x2_scale, *others = _padded(x, 10)
+    if any(t is not None for t in others) or a["group_size"]:
+        raise NotImplementedError("QuantBatchMatmulV4 with offsets, y_scale, a table or group_size")
+    return _quant_batch_matmul([x1, x2, x2_scale, None, bias, x1_scale], a, saturates=saturates)
 
 
 def _weight_quant_batch_matmul(x: Inputs, a: Attributes, *, saturates: bool) -> torch.Tensor:

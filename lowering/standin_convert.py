@@ -108,10 +108,10 @@ def serve(connection: Connection) -> None:
     for module in _NEEDED:
         importlib.import_module(module)
     torchair = install()
-    register_converters()
     while (request := connection.recv()) is not None:
         try:
             install(request.soc_name)
+            register_converters(batch_matmul_v4=request.soc_name.startswith("Ascend950"))
             reply = convert(request, torchair)
         except Exception as error:
             reply = Reply(error=f"{type(error).__name__}: {error}", details=traceback.format_exc())

@@ -11,7 +11,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-SOC_NAMES = {"ascend310p": "Ascend310P3", "ascend910b": "Ascend910B2", "ascend910_93": "Ascend910_9392"}
+SOC_NAMES = {
+    "ascend310p": "Ascend310P3",
+    "ascend910b": "Ascend910B2",
+    "ascend910_93": "Ascend910_9392",
+    "ascend950": "Ascend950PR_9599",
+}
 """What the driver calls one chip of each family."""
 
 GraphListener = Callable[[Any, tuple[Any, ...]], Any]

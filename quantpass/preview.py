@@ -118,7 +118,7 @@ def preview_ge(
         model: a module or function on CPU tensors.
         args: positional inputs.
         kwargs: keyword inputs.
-        target: one chip: ``"ascend310p"``, ``"ascend910b"``, ``"ascend910_93"``, or a SoC name.
+        target: one chip: ``"ascend310p"``, ``"ascend910b"``, ``"ascend910_93"``, ``"ascend950"``, or a SoC name.
         fuse: False gives the graph that the model has without quantpass.
         torch_npu: the folder that holds torch_npu, where it is not installed beside torch; default: the environment
             variable ``QUANTPASS_TORCH_NPU``.

@@ -296,7 +296,7 @@ def test_an_operator_that_the_interpreter_lacks_is_named(torchair):
 
 
 def test_targets_without_ge():
-    with pytest.raises(ValueError, match="ascend310p, ascend910b, ascend910_93"):
+    with pytest.raises(ValueError, match="ascend310p, ascend910b, ascend910_93, ascend950"):
         qp.preview_ge(nn.ReLU(), (X,), target="cpu")
 
 
@@ -375,6 +375,17 @@ def test_fused_operators_called_by_hand(name, torchair):
     assert preview.ops == ops
     ((computed,),) = preview.run()
     assert torch.equal(computed, preview.graphs[0].outputs[0])
+
+
+@pytest.mark.parametrize("name", ["static", "dynamic"])
+def test_ascend950_gets_v4(name, torchair):
+    make, dtype = MODELS[name]
+    preview = qp.preview_ge(make(), (X.to(dtype),), target="ascend950", process=torchair)
+    assert preview.ops[-1] == "QuantBatchMatmulV4"
+    ((computed,),) = preview.run()
+    assert torch.equal(computed, preview.graphs[0].outputs[0])
+    before = qp.preview_ge(make(), (X.to(dtype),), target="ascend910b", process=torchair)
+    assert before.ops[-1] == "QuantBatchMatmulV3"
 
 
 def test_float32_output_has_no_ge_operator(torchair):
