@@ -7,11 +7,13 @@ from quantpass.checking import check_op
 from quantpass.doors import diff, explain, fuse
 from quantpass.lowering import reference as _reference
 from quantpass.lowering.emulation import emulate_npu
+from quantpass.preview import GePreview, preview_ge
 from quantpass.records import Numerics, Plan, Reject, Site, TensorSpec
 from quantpass.report import Report
 from quantpass.version import __version__
 
 __all__ = [
+    "GePreview",
     "Numerics",
     "Plan",
     "Reject",
@@ -26,6 +28,7 @@ __all__ = [
     "explain",
     "fuse",
     "nn",
+    "preview_ge",
 ]
 
 del _ir, _reference  # imported for the operators that they define

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from quantpass.options import Options
 from quantpass.pipeline import Outcome, fuse_graph
-from quantpass.rewrite import drop_casts_of_inputs
+from quantpass.rewrite import take_out_casts
 from quantpass.torch_internals import fake_mode_of, inductor_compile, real_tensors
 
 _KEPT_VARIANTS = 64
@@ -48,6 +48,9 @@ class CompiledGraph:
         fake_inputs: the fake inputs that the compiler was called with.
         options: target, lowering, inner compiler.
         on_outcome: called with the outcome of every fusion and the rewritten graph.
+        cast: gives a tensor another storage format: called with the tensor and the vendor's number of the format, for
+            constants and for the model's parameters (whose ``.data`` becomes the result). None where tensors have one
+            format. Inputs that were cast carry the number as ``meta["acl_format"]``.
     """
 
     _boxed_call = True
@@ -59,9 +62,11 @@ class CompiledGraph:
         fake_inputs: list[Any],
         options: Options,
         on_outcome: Callable[[Outcome, GraphModule], None],
+        cast: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ) -> None:
         self._options = options
         self._on_outcome = on_outcome
+        self._cast = cast
         self._fake_inputs = fake_inputs
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         self._attributes = {n.target: t for n, t in leaves.items() if n.op == "get_attr"}
@@ -109,7 +114,7 @@ class CompiledGraph:
 
         outcome = fuse_graph(gm, leaves, self._options, add_constant)
         self._on_outcome(outcome, gm)
-        drop_casts_of_inputs(gm)
+        self._carry_out_casts(gm, {n: t for n, t in leaves.items() if n.op == "placeholder"}, constants)
         index = {n: i for i, n in enumerate(placeholders)}
         seen = tuple(
             (index[n], weakref.ref(tensors[index[n]]), _version(tensors[index[n]]))
@@ -117,6 +122,27 @@ class CompiledGraph:
             if n in index
         )
         return _Variant(seen, self._inner(gm, constants), tuple(constants))
+
+    def _carry_out_casts(
+        self, gm: GraphModule, parameters: dict[Node, torch.Tensor], constants: list[torch.Tensor]
+    ) -> None:
+        inputs = list(gm.graph.find_nodes(op="placeholder"))
+        first = len(inputs) - len(constants)
+
+        def carry_out(source: Node, acl_format: int) -> None:
+            if self._cast is None or source.meta.get("acl_format") == acl_format:
+                return
+            position = inputs.index(source) if source in inputs else -1
+            with real_tensors():
+                if position >= first:
+                    constants[position - first] = self._cast(constants[position - first], acl_format)
+                elif source in parameters:
+                    parameters[source].data = self._cast(parameters[source].data, acl_format)
+                else:
+                    return
+            source.meta["acl_format"] = acl_format
+
+        take_out_casts(gm, carry_out)
 
     def _inner(self, gm: GraphModule, constants: list[torch.Tensor]) -> Callable[[list[Any]], Any]:
         inner = self._options.inner

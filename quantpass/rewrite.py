@@ -255,11 +255,17 @@ class Rewriter:
         return [text for _, text in sorted(erased, key=lambda pair: pair[0])]
 
 
-def drop_casts_of_inputs(gm: GraphModule) -> None:
-    """Take ``quantpass.format_cast`` of inputs out of a graph that runs on a CPU, where a tensor has one format."""
+def take_out_casts(gm: GraphModule, carry_out: Callable[[Node, int], None]) -> None:
+    """Take every ``quantpass.format_cast`` of an input out of a graph.
+
+    Args:
+        gm: the rewritten graph.
+        carry_out: called with the input and the format that it must have when the graph runs.
+    """
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.quantpass.format_cast.default):
-        source = node.args[0]
+        source, acl_format = node.args
         if isinstance(source, Node) and source.op in ("placeholder", "get_attr"):
+            carry_out(source, acl_format)
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
     gm.recompile()

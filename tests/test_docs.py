@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+NEEDS_TORCH_NPU = ("preview.md", "preview.py")
 EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if p.name != "minilm.py")  # `make demo` runs that one
 
 
@@ -18,7 +19,9 @@ def blocks(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
-def test_python_blocks_run(page, tmp_path):
+def test_python_blocks_run(page, tmp_path, request):
+    if page.name in NEEDS_TORCH_NPU:
+        request.getfixturevalue("torchair")  # skips where it is missing
     code = tmp_path / "blocks.py"
     code.write_text("\n".join(blocks(page)))
     done = subprocess.run([sys.executable, str(code)], cwd=tmp_path, capture_output=True, text=True)
@@ -27,7 +30,9 @@ def test_python_blocks_run(page, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.name)
-def test_examples_run(example, tmp_path):
+def test_examples_run(example, tmp_path, request):
+    if example.name in NEEDS_TORCH_NPU:
+        request.getfixturevalue("torchair")
     done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
