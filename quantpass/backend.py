@@ -10,9 +10,9 @@ import torch
 from torch.fx import GraphModule
 
 from quantpass.compiled import CompiledGraph
-from quantpass.dump import dump
 from quantpass.options import Options, make_options
 from quantpass.pipeline import Outcome
+from quantpass.records import WeightFormat
 from quantpass.report import Report
 from quantpass.torch_internals import aot_placeholder_values, attribute_values, compile_with_aot
 
@@ -71,8 +71,8 @@ def compile_graph(
     refuse_training(example_inputs)
     chip = options.chip
 
-    def on_outcome(outcome: Outcome, fused: GraphModule) -> None:
-        report = Report(outcome.sites, (chip.name,), options.mode, ((outcome.before, dump(fused)),))
+    def on_outcome(outcome: Outcome, fused: str, formats: tuple[WeightFormat, ...]) -> None:
+        report = Report(outcome.sites, (chip.name,), options.mode, ((outcome.before, fused),), formats)
         _log(report)
         for listener in (gather, options.on_report):
             if listener is not None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from quantpass.dump import diff_text
-from quantpass.records import Reject, Site
+from quantpass.records import Reject, Site, WeightFormat
 from quantpass.version import __version__
 
 _CAUSES = """No quantized matmul was found. The likely causes:
@@ -31,12 +31,16 @@ class Report:
         targets: the targets asked for.
         mode: ``"graph"`` or ``"eager"``.
         graphs: text of each rewritten graph, before and after; empty for ``explain``.
+        formats: how each weight is stored, one :class:`~quantpass.records.WeightFormat` each; empty for ``explain``.
+        notes: what else a user should know, in words.
     """
 
     sites: tuple[Site, ...]
     targets: tuple[str, ...]
     mode: str = "graph"
     graphs: tuple[tuple[str, str], ...] = ()
+    formats: tuple[WeightFormat, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -52,11 +56,18 @@ class Report:
         """The part of the report for one target."""
         if target not in self.targets:
             raise KeyError(f"this report has no target {target!r}; it has {', '.join(self.targets)}")
-        return Report(tuple(s for s in self.sites if s.target == target), (target,), self.mode, self.graphs)
+        return replace(self, sites=tuple(s for s in self.sites if s.target == target), targets=(target,))
 
     def __add__(self, other: Report) -> Report:
         targets = tuple(dict.fromkeys((*self.targets, *other.targets)))
-        return Report((*self.sites, *other.sites), targets, self.mode, (*self.graphs, *other.graphs))
+        return Report(
+            (*self.sites, *other.sites),
+            targets,
+            self.mode,
+            (*self.graphs, *other.graphs),
+            (*self.formats, *other.formats),
+            tuple(dict.fromkeys((*self.notes, *other.notes))),
+        )
 
     # -- text ------------------------------------------------------------------------------------------------------
 
@@ -67,6 +78,7 @@ class Report:
         yield f"quantpass {__version__}, {self.mode} mode"
         if not self.sites:
             yield _CAUSES
+            yield from self._notes()
             return
         for target in self.targets:
             part = self[target] if len(self.targets) > 1 else self
@@ -74,6 +86,8 @@ class Report:
         yield ""
         yield from self._site_table()
         yield from self._reasons()
+        yield from self._formats()
+        yield from self._notes()
 
     def _site_table(self) -> Iterator[str]:
         by_site: dict[tuple[str, str, str], dict[str, list[Site]]] = {}
@@ -105,6 +119,36 @@ class Report:
             if r.doc:
                 yield f"    source: {r.doc}"
 
+    def _formats(self) -> Iterator[str]:
+        if not self.formats:
+            return
+        yield ""
+        yield "Weights:"
+        rows = [
+            [
+                ", ".join(f.sites) if len(f.sites) < 3 else f"{f.sites[0]} and {len(f.sites) - 1} more",
+                f"{f.dtype}[{', '.join(map(str, f.shape))}]",
+                f.format,
+                f"{f.bytes_before / 1024:.1f}",
+                f"{f.bytes_after / 1024:.1f}",
+                "; ".join(
+                    x for x in (f.how, f"same tensor as {', '.join(f.aliases)}" if f.aliases else "", f.why) if x
+                ),
+            ]
+            for f in self.formats
+        ]
+        total = [sum(f.bytes_before for f in self.formats), sum(f.bytes_after for f in self.formats)]
+        rows.append(["total", "", "", *(f"{n / 1024:.1f}" for n in total), ""])
+        headers = ["read by", "stored", "format", "ND KiB", "now KiB", ""]
+        yield tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
+
+    def _notes(self) -> Iterator[str]:
+        if self.notes:
+            yield ""
+            yield "Notes:"
+        for note in self.notes:
+            yield f"  - {note}"
+
     def diff(self) -> str:
         """The difference between the graphs before and after the rewrite, one hunk list a graph."""
         return "\n".join(diff_text(before, after) for before, after in self.graphs)
@@ -120,6 +164,8 @@ class Report:
             "fused": self.fused,
             "total": self.total,
             "sites": [_site_dict(s) for s in self.sites],
+            "formats": [asdict(f) for f in self.formats],
+            "notes": list(self.notes),
         }
 
     def to_json(self, path: str | Path | None = None) -> str:

@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from quantpass.constants import ModuleConstants
 from quantpass.dump import describe_node
 from quantpass.expr import Call, Const, Expr, Recentred, Ref, Size
 from quantpass.records import Plan
@@ -42,7 +43,7 @@ class Rewriter:
     def __init__(self, gm: GraphModule, add_constant: Callable[[str, torch.Tensor], Node] | None = None) -> None:
         self._gm = gm
         self._graph = gm.graph
-        self._add_constant = add_constant or self._add_buffer
+        self._add_constant = add_constant or ModuleConstants(gm, {}).add
         placeholders = list(self._graph.find_nodes(op="placeholder"))
         values = [n.meta.get("val") for n in self._graph.nodes]
         self._mode = fake_mode_of([v for v in values if isinstance(v, torch.Tensor)]) or FakeTensorMode()
@@ -52,7 +53,6 @@ class Rewriter:
         self._sizes: dict[tuple[Node, int], Node] = {}
         self._replaced: dict[Node, Node] = {}
         self._int8_twins: dict[Node, Node] = {}
-        self._names: dict[str, int] = {}
         self._new: list[Node] = []
 
     def apply(self, plan: Plan, site_name: str, like: Node) -> tuple[str, str]:
@@ -191,19 +191,6 @@ class Rewriter:
             self._first = max(self._first, node) if self._first is not None else node
         return self._constants[key][1]
 
-    def _add_buffer(self, name: str, tensor: torch.Tensor) -> Node:
-        unique, count = name, self._names.get(name, 0)
-        while hasattr(self._gm, unique):
-            count += 1
-            unique = f"{name}_{count}"
-        self._names[name] = count
-        self._gm.register_buffer(unique, tensor)
-        first = self._first
-        context = self._graph.inserting_after(first) if first else self._graph.inserting_before(_head(self._graph))
-        with context:
-            node = self._graph.get_attr(unique)
-        return node
-
     # -- checks and cleaning ---------------------------------------------------------------------------------------
 
     def _check(self, old: Node, new: Node) -> None:
@@ -236,18 +223,3 @@ class Rewriter:
             self._graph.erase_node(n)
             todo.extend(inputs)
         return [text for _, text in sorted(erased, key=lambda pair: pair[0])]
-
-
-def drop_casts_of_inputs(gm: GraphModule) -> None:
-    """Take ``quantpass.format_cast`` of inputs out of a graph that runs on a CPU, where a tensor has one format."""
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.quantpass.format_cast.default):
-        source = node.args[0]
-        if isinstance(source, Node) and source.op in ("placeholder", "get_attr"):
-            node.replace_all_uses_with(source)
-            gm.graph.erase_node(node)
-    gm.recompile()
-
-
-def _head(graph: Any) -> Node:
-    first: Node = next(iter(graph.nodes))
-    return first
