@@ -165,7 +165,7 @@ class _Lowering:
         keywords = {"offset": a["offset"], "round_mode": a["round_mode"]}
         self._replace(node, "npu_trans_quant_param", (a["scale"],), keywords)
 
-    # -- pieces --------------------------------------------------------------------------------------------------------
+    # -- pieces ------------------------------------------------------------------------------------------------------
 
     def _viewed(self, node: Node, operand: Node, transposed: bool) -> Node:
         return self._insert(node, aten.transpose.int, (operand, -2, -1), "transposed") if transposed else operand
@@ -229,8 +229,8 @@ def _is_mine(matrix: Node) -> bool:
 
 def _refuse_format_cast(node: Node) -> None:
     raise ValueError(
-        f"{node.name} casts a tensor that the graph computes to another format. With lowering='aclnn' the cast would be "
-        "captured into the NPU graph, which aborts the capture. Cast the tensor before the graph, or compile through "
+        f"{node.name} casts a tensor that the graph computes to another format. With lowering='aclnn' the cast would "
+        "be captured into the NPU graph, which aborts the capture. Cast the tensor before the graph, or compile through "
         "GE (quantpass.npu_backend with torchair's default mode)."
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -13,7 +13,7 @@ from quantpass.dump import dump
 from quantpass.options import Options
 from quantpass.patterns import Dialects, default_dialects
 from quantpass.planning import Planned, plan_site
-from quantpass.records import Reject, Site
+from quantpass.records import Plan, Reject, Site
 from quantpass.rewrite import RewriteError, Rewriter
 from quantpass.sites import Reading, find_sites, matmul_name
 from quantpass.static_values import StaticValues
@@ -104,10 +104,15 @@ def _site(
         op=matmul_name(reading.node),
         target=options.chip.name,
         fused=fused,
-        plan=planned.plan if fused else None,
+        plan=_without_tensors(planned.plan) if fused else None,
         rejects=planned.rejects,
         numerics=planned.numerics if fused else None,
         reading=reading.text,
         before=before,
         after=after,
     )
+
+
+def _without_tensors(plan: Plan | None) -> Plan | None:
+    """A plan as a report keeps it: weights that were prepared and then cast would stay in memory twice."""
+    return None if plan is None else replace(plan, value=None, int8_codes=None)

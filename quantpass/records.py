@@ -146,7 +146,7 @@ class Plan:
     Attributes:
         op: vendor operator name, ``"npu_weight_quant_batchmatmul"`` or ``"npu_quant_matmul"``.
         output: the node of the graph that the fused expression replaces.
-        value: the expression that replaces it.
+        value: the expression that replaces it. The report's copy of a plan has none: it holds the prepared tensors.
         fixups: what was done to make the call legal, in words.
         call: the operator call as descriptions of its arguments, as legality saw it.
         weight_format: ``"ND"`` or ``"NZ"``.
@@ -157,7 +157,7 @@ class Plan:
 
     op: str
     output: Node
-    value: Expr
+    value: Expr | None
     fixups: tuple[str, ...]
     call: dict[str, Any]
     weight_format: str
@@ -182,8 +182,8 @@ class WeightFormat:
         format: ``"NZ"`` (FRACTAL_NZ) or ``"ND"``.
         bytes_before: its size in ND.
         bytes_after: its size in ``format``, padding included.
-        how: ``"in place"`` (the parameter itself was cast), ``"already"`` (it was cast before), ``"prepared"`` (a tensor
-            that the pass made), ``"copied"`` (the parameter is left alone), ``"at every call"`` (its values are not
+        how: ``"in place"`` (the parameter itself was cast), ``"already"`` (it was cast before), ``"prepared"`` (a
+            tensor that the pass made), ``"copied"`` (the parameter is left alone), ``"at every call"`` (its values are not
             known when compiling), ``"planned"`` (there is no NPU here: a CPU tensor has one format), or ``""`` for ND.
         aliases: other inputs of the graph that are the same tensor (tied weights); they change with it.
         why: why it stayed in ND, or why it was copied.

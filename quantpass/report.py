@@ -207,6 +207,14 @@ def _cell(site: Site) -> str:
     return "not fused: " + ", ".join(dict.fromkeys(r.rule for r in site.rejects))
 
 
+def _format_row(f: WeightFormat) -> list[str]:
+    sites = ", ".join(f.sites) if len(f.sites) < 3 else f"{f.sites[0]} and {len(f.sites) - 1} more"
+    stored = f"{f.dtype}[{', '.join(map(str, f.shape))}]"
+    tied = f"same tensor as {', '.join(f.aliases)}" if f.aliases else ""
+    remarks = "; ".join(text for text in (f.how, tied, f.why) if text)
+    return [sites, stored, f.format, f"{f.bytes_before / 1024:.1f}", f"{f.bytes_after / 1024:.1f}", remarks]
+
+
 def _site_dict(s: Site) -> dict[str, Any]:
     return {
         "name": s.name,
