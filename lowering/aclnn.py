@@ -109,8 +109,8 @@ class _Lowering:
         out = a["output_dtype"] or torch.int8
         if out not in DTYPE_NUMBERS:
             raise ValueError(
-                f"{node.name}: npu_quant_matmul gives {', '.join(map(str, DTYPE_NUMBERS))}, not {out}; lowering='aclnn' "
-                "carries out plans for a chip, not for target='cpu'"
+                f"{node.name}: npu_quant_matmul gives {', '.join(map(str, DTYPE_NUMBERS))}, not {out}; "
+                "lowering='aclnn' carries out plans for a chip, not for target='cpu'"
             )
         scale, offset = a["scale"], a["offset"]
         grouped = bool(a["group_sizes"] and a["group_sizes"][-1])
@@ -229,9 +229,9 @@ def _is_mine(matrix: Node) -> bool:
 
 def _refuse_format_cast(node: Node) -> None:
     raise ValueError(
-        f"{node.name} casts a tensor that the graph computes to another format. With lowering='aclnn' the cast would "
-        "be captured into the NPU graph, which aborts the capture. Cast the tensor before the graph, or compile through "
-        "GE (quantpass.npu_backend with torchair's default mode)."
+        f"{node.name} casts a tensor that the graph computes to another format. With lowering='aclnn' the cast becomes "
+        "part of a captured NPU graph, and aborts the capture. Cast the tensor before the graph, or compile through GE "
+        "(quantpass.npu_backend with torchair's default mode)."
     )
 
 

@@ -107,9 +107,10 @@ def carry_out_casts(gm: GraphModule, constants: Constants) -> dict[Node, str]:
         if isinstance(node.args[0], Node) and node.args[0].op in ("placeholder", "get_attr"):
             casts.setdefault(node.args[0], []).append(node)
     done: dict[Node, str] = {}
+    copies: dict[Node, Node] = {}
     for source, nodes in casts.items():
         with torch.no_grad(), real_tensors():
-            stored, how = _carry_out(source, nodes, constants)
+            stored, how = _carry_out(source, int(nodes[0].args[1]), constants, copies)  # type: ignore[arg-type]
         done[source] = how
         if how == "at every call":
             continue
@@ -120,23 +121,26 @@ def carry_out_casts(gm: GraphModule, constants: Constants) -> dict[Node, str]:
     return done
 
 
-def _carry_out(source: Node, casts: list[Node], constants: Constants) -> tuple[Node, str]:
+def _carry_out(source: Node, acl_format: int, constants: Constants, copies: dict[Node, Node]) -> tuple[Node, str]:
+    if source in copies:
+        return copies[source], "copied"
     layer = layer_for(source.meta["val"].device)
     if layer is None:
         return source, "planned"
     tensor = constants.tensor(source)
     if tensor is None:
         return source, "at every call"
-    acl_format = int(casts[0].args[1])  # type: ignore[arg-type]
     if layer.format_of(tensor) == acl_format:
         return source, "already"
     if constants.owns(source):
         constants.replace(source, layer.cast(tensor, acl_format))
         return source, "prepared"
     same, overlapping = aliases(source, constants.given)
-    if overlapping or any(u not in casts for n in (source, *same) for u in n.users):
+    only_casts = all(u.target is ops.format_cast.default for n in (source, *same) for u in n.users)
+    if overlapping or not only_casts:
         copy = constants.add(f"quantpass_{source.name}_nz", layer.cast(tensor, acl_format))
         copy.meta["val"] = source.meta["val"]
+        copies.update(dict.fromkeys((source, *same), copy))
         return copy, "copied"
     # In place: the parameter keeps its identity, and no second copy of the weight stays.
     cast = layer.cast(tensor, acl_format)

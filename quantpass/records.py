@@ -183,8 +183,9 @@ class WeightFormat:
         bytes_before: its size in ND.
         bytes_after: its size in ``format``, padding included.
         how: ``"in place"`` (the parameter itself was cast), ``"already"`` (it was cast before), ``"prepared"`` (a
-            tensor that the pass made), ``"copied"`` (the parameter is left alone), ``"at every call"`` (its values are not
-            known when compiling), ``"planned"`` (there is no NPU here: a CPU tensor has one format), or ``""`` for ND.
+            tensor that the pass made), ``"copied"`` (the parameter is left alone), ``"at every call"`` (its values are
+            not known when compiling), ``"planned"`` (there is no NPU here: a CPU tensor has one format), or ``""``
+            for ND.
         aliases: other inputs of the graph that are the same tensor (tied weights); they change with it.
         why: why it stayed in ND, or why it was copied.
     """
