@@ -100,7 +100,8 @@ def carry_out_casts(gm: GraphModule, constants: Constants) -> dict[Node, str]:
         constants: the tensors that are known; one that is not keeps its node, unless it is on a CPU.
 
     Returns:
-        The tensor's node, and how its cast was carried out (``WeightFormat.how``).
+        The tensor's node, and how its cast was carried out (``WeightFormat.how``). Inputs whose cast was carried out
+        (or, on a CPU, planned) carry the number of their format as ``meta["acl_format"]``.
     """
     casts: dict[Node, list[Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=ops.format_cast.default):
@@ -114,6 +115,7 @@ def carry_out_casts(gm: GraphModule, constants: Constants) -> dict[Node, str]:
         done[source] = how
         if how == "at every call":
             continue
+        stored.meta["acl_format"] = nodes[0].args[1]  # for whoever describes the graph's inputs
         for node in nodes:
             node.replace_all_uses_with(stored)
             gm.graph.erase_node(node)
@@ -124,10 +126,10 @@ def carry_out_casts(gm: GraphModule, constants: Constants) -> dict[Node, str]:
 def _carry_out(source: Node, acl_format: int, constants: Constants, copies: dict[Node, Node]) -> tuple[Node, str]:
     if source in copies:
         return copies[source], "copied"
-    layer = layer_for(source.meta["val"].device)
+    tensor = constants.tensor(source)
+    layer = layer_for((source.meta["val"] if tensor is None else tensor).device)
     if layer is None:
         return source, "planned"
-    tensor = constants.tensor(source)
     if tensor is None:
         return source, "at every call"
     if layer.format_of(tensor) == acl_format:

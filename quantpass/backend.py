@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from quantpass.compiled import CompiledGraph
+from quantpass.compiled import CompiledGraph, OnOutcome
 from quantpass.options import Options, make_options
 from quantpass.pipeline import Outcome
 from quantpass.records import WeightFormat
@@ -69,6 +69,17 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Trace a Dynamo graph to ATen, fuse it and compile the rest with the inner compiler."""
     refuse_training(example_inputs)
+    on_outcome = report_of(options, gather)
+
+    def compiler(aot: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:
+        leaves = aot_placeholder_values(aot, example_inputs) | attribute_values(aot)
+        return CompiledGraph(aot, leaves, fake_inputs, options, on_outcome)
+
+    return compile_with_aot(gm, example_inputs, compiler)
+
+
+def report_of(options: Options, gather: Callable[[Report], None] | None) -> OnOutcome:
+    """What makes a report of each outcome and tells those who asked for it."""
     chip = options.chip
 
     def on_outcome(outcome: Outcome, fused: str, formats: tuple[WeightFormat, ...]) -> None:
@@ -78,11 +89,7 @@ def compile_graph(
             if listener is not None:
                 listener(report)
 
-    def compiler(aot: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:
-        leaves = aot_placeholder_values(aot, example_inputs) | attribute_values(aot)
-        return CompiledGraph(aot, leaves, fake_inputs, options, on_outcome)
-
-    return compile_with_aot(gm, example_inputs, compiler)
+    return on_outcome
 
 
 def refuse_training(example_inputs: Sequence[Any]) -> None:

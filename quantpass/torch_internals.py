@@ -33,6 +33,7 @@ __all__ = [
     "is_wrapper_subclass",
     "real_tensors",
     "statically_true",
+    "traced_as_on_npu",
 ]
 
 is_wrapper_subclass = is_traceable_wrapper_subclass
@@ -70,6 +71,21 @@ def compile_with_aot(
         decompositions=decompositions,
         keep_inference_input_mutations=True,
     )
+
+
+@contextmanager
+def traced_as_on_npu() -> Iterator[None]:
+    """Trace CPU tensors to the operators that NPU tensors are traced to.
+
+    Seen with torch_npu 2.13.0: ``matmul`` is an operator of its own there, of any rank, and attention is spelled out
+    in matmuls and a softmax.
+    """
+    from torch.export.exported_program import _override_composite_implicit_decomp
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    whole = {torch.ops.aten.matmul.default: lambda *_, **__: NotImplemented}
+    with _override_composite_implicit_decomp(whole), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def static_input_indices() -> frozenset[int]:

@@ -1,0 +1,84 @@
+"""Operators that a finished graph may still hold and that torchair does not know, in terms of those that it does.
+
+These are what stays of a model's own quantization where nothing was fused: quantize and dequantize operators of
+``quantized_decomposed``, and a few ATen operators that only PyTorch's own compilers decompose.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+from quantpass.torch_internals import fake_mode_of
+
+aten = torch.ops.aten
+
+
+def expand_leftovers(gm: GraphModule, table: Mapping[Any, Callable[..., Any]] | None = None) -> None:
+    """Replace the operators of ``table`` (by default :func:`leftover_table`) in place, by what they are made of.
+
+    Args:
+        gm: an ATen graph whose nodes carry ``meta["val"]``.
+        table: for each operator a function of the same arguments that calls others.
+    """
+    known = leftover_table() if table is None else table
+    found = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in known]
+    for node in found:
+        _expand(gm, node, known[node.target])
+    if found:
+        gm.graph.lint()
+        gm.recompile()
+
+
+def leftover_table() -> dict[Any, Callable[..., Any]]:
+    """Operator to function. Those of ``quantized_decomposed`` are there once something has defined them."""
+    table: dict[Any, Callable[..., Any]] = {aten._safe_softmax.default: _safe_softmax}
+    namespace = torch.ops.quantized_decomposed
+    if not hasattr(namespace, "quantize_per_tensor"):
+        return table
+    source = importlib.import_module("torch.ao.quantization.fx._decomposed")
+    for name in dir(namespace):
+        packet = getattr(namespace, name)
+        for overload in packet.overloads() if hasattr(packet, "overloads") else ():
+            function = getattr(source, name if overload == "default" else f"{name}_{overload}", None)
+            if function is not None:
+                table[getattr(packet, overload)] = function
+    return table
+
+
+def _safe_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Softmax that gives 0 for rows that are -inf throughout, as ``aten._safe_softmax`` does."""
+    out = torch.softmax(x, dim=dim, dtype=dtype)
+    hidden = x.eq(float("-inf"))
+    return torch.where(torch.all(hidden, dim=dim, keepdim=True), torch.zeros_like(out), out)
+
+
+def _expand(gm: GraphModule, node: Node, function: Callable[..., Any]) -> None:
+    tensors = list(dict.fromkeys(node.all_input_nodes))
+    fakes = [n.meta["val"] for n in tensors]
+    mode = fake_mode_of([f for f in [*fakes, node.meta["val"]] if isinstance(f, torch.Tensor)])
+
+    def call(*values: Any) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), dict(zip(tensors, values, strict=True)).__getitem__)
+        return function(*args, **kwargs)
+
+    assert mode is not None
+    with mode, torch.no_grad():
+        traced = make_fx(call, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+    copies: dict[Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), tensors, strict=True))
+    with gm.graph.inserting_before(node):
+        for n in traced.graph.nodes:
+            if n.op == "call_function":
+                copies[n] = gm.graph.node_copy(n, copies.__getitem__)
+                copies[n].meta["stack_trace"] = node.meta.get("stack_trace")
+            elif n.op == "output":
+                node.replace_all_uses_with(copies[n.args[0]])
+            elif n.op == "get_attr":
+                raise RuntimeError(f"{node.target} can't be expanded: its definition makes constant tensors")
+    gm.graph.erase_node(node)
