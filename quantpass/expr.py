@@ -98,6 +98,10 @@ def cast(e: Expr, dtype: torch.dtype) -> Expr:
         return e
     if isinstance(e, Const):
         return Const(e.tensor.to(dtype), label=e.label)
+    if isinstance(e, Call) and e.target is aten._to_copy.default and dtype_of(e.args[0]) == dtype:
+        if torch.promote_types(dtype, e.dtype) == e.dtype:
+            source: Expr = e.args[0]
+            return source  # widened and narrowed again
     return Call(aten._to_copy.default, (e,), {"dtype": dtype}, dtype, shape_of(e))
 
 
@@ -153,14 +157,32 @@ def swap_last(e: Expr) -> Expr:
 def _binary(target: Any, a: Expr, b: Expr) -> Expr:
     if isinstance(a, Const) and isinstance(b, Const):
         return Const(target(a.tensor, b.tensor))
-    ta, tb = dtype_of(a), dtype_of(b)
-    dtype = ta if isinstance(b, Const) and ta.is_floating_point else tb if isinstance(a, Const) else ta
-    # A constant meets a node in the node's precision (float32 at least), so that float64 never enters the graph.
-    dtype = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
-    if dtype.is_floating_point:
-        a, b = cast(a, dtype), cast(b, dtype)
-    shape = torch.broadcast_shapes(shape_of(a), shape_of(b))
-    return Call(target, (a, b), {}, dtype, tuple(shape))
+    dtype = _common_dtype(a, b)
+    a, b = cast(a, dtype), cast(b, dtype)
+    shape = tuple(torch.broadcast_shapes(shape_of(a), shape_of(b)))
+    if target in (aten.mul.Tensor, aten.add.Tensor) and isinstance(a, Const):
+        a, b = b, a
+    # One number goes into the graph as a number, not as a tensor of one element.
+    number = isinstance(b, Const) and b.origin is None and b.tensor.numel() == 1 and shape == shape_of(a)
+    if number and isinstance(b, Const) and b.tensor.item() == 1 and target in (aten.mul.Tensor, aten.div.Tensor):
+        return a
+    return Call(target, (a, b.tensor.item() if number and isinstance(b, Const) else b), {}, dtype, shape)
+
+
+def _common_dtype(a: Expr, b: Expr) -> torch.dtype:
+    """The dtype in which ``a`` and ``b`` meet, at least one of them a node.
+
+    A constant takes the node's precision (float32 at least), so that float64 never enters the graph, and a constant
+    of whole numbers stays whole beside an integer node.
+    """
+    constant, node = (a, b) if isinstance(a, Const) else (b, a)
+    dtype = dtype_of(node)
+    if not isinstance(constant, Const):
+        dtype = torch.promote_types(dtype, dtype_of(constant))
+    elif not dtype.is_floating_point and constant.tensor.is_floating_point():
+        whole = bool((constant.tensor == constant.tensor.round()).all())
+        return dtype if whole else torch.float32
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 def mul(a: Expr, b: Expr) -> Expr:
