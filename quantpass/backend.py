@@ -84,7 +84,7 @@ def report_of(options: Options, gather: Callable[[Report], None] | None) -> OnOu
 
     def on_outcome(outcome: Outcome, fused: str, formats: tuple[WeightFormat, ...]) -> None:
         report = Report(outcome.sites, (chip.name,), options.mode, ((outcome.before, fused),), formats)
-        _log(report)
+        log_report(report)
         for listener in (gather, options.on_report):
             if listener is not None:
                 listener(report)
@@ -102,7 +102,8 @@ def refuse_training(example_inputs: Sequence[Any]) -> None:
         )
 
 
-def _log(report: Report) -> None:
+def log_report(report: Report) -> None:
+    """A line in the log for one graph: a warning where something was not fused."""
     left = report.total - report.fused
     if left:
         logger.warning(

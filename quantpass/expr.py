@@ -98,9 +98,9 @@ def cast(e: Expr, dtype: torch.dtype) -> Expr:
         return e
     if isinstance(e, Const):
         return Const(e.tensor.to(dtype), label=e.label)
-    if isinstance(e, Call) and e.target is aten._to_copy.default and dtype_of(e.args[0]) == dtype:
-        if torch.promote_types(dtype, e.dtype) == e.dtype:
-            source: Expr = e.args[0]
+    if isinstance(e, Call) and e.target is aten._to_copy.default:
+        source: Expr = e.args[0]
+        if dtype_of(source) == dtype and torch.promote_types(dtype, e.dtype) == e.dtype:
             return source  # widened and narrowed again
     return Call(aten._to_copy.default, (e,), {"dtype": dtype}, dtype, shape_of(e))
 

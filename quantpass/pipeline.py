@@ -17,6 +17,7 @@ from quantpass.records import Plan, Reject, Site
 from quantpass.rewrite import RewriteError, Rewriter
 from quantpass.sites import Reading, find_sites, matmul_name
 from quantpass.static_values import StaticValues
+from quantpass.streams import stream_labels, stream_reject
 from quantpass.torch_internals import real_tensors
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,13 @@ def analyse(
     # A compiler calls this with its fake mode on; constants are computed on real tensors.
     with torch.no_grad(), real_tensors():
         readings = find_sites(gm.graph, values, dialects or default_dialects())
-        return [(r, plan_site(r, options.chip, options)) for r in readings], values
+        labels = stream_labels(gm.graph)
+        return [(r, _on_one_stream(plan_site(r, options.chip, options), labels)) for r in readings], values
+
+
+def _on_one_stream(planned: Planned, labels: dict[Node, str]) -> Planned:
+    reject = stream_reject(planned.plan, labels) if planned.plan is not None else None
+    return planned if reject is None else Planned(None, None, (reject,))
 
 
 def explain_graph(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Outcome:
