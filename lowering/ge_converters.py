@@ -39,6 +39,8 @@ def register_converters(*, batch_matmul_v4: bool = False) -> None:
         if name == "quant_matmul":
             converter = functools.partial(converter, v4=batch_matmul_v4)
         register_fx_node_ge_converter(getattr(torch.ops.quantpass, name).default)(converter)
+    for op, converter in MISSING_CONVERTERS.items():
+        register_fx_node_ge_converter(op)(converter)
 
 
 def weight_quant_matmul(
@@ -178,6 +180,32 @@ CONVERTERS: dict[str, Callable[..., Any]] = {
     "format_cast": format_cast,
     "pack_int4": pack_int4,
 }
+
+
+def amax(self: Any, dim: Sequence[int] = (), keepdim: bool = False, meta_outputs: Any = None) -> Any:
+    """ReduceMax."""
+    del meta_outputs
+    return _ge().ReduceMax(self, list(dim) or list(range(self.rank)), keep_dims=keepdim)
+
+
+def amin(self: Any, dim: Sequence[int] = (), keepdim: bool = False, meta_outputs: Any = None) -> Any:
+    """ReduceMin."""
+    del meta_outputs
+    return _ge().ReduceMin(self, list(dim) or list(range(self.rank)), keep_dims=keepdim)
+
+
+def int_mm(self: Any, mat2: Any, meta_outputs: Any = None) -> Any:
+    """MatMulV2, whose result for int8 operands is int32."""
+    del meta_outputs
+    return _ge().MatMulV2(self, mat2, None, None)
+
+
+MISSING_CONVERTERS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.amax.default: amax,
+    torch.ops.aten.amin.default: amin,
+    torch.ops.aten._int_mm.default: int_mm,
+}
+"""ATen operators of quantized models for which torchair 2.13.0 has no converter, or one that raises."""
 
 
 def _ge() -> Any:

@@ -36,6 +36,8 @@ class GeTensor:
 
     def __str__(self) -> str:
         shape = "" if self.shape is None else f"[{', '.join(map(str, self.shape))}]"
+        if not self.dtype:
+            return "?"
         return f"{_SHORT.get(self.dtype, self.dtype.lower())}{shape}{'' if self.format == 'ND' else ':' + self.format}"
 
 
@@ -237,7 +239,7 @@ def _op(op: Any, names: dict[int, str]) -> GeOp:
         inputs,
         attrs,
         tuple(_tensor(d, names) for d in op.input_desc),
-        () if op.type == "NetOutput" else tuple(_tensor(d, names) for d in op.output_desc),
+        () if op.type == "NetOutput" else tuple(_tensor(d, names, op.type) for d in op.output_desc),
         after,
     )
 
@@ -247,7 +249,7 @@ def _source(text: str) -> tuple[str, int]:
     return (name, int(index)) if name else ("", 0)
 
 
-def _tensor(desc: Any, names: dict[int, str]) -> GeTensor:
+def _tensor(desc: Any, names: dict[int, str], op_type: str = "") -> GeTensor:
     stored = desc.attr["format_for_int"].i if "format_for_int" in desc.attr else 2
     shape: tuple[int, ...] | None = tuple(desc.shape.dim) or None
     if "origin_shape" in desc.attr:
@@ -255,7 +257,9 @@ def _tensor(desc: Any, names: dict[int, str]) -> GeTensor:
     elif "_meta" in desc.attr:
         shape = _shape_of_meta(desc.attr["_meta"].s.decode())
     fed = "_is_unfed_optional" not in desc.attr
-    return GeTensor(desc.name, _dtype(desc.dtype, names), shape, _FORMATS.get(stored, "ND"), fed)
+    # torchair writes FLOAT for a dtype that it does not know; it notes the ones that it knows.
+    known = op_type in (*_INPUTS, "Const") or "_meta" in desc.attr
+    return GeTensor(desc.name, _dtype(desc.dtype, names) if known else "", shape, _FORMATS.get(stored, "ND"), fed)
 
 
 def _shape_of_meta(text: str) -> tuple[int, ...] | None:

@@ -1,7 +1,7 @@
 """Operators that a finished graph may still hold and that torchair does not know, in terms of those that it does.
 
-These are what stays of a model's own quantization where nothing was fused: quantize and dequantize operators of
-``quantized_decomposed``, and a few ATen operators that only PyTorch's own compilers decompose.
+These are what stays of a model's own quantization where nothing was fused: PyTorch's named quantize and dequantize
+operators, spelled out as PyTorch defines them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from torch.fx.node import map_arg
 
 from quantpass.torch_internals import fake_mode_of
 
-aten = torch.ops.aten
-
 
 def expand_leftovers(gm: GraphModule, table: Mapping[Any, Callable[..., Any]] | None = None) -> None:
     """Replace the operators of ``table`` (by default :func:`leftover_table`) in place, by what they are made of.
@@ -28,6 +26,8 @@ def expand_leftovers(gm: GraphModule, table: Mapping[Any, Callable[..., Any]] | 
         table: for each operator a function of the same arguments that calls others.
     """
     known = leftover_table() if table is None else table
+    for check in gm.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        gm.graph.erase_node(check)  # the trace has checked it; nothing reads it
     found = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in known]
     for node in found:
         _expand(gm, node, known[node.target])
@@ -38,7 +38,7 @@ def expand_leftovers(gm: GraphModule, table: Mapping[Any, Callable[..., Any]] | 
 
 def leftover_table() -> dict[Any, Callable[..., Any]]:
     """Operator to function. Those of ``quantized_decomposed`` are there once something has defined them."""
-    table: dict[Any, Callable[..., Any]] = {aten._safe_softmax.default: _safe_softmax}
+    table: dict[Any, Callable[..., Any]] = {}
     namespace = torch.ops.quantized_decomposed
     if not hasattr(namespace, "quantize_per_tensor"):
         return table
@@ -50,13 +50,6 @@ def leftover_table() -> dict[Any, Callable[..., Any]]:
             if function is not None:
                 table[getattr(packet, overload)] = function
     return table
-
-
-def _safe_softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Softmax that gives 0 for rows that are -inf throughout, as ``aten._safe_softmax`` does."""
-    out = torch.softmax(x, dim=dim, dtype=dtype)
-    hidden = x.eq(float("-inf"))
-    return torch.where(torch.all(hidden, dim=dim, keepdim=True), torch.zeros_like(out), out)
 
 
 def _expand(gm: GraphModule, node: Node, function: Callable[..., Any]) -> None:
