@@ -202,6 +202,14 @@ def div(a: Expr, b: Expr) -> Expr:
 
 
 def neg(a: Expr) -> Expr:
+    if isinstance(a, Call) and a.target is aten.neg.default:
+        inner: Expr = a.args[0]
+        return inner
+    if isinstance(a, Call) and a.target is aten.reshape.default:
+        return Call(a.target, (neg(a.args[0]), a.args[1]), {}, a.dtype, a.shape)
+    if isinstance(a, Call) and a.target is aten.mul.Tensor and isinstance(a.args[1], int | float):
+        factor, source = -a.args[1], a.args[0]
+        return source if factor == 1 else Call(a.target, (source, factor), {}, a.dtype, a.shape)
     return apply(aten.neg.default, a, dtype=dtype_of(a), shape=shape_of(a))
 
 
