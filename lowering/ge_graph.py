@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,13 +73,15 @@ class GeOp:
     after: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        given = []
-        for source, tensor in zip(self.inputs, self.input_tensors, strict=False):
-            if source is not None:
-                given.append(f"{tensor.name}=%{_reference(source)}")
+        return f"%{self.name}: {self.described(lambda source: '%' + _reference(source))}"
+
+    def described(self, shown: Callable[[tuple[str, int]], str]) -> str:
+        """Outputs, type, inputs and attributes; ``shown`` says how an input is written."""
+        pairs = zip(self.inputs, self.input_tensors, strict=False)
+        given = [f"{tensor.name}={shown(source)}" for source, tensor in pairs if source is not None]
         given += [f"{k}={_attribute_text(v)}" for k, v in sorted(self.attrs.items())]
         result = ", ".join(map(str, self.outputs))
-        return f"%{self.name}{': ' + result if result else ''} = {self.type}({', '.join(given)})"
+        return f"{result + ' = ' if result else ''}{self.type}({', '.join(given)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,29 @@ class GeGraph:
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.ops))
+
+    def outline(self) -> str:
+        """One line an operator, an input written as the type of what made it (inputs and constants as themselves).
+
+        torchair numbers operators of a type, so one more Cast renames all that follow; here it is one line more.
+        """
+        by_name = {op.name: op for op in self.ops}
+
+        def shown(source: tuple[str, int]) -> str:
+            made_by = by_name[source[0]]
+            if made_by.type in _INPUTS:
+                return "%" + _reference(source)
+            if made_by.type == "Const":
+                return _attribute_text(made_by.attrs["value"])
+            return made_by.type
+
+        lines = []
+        for op in self.ops:
+            if op.type in _INPUTS:
+                lines.append(f"%{op.name}: {', '.join(map(str, op.outputs))} = {op.type}")
+            elif op.type != "Const":
+                lines.append(op.described(shown))
+        return "\n".join(lines)
 
     def __getitem__(self, name: str) -> GeOp:
         for op in self.ops:

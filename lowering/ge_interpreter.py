@@ -23,6 +23,7 @@ def interpret(
     inputs: Sequence[Any],
     *,
     target: str,
+    exact_gelu: bool = False,
     watch: Callable[[GeOp, tuple[torch.Tensor, ...]], None] | None = None,
 ) -> tuple[Any, ...]:
     """Run a GE graph.
@@ -31,6 +32,7 @@ def interpret(
         graph: the graph, as :func:`quantpass.preview_ge` gives it.
         inputs: the inputs of the FX graph that it was made from, in that graph's order.
         target: the chip; it decides what a float16 overflow gives.
+        exact_gelu: compute ``Gelu`` with erf, as the FX graph does, not by the tanh form that GE has.
         watch: called with every operator and its outputs.
 
     Returns:
@@ -39,7 +41,7 @@ def interpret(
     Raises:
         NotImplementedError: an operator, attribute or dtype that is not known; the message names it.
     """
-    table = kernels(saturates=chip_named(target).saturates)
+    table = kernels(saturates=chip_named(target).saturates, exact_gelu=exact_gelu)
     values: dict[tuple[str, int], Any] = {}
     results: tuple[Any, ...] = ()
     for op in graph.ops:

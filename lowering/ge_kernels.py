@@ -18,12 +18,15 @@ Attributes = dict[str, Any]
 Kernel = Callable[[Inputs, Attributes], Any]
 
 
-def kernels(*, saturates: bool) -> dict[str, Kernel]:
+def kernels(*, saturates: bool, exact_gelu: bool = False) -> dict[str, Kernel]:
     """Every operator that can be computed.
 
     Args:
         saturates: a float16 overflow gives the largest finite number (310P), not infinity.
+        exact_gelu: compute ``Gelu`` with erf. GE's is the tanh form (ops-nn, ``activation/gelu``), and torchair emits
+            it for PyTorch's exact one as well.
     """
+    gelu = "none" if exact_gelu else "tanh"
     return {
         "QuantBatchMatmulV3": functools.partial(_quant_batch_matmul, saturates=saturates),
         "WeightQuantBatchMatmulV2": functools.partial(_weight_quant_batch_matmul, saturates=saturates),
@@ -31,6 +34,7 @@ def kernels(*, saturates: bool) -> dict[str, Kernel]:
         **_ARITHMETIC,
         **_SHAPES,
         **_MATRICES,
+        "Gelu": lambda x, a: torch.nn.functional.gelu(x[0], approximate=gelu),
     }
 
 
@@ -177,7 +181,6 @@ _ARITHMETIC: dict[str, Kernel] = {
     "Cos": _unary(torch.cos), "Sin": _unary(torch.sin), "Tanh": _unary(torch.tanh), "Sigmoid": _unary(torch.sigmoid),
     "Relu": _unary(torch.relu), "Erf": _unary(torch.erf), "Floor": _unary(torch.floor), "Ceil": _unary(torch.ceil),
     "LogicalNot": _unary(torch.logical_not),
-    "Gelu": lambda x, a: torch.nn.functional.gelu(x[0], approximate="tanh"),
     "GeluV2": lambda x, a: torch.nn.functional.gelu(x[0], approximate=a["approximate"]),
     "Swish": _swish,
     "ClipByValueV2": lambda x, a: torch.clamp(x[0], x[1], x[2]),

@@ -35,6 +35,8 @@ LIBRARIES = (
 TORCH_NPU_VARIABLE = "QUANTPASS_TORCH_NPU"
 """The environment variable that names the folder holding torch_npu, where it is not installed beside torch."""
 
+_CHILD_VARIABLE = "QUANTPASS_STANDIN_CANN"
+
 _OWN_LIBRARIES = ("_C*.so", "lib/lib*.so", "dynamo/torchair/core/*.so")
 _LEFT_OUT = ("libop_plugin_atb.so",)  # loaded on demand, and linked with a library that belongs to no release of CANN
 _OTHER_BODIES = {"aclrtGetDeviceCount": "(unsigned int *count) { *count = 1; return 0; }"}
@@ -128,10 +130,22 @@ def child_environment(
     holder, standins = find_torch_npu(folder), ensure_standins(folder)
     environment = dict(os.environ if base is None else base)
     environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    environment[_CHILD_VARIABLE] = str(standins)
     environment["LD_LIBRARY_PATH"] = _joined(str(standins), environment.get("LD_LIBRARY_PATH"))
     paths = [p or os.getcwd() for p in sys.path if not p.endswith(".zip")]
     environment["PYTHONPATH"] = _joined(*paths, *([] if str(holder) in paths else [str(holder)]))
     return environment
+
+
+def is_child() -> bool:
+    """Whether this process was started with :func:`child_environment`."""
+    return _CHILD_VARIABLE in os.environ
+
+
+def run_again(folder: str | os.PathLike[str] | None = None) -> int:
+    """Run this program with its own arguments in a process where torch_npu loads; returns its exit status."""
+    command = [sys.executable, *sys.orig_argv[1:]]
+    return subprocess.run(command, env=child_environment(folder), check=False).returncode
 
 
 def _joined(*parts: str | None) -> str:

@@ -47,6 +47,7 @@ def install(soc_name: str = "Ascend910B2", on_graph: GraphListener | None = None
     torch_npu.npu.device_count = lambda: 1
     _backend._get_device_id = lambda: 0
     nothing = lambda *_, **__: None  # noqa: E731
+    torch_npu.npu.is_available = lambda: False  # or Dynamo asks for the current stream, which starts the device
     fx2ge_converter.initialize_graph_engine = nothing
     _backend.initialize_graph_engine = nothing
     # An empty string says that the installed CANN knows every operator and attribute.
@@ -62,6 +63,13 @@ def install(soc_name: str = "Ascend910B2", on_graph: GraphListener | None = None
 
     fx2ge_converter.GeConcreteGraph.__call__ = keep
     return torchair
+
+
+def install_for(target: str) -> Any:
+    """:func:`install` for a chip or SoC name of the kind that ``target`` options take."""
+    from quantpass.chips import chip_named
+
+    return install(target if target.startswith("Ascend") else SOC_NAMES[chip_named(target).name])
 
 
 def _stop_finalizers(backend: Any) -> None:

@@ -8,11 +8,13 @@ from quantpass.doors import diff, explain, fuse
 from quantpass.lowering import reference as _reference
 from quantpass.lowering.emulation import emulate_npu
 from quantpass.npu_doors import npu_backend, npugraph_ex_options, register
+from quantpass.preview import GePreview, preview_ge
 from quantpass.records import Numerics, Plan, Reject, Site, TensorSpec, WeightFormat
 from quantpass.report import Report
 from quantpass.version import __version__
 
 __all__ = [
+    "GePreview",
     "Numerics",
     "Plan",
     "Reject",
@@ -30,6 +32,7 @@ __all__ = [
     "nn",
     "npu_backend",
     "npugraph_ex_options",
+    "preview_ge",
     "register",
 ]
 

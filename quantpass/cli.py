@@ -1,10 +1,11 @@
-"""The command line: ``quantpass explain``, ``check-op``, ``chips``."""
+"""The command line: ``quantpass explain``, ``preview``, ``check-op``, ``chips``."""
 
 from __future__ import annotations
 
 import importlib
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ import torch
 
 from quantpass import checking, doors, tables
 from quantpass.chips import chip_named
+from quantpass.lowering import standin_cann, standin_device
+from quantpass.lowering.emulation import emulate_npu
+from quantpass.lowering.standin_process import PreviewError, TorchairProcess
+from quantpass.preview import GePreview, preview_ge
 from quantpass.records import TensorSpec
 from quantpass.version import __version__
 
@@ -82,6 +87,66 @@ def check_op(op: str, arguments: tuple[str, ...], target: str, mode: str, allow:
     click.echo(str(verdict))
     if not verdict.legal:
         raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("factory", metavar="MODULE:FACTORY")
+@click.option("--target", "-t", required=True, help="Chip or SoC name, e.g. ascend310p.")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write torchair's GraphDef there, as text.")
+@click.option("--no-fuse", is_flag=True, help="The graph that the model has without quantpass.")
+@click.option("--diff", "show_diff", is_flag=True, help="Show what fusing changed.")
+@click.option("--run", "check", is_flag=True, help="Also interpret the graph and compare with the model's FX graph.")
+@click.option("--torch-npu", type=click.Path(path_type=Path), help="Folder that holds torch_npu's wheel, unpacked.")
+@click.option("--vendor-modules", is_flag=True, help="MODULE imports torch_npu: load it, with stand-ins for CANN.")
+def preview(
+    factory: str,
+    target: str,
+    output: Path | None,
+    no_fuse: bool,
+    show_diff: bool,
+    check: bool,
+    torch_npu: Path | None,
+    vendor_modules: bool,
+) -> None:
+    """Show the GE graph that torchair compiles for a chip. Needs torch_npu's wheel and gcc; no NPU and no CANN.
+
+    FACTORY is a function without arguments in MODULE that returns (model, args).
+    """
+    if vendor_modules and not standin_cann.is_child():
+        sys.exit(standin_cann.run_again(torch_npu))
+    try:
+        if vendor_modules:
+            standin_device.install_for(target)
+            emulate_npu()
+        model, args = load_factory(factory)
+        with TorchairProcess(torch_npu) as process:
+            made = preview_ge(model, args, target=target, fuse=not no_fuse, process=process)
+            before = preview_ge(model, args, target=target, fuse=False, process=process) if show_diff else None
+    except (TypeError, ValueError, standin_cann.StandinError, PreviewError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{made.soc_name}: {len(made.graphs)} graph(s), {len(made.ops)} operators")
+    if not no_fuse:
+        click.echo(f"{made.report.fused} of {made.report.total} quantized matmuls fused")
+    click.echo(doors.diff(before, made) if before is not None else str(made))
+    if output is not None:
+        output.write_text(made.pbtxt)
+        click.echo(f"written: {output}")
+    if check:
+        for line in _differences(made):
+            click.echo(line)
+
+
+def _differences(made: GePreview) -> Iterator[str]:
+    for number, (graph, computed) in enumerate(zip(made.graphs, made.run(), strict=True)):
+        for i, (have, want) in enumerate(zip(computed, graph.outputs, strict=True)):
+            if not isinstance(want, torch.Tensor):
+                continue
+            if torch.equal(have, want):
+                verdict = "equal"
+            else:
+                error = (have.double() - want.double()).abs().max() / want.double().abs().mean()
+                verdict = f"differs by at most {float(error):.2g} of the mean size"
+            yield f"graph {number}, output {i}: GE interpreted against FX: {verdict}"
 
 
 @main.command()

@@ -14,8 +14,10 @@ from quantpass.chips import CHIPS
 from quantpass.constants import Constants, ModuleConstants
 from quantpass.dump import diff_text, dump
 from quantpass.exported import ProgramConstants, program_values
+from quantpass.lowering.ge_graph import GeGraph
 from quantpass.options import Options, make_options
 from quantpass.pipeline import explain_graph, fuse_graph
+from quantpass.preview import GePreview
 from quantpass.report import Report, merged
 from quantpass.torch_internals import (
     aot_placeholder_values,
@@ -152,7 +154,8 @@ def diff(before: Any, after: Any, context: int = 2) -> str:
     """The difference between two graphs, as text.
 
     Args:
-        before: a ``Graph``, ``GraphModule``, ``ExportedProgram`` or the text of :func:`quantpass.dump.dump`.
+        before: a ``Graph``, ``GraphModule``, ``ExportedProgram``, the text of :func:`quantpass.dump.dump`, or a GE
+            graph: what :func:`quantpass.preview_ge` returns, or the ``graph`` of one of its ``graphs``.
         after: another.
         context: how many unchanged lines to show around a change.
     """
@@ -162,8 +165,13 @@ def diff(before: Any, after: Any, context: int = 2) -> str:
 def _text(graph: Any) -> str:
     if isinstance(graph, str):
         return graph
+    if isinstance(graph, GePreview | GeGraph):
+        return graph.outline()
     if isinstance(graph, ExportedProgram):
         return dump(graph.graph)
     if isinstance(graph, Graph | GraphModule):
         return dump(graph)
-    raise TypeError(f"diff takes graphs (Graph, GraphModule, ExportedProgram, or text), not {type(graph).__name__}")
+    raise TypeError(
+        "diff takes graphs (Graph, GraphModule, ExportedProgram, GePreview, GeGraph, or text), "
+        f"not {type(graph).__name__}"
+    )

@@ -70,15 +70,23 @@ class GePreview:
     def __str__(self) -> str:
         return "\n\n".join(str(g.graph) for g in self.graphs)
 
-    def run(self) -> list[tuple[Any, ...]]:
+    def outline(self) -> str:
+        """The operators without their numbers, for comparing texts; see :meth:`GeGraph.outline`."""
+        return "\n".join(g.graph.outline() for g in self.graphs)
+
+    def run(self, *, exact_gelu: bool = False) -> list[tuple[Any, ...]]:
         """Interpret the GE graphs on the inputs they were made with; one tuple of outputs for each graph.
+
+        Args:
+            exact_gelu: compute ``Gelu`` with erf, as the model does. GE has the tanh form, which torchair emits for
+                both.
 
         Raises:
             NotImplementedError: an operator or attribute that the interpreter does not know; the message names it.
         """
         from quantpass.lowering.ge_interpreter import interpret
 
-        return [interpret(g.graph, g.inputs, target=self.target) for g in self.graphs]
+        return [interpret(g.graph, g.inputs, target=self.target, exact_gelu=exact_gelu) for g in self.graphs]
 
 
 @dataclass(slots=True)
