@@ -47,6 +47,8 @@ class Rewriter:
         placeholders = list(self._graph.find_nodes(op="placeholder"))
         values = [n.meta.get("val") for n in self._graph.nodes]
         self._mode = fake_mode_of([v for v in values if isinstance(v, torch.Tensor)]) or FakeTensorMode()
+        devices = [v.device for v in values if isinstance(v, torch.Tensor)]
+        self._device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         self._first = placeholders[-1] if placeholders else None
         self._constants: dict[int, tuple[torch.Tensor, Node]] = {}
         self._made: dict[int, tuple[Expr, Node]] = {}
@@ -185,8 +187,9 @@ class Rewriter:
         key = id(e.tensor)
         if key not in self._constants:
             name = f"quantpass_{e.label or 'constant'}".replace(".", "_")
-            node = self._add_constant(name, e.tensor)
-            node.meta["val"] = contiguous_fake(self._mode, e.tensor.shape, e.tensor.dtype, e.tensor.device)
+            tensor = e.tensor.to(self._device)  # it was computed on the CPU
+            node = self._add_constant(name, tensor)
+            node.meta["val"] = contiguous_fake(self._mode, tensor.shape, tensor.dtype, tensor.device)
             self._constants[key] = (e.tensor, node)
             self._first = max(self._first, node) if self._first is not None else node
         return self._constants[key][1]

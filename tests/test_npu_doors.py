@@ -13,8 +13,11 @@ from types import FunctionType, SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import quantpass as qp
+from quantpass.options import make_options
+from quantpass.pipeline import explain_graph
 from quantpass.torch_internals import compile_with_aot
 from tests.helpers import IntegerW8A8, StaticW8A8, WeightOnly, assert_close
 from tests.test_aclnn import Int4
@@ -149,6 +152,29 @@ def test_on_report_is_called():
     qp.register(config, target="ascend910b", on_report=seen.append)
     run_through(WeightOnly(), config.hook, config, X)
     assert [r.fused for r in seen] == [1]
+
+
+def test_weights_on_a_device_are_read_on_the_cpu():
+    """An NPU has no float64, in which weights are evaluated. Any device but the CPU stands for it here."""
+    codes, scale = torch.empty(96, 64, dtype=torch.int8, device="meta"), torch.empty(96, 1, device="meta")
+    x = torch.empty(4, 64, dtype=torch.float16, device="meta")
+
+    def f(codes, scale, x):
+        three = torch.full((1,), 3.0, device="meta")
+        return x @ ((codes.to(torch.float32) - three) * scale).half().t()
+
+    gm = make_fx(f)(codes, scale, x)
+    assert "device = device(type='meta')" in gm.code, "the graph makes tensors on its device"
+    leaves = dict(
+        zip(
+            gm.graph.find_nodes(op="placeholder"),
+            (torch.ones(96, 64, dtype=torch.int8), torch.rand(96, 1)),
+            strict=False,
+        )
+    )
+    (site,) = explain_graph(gm, leaves, make_options({"target": "ascend910b"})).sites
+    assert site.fused
+    assert "asymmetric" in site.reading
 
 
 # -- torchair's contracts ----------------------------------------------------------------------------------------------
