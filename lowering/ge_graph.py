@@ -159,7 +159,7 @@ def first_difference(a: GeGraph, b: GeGraph) -> str | None:
     """
     left, right = _Live(a), _Live(b)
     twins: dict[str, str] = {}
-    taken: dict[str, str] = {}
+    taken: set[str] = set()
     pairs = list(zip(left.outputs, right.outputs, strict=False))
     if len(left.outputs) != len(right.outputs):
         return f"{len(left.outputs)} and {len(right.outputs)} NetOutput operators"
@@ -168,20 +168,19 @@ def first_difference(a: GeGraph, b: GeGraph) -> str | None:
         x, y, inputs_done = stack.pop()
         if not inputs_done:
             if x in twins or y in taken:
-                if twins.get(x) != y or taken.get(y) != x:
-                    return f"%{x} is shared where %{y} is not: {left.ops[x]}  |  {right.ops[y]}"
-                continue
+                continue  # if they are no twins, the operator that reads them differs in this input
             stack.append((x, y, True))
             sources = zip(left.ops[x].inputs, right.ops[y].inputs, strict=False)
             later = [(p[0], q[0], False) for p, q in sources if p is not None and q is not None]
             stack.extend(reversed(later))
             continue
-        if x in twins:
+        if x in twins or y in taken:
             continue
         problem = _mismatch(left.ops[x], right.ops[y], twins)
         if problem:
             return f"{problem}: {left.ops[x]}  |  {right.ops[y]}"
-        twins[x], taken[y] = y, x
+        twins[x] = y
+        taken.add(y)
     return None
 
 

@@ -85,11 +85,13 @@ def _turned(parameter: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _trans_quant_param(x: Inputs, a: Attributes) -> torch.Tensor:
-    return pack_scale_word(x[0], x[1] if len(x) > 1 else None, a["round_mode"])
+    return pack_scale_word(x[0], x[1] if len(x) > 1 else None, a.get("round_mode", 0))
 
 
 def _bitcast(x: Inputs, a: Attributes) -> torch.Tensor:
     """Between int4 and int32 a last dimension of eight comes or goes; int4 values are kept in int8 tensors."""
+    if a.get("keep_dim", False):
+        raise NotImplementedError("Bitcast with keep_dim")
     name, t = dtype_name(a["type"]), x[0]
     if name == "INT4" and t.dtype == torch.int32:
         return unpack_int4(t).unflatten(-1, (-1, 8))

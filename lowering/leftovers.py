@@ -1,6 +1,6 @@
 """Operators that a finished graph may still hold and that torchair does not know, in terms of those that it does.
 
-These are what stays of a model's own quantization where nothing was fused: PyTorch's named quantize and dequantize
+Most are what stays of a model's own quantization where nothing was fused: PyTorch's named quantize and dequantize
 operators, spelled out as PyTorch defines them.
 """
 
@@ -38,7 +38,7 @@ def expand_leftovers(gm: GraphModule, table: Mapping[Any, Callable[..., Any]] | 
 
 def leftover_table() -> dict[Any, Callable[..., Any]]:
     """Operator to function. Those of ``quantized_decomposed`` are there once something has defined them."""
-    table: dict[Any, Callable[..., Any]] = {}
+    table = dict(_REDUNDANT)
     namespace = torch.ops.quantized_decomposed
     if not hasattr(namespace, "quantize_per_tensor"):
         return table
@@ -50,6 +50,20 @@ def leftover_table() -> dict[Any, Callable[..., Any]]:
             if function is not None:
                 table[getattr(packet, overload)] = function
     return table
+
+
+def _squeeze_dims(x: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    for dim in sorted((d % x.dim() for d in dims), reverse=True):
+        x = torch.ops.aten.squeeze.dim(x, dim)
+    return x
+
+
+_REDUNDANT: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.sub.Scalar: lambda x, other, alpha=1: torch.ops.aten.sub.Tensor(x, other, alpha=alpha),
+    torch.ops.aten.clamp_max.default: lambda x, largest: torch.ops.aten.clamp.default(x, None, largest),
+    torch.ops.aten.squeeze.dims: _squeeze_dims,
+}
+"""ATen operators that say what another one says, which torchair converts."""
 
 
 def _expand(gm: GraphModule, node: Node, function: Callable[..., Any]) -> None:

@@ -26,6 +26,7 @@ _NEEDED = ("torch.ao.quantization.fx._decomposed",)
 
 def convert(request: Request, torchair: Any) -> Reply:
     """Convert one graph; torchair is loaded, without a device."""
+    from google.protobuf.text_format import MessageToString
     from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -55,7 +56,7 @@ def convert(request: Request, torchair: Any) -> Reply:
     _set_formats(concrete.graph, positions, formats, shapes)
     names = {number: name for name, number in _dtype_enum().items()}
     graph = GeGraph(from_proto(concrete.graph._proto, names), positions, _results(concrete))
-    return Reply(graph, str(concrete.graph._proto))
+    return Reply(graph, MessageToString(concrete.graph._proto))  # which sorts attributes; str() does not
 
 
 def _set_formats(graph: Any, positions: tuple[int, ...], formats: dict[int, int], shapes: dict[int, Any]) -> None:
