@@ -139,8 +139,7 @@ class Report:
         ]
         total = [sum(f.bytes_before for f in self.formats), sum(f.bytes_after for f in self.formats)]
         rows.append(["total", "", "", *(f"{n / 1024:.1f}" for n in total), ""])
-        headers = ["read by", "stored", "format", "ND KiB", "now KiB", ""]
-        yield tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
+        yield tabulate(rows, headers=_FORMAT_HEADERS, tablefmt="simple", disable_numparse=True)
 
     def _notes(self) -> Iterator[str]:
         if self.notes:
@@ -179,7 +178,9 @@ class Report:
         """Write the report as one HTML page."""
         from jinja2 import Template
 
-        page = Template(_PAGE, autoescape=True).render(report=self, cell=_cell, version=__version__)
+        page = Template(_PAGE, autoescape=True).render(
+            report=self, cell=_cell, format_row=_format_row, format_headers=_FORMAT_HEADERS, version=__version__
+        )
         Path(path).write_text(page, encoding="utf-8")
 
     def require(self, fused: int | float | None = None) -> None:
@@ -205,6 +206,9 @@ def _cell(site: Site) -> str:
         kind = site.numerics.kind if site.numerics else ""
         return f"{op}{result} {site.plan.weight_format}, {kind}"
     return "not fused: " + ", ".join(dict.fromkeys(r.rule for r in site.rejects))
+
+
+_FORMAT_HEADERS = ("read by", "stored", "format", "ND KiB", "now KiB", "")
 
 
 def _format_row(f: WeightFormat) -> list[str]:
@@ -272,6 +276,10 @@ td, th { border: 1px solid #ccc; padding: .3em .6em; text-align: left; vertical-
 <p><b>{{ r.rule }}</b>: {{ r.fact }}; wanted {{ r.want }}.{% if r.hint %} {{ r.hint }}.{% endif %}
 {% if r.doc %}<small>{{ r.doc }}</small>{% endif %}</p>{% endfor %}</td></tr>
 {% endfor %}</table>
+{% if report.formats %}<h2>Weights</h2>
+<table><tr>{% for h in format_headers %}<th>{{ h }}</th>{% endfor %}</tr>
+{% for f in report.formats %}<tr>{% for c in format_row(f) %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
+{% if report.notes %}<h2>Notes</h2><ul>{% for n in report.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}
 {% if report.graphs %}<h2>Graph</h2><pre>{{ report.diff() }}</pre>{% endif %}
 </body></html>
 """

@@ -246,7 +246,7 @@ def test_what_stays_nd_says_why(npu, model, options, why):
     assert not fake.casts
 
 
-def test_ledger_in_text_and_json():
+def test_ledger_in_text_json_and_html(tmp_path):
     model = nn.Sequential(WeightOnly(), WeightOnly(k=96, n=100))
     _, report = compiled(model, X, target="ascend310p")
     text = str(report)
@@ -257,6 +257,8 @@ def test_ledger_in_text_and_json():
         ("NZ", "planned", [100, 96]),
     ]
     assert sum(r["bytes_after"] for r in rows) == 96 * 64 + 112 * 96
+    report.to_html(tmp_path / "report.html")
+    assert "<td>int8[100, 96]</td>" in (tmp_path / "report.html").read_text()
 
 
 def test_explain_has_no_ledger():

@@ -275,3 +275,47 @@ def test_a_changed_weight_is_prepared_anew(child):
         print(json.dumps(errors))
     """)
     assert max(errors) < 0.1
+
+
+def test_emulated_kernels_under_the_vendors_schemas_give_the_reference_bits(child):
+    """torch_npu is loaded, so the emulation only adds CPU kernels to its operators."""
+    unequal = child("""
+        start("Ascend910B2")
+        qp.emulate_npu()
+        from tests.helpers import compiled
+        from tests.test_aclnn import MODELS, dtype_of
+        unequal = []
+        for name in ("weight_only_zero_point", "int4_turned", "int4_group_zero_point", "chain", "integer_dynamic"):
+            model = MODELS[name]()
+            dtype = getattr(model, "dtype", None) or dtype_of(model)
+            x = torch.randn(2, 5, 128 if name.startswith("int4") else 64).to(dtype)
+            expected, _ = compiled(model, x, target="ascend910b", mode="eager")
+            actual, report = compiled(model, x, target="ascend910b", lowering="aclnn")
+            report.require()
+            unequal += [] if torch.equal(actual, expected) else [name]
+        print(json.dumps(unequal))
+    """)
+    assert unequal == []
+
+
+def test_dynamic_shapes(child):
+    errors = child("""
+        torchair = start("Ascend910B2")
+        errors = []
+        for door in ("npu_backend", "register"):
+            config, model = torchair.CompilerConfig(), WeightOnly(zero_point=True)
+            if door == "register":
+                found, backend = qp.register(config, target="ascend910b"), torchair.get_npu_backend(compiler_config=config)
+            else:
+                found = backend = qp.npu_backend(config, target="ascend910b")
+            torch._dynamo.reset()
+            compiled = torch.compile(model, backend=backend, dynamic=True)
+            for rows in (5, 7):
+                x = torch.randn(2, rows, 64).half()
+                with torch.no_grad():
+                    errors.append(float((compiled(x).double() - model(x).double()).abs().max()))
+            assert found.report.fused == found.report.total == 1, "one symbolic graph serves both sizes"
+        print(json.dumps(errors))
+    """)
+    assert len(errors) == 4
+    assert max(errors) < 0.01
