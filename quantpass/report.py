@@ -139,7 +139,7 @@ class Report:
         ]
         total = [sum(f.bytes_before for f in self.formats), sum(f.bytes_after for f in self.formats)]
         rows.append(["total", "", "", *(f"{n / 1024:.1f}" for n in total), ""])
-        yield tabulate(rows, headers=_FORMAT_HEADERS, tablefmt="simple", disable_numparse=True)
+        yield tabulate(rows, headers=list(_FORMAT_HEADERS), tablefmt="simple", disable_numparse=True)
 
     def _notes(self) -> Iterator[str]:
         if self.notes:
@@ -278,7 +278,8 @@ td, th { border: 1px solid #ccc; padding: .3em .6em; text-align: left; vertical-
 {% endfor %}</table>
 {% if report.formats %}<h2>Weights</h2>
 <table><tr>{% for h in format_headers %}<th>{{ h }}</th>{% endfor %}</tr>
-{% for f in report.formats %}<tr>{% for c in format_row(f) %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
+{% for f in report.formats %}<tr>{% for c in format_row(f) %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}
+</table>{% endif %}
 {% if report.notes %}<h2>Notes</h2><ul>{% for n in report.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}
 {% if report.graphs %}<h2>Graph</h2><pre>{{ report.diff() }}</pre>{% endif %}
 </body></html>
