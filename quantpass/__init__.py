@@ -7,8 +7,9 @@ from quantpass.checking import check_op
 from quantpass.doors import diff, explain, fuse
 from quantpass.lowering import reference as _reference
 from quantpass.lowering.emulation import emulate_npu
+from quantpass.npu_doors import npu_backend, npugraph_ex_options, register
 from quantpass.preview import GePreview, preview_ge
-from quantpass.records import Numerics, Plan, Reject, Site, TensorSpec
+from quantpass.records import Numerics, Plan, Reject, Site, TensorSpec, WeightFormat
 from quantpass.report import Report
 from quantpass.version import __version__
 
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "Site",
     "TensorSpec",
+    "WeightFormat",
     "__version__",
     "backend",
     "check_op",
@@ -28,7 +30,10 @@ __all__ = [
     "explain",
     "fuse",
     "nn",
+    "npu_backend",
+    "npugraph_ex_options",
     "preview_ge",
+    "register",
 ]
 
 del _ir, _reference  # imported for the operators that they define

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from quantpass.compiled import CompiledGraph
-from quantpass.dump import dump
+from quantpass.compiled import CompiledGraph, OnOutcome
 from quantpass.options import Options, make_options
 from quantpass.pipeline import Outcome
+from quantpass.records import WeightFormat
 from quantpass.report import Report
 from quantpass.torch_internals import aot_placeholder_values, attribute_values, compile_with_aot, decomposition_table
 
@@ -78,13 +78,13 @@ def compile_graph(
     return compile_with_aot(gm, example_inputs, compiler, decomposition_table(options.decompositions))
 
 
-def report_of(options: Options, gather: Callable[[Report], None] | None) -> Callable[[Outcome, GraphModule], None]:
+def report_of(options: Options, gather: Callable[[Report], None] | None) -> OnOutcome:
     """What makes a report of each outcome and tells those who asked for it."""
     chip = options.chip
 
-    def on_outcome(outcome: Outcome, fused: GraphModule) -> None:
-        report = Report(outcome.sites, (chip.name,), options.mode, ((outcome.before, dump(fused)),))
-        _log(report)
+    def on_outcome(outcome: Outcome, fused: str, formats: tuple[WeightFormat, ...]) -> None:
+        report = Report(outcome.sites, (chip.name,), options.mode, ((outcome.before, fused),), formats)
+        log_report(report)
         for listener in (gather, options.on_report):
             if listener is not None:
                 listener(report)
@@ -102,7 +102,8 @@ def refuse_training(example_inputs: Sequence[Any]) -> None:
         )
 
 
-def _log(report: Report) -> None:
+def log_report(report: Report) -> None:
+    """A line in the log for one graph: a warning where something was not fused."""
     left = report.total - report.fused
     if left:
         logger.warning(

@@ -24,6 +24,8 @@ ops = torch.ops.quantpass
 HALF_OPT_IN = "numerics.float16"
 """What a user names in ``allow`` to have float32 sites computed in float16."""
 
+AT_EVERY_CALL = "weight cast to FRACTAL_NZ at every call: it is not known when compiling"
+
 FLOAT32_STEPS = 2.0**-22
 """Relative rounding of the few float32 operations between an accumulator and the output."""
 
@@ -73,8 +75,10 @@ def weight_layouts(weight: Weight, chip: Chip, op: str, options: Options, *, int
     layouts = chip.layouts_of(op, options.mode)
     if options.nz == "never":
         layouts = (*(x for x in layouts if x.format == "ND"), WeightLayout("ND", None, "FRACTAL_NZ was switched off"))
-    for layout in layouts:
-        laid_out = _lay_out(weight, layout, int4)
+    # A weight that is not known when compiling would be re-tiled at every call: only where nothing else is legal.
+    later = () if isinstance(weight.codes, Const) else tuple(x for x in layouts if x.format == "NZ")
+    for layout in (*(x for x in layouts if x not in later), *later):
+        laid_out = _lay_out(weight, layout, int4, options)
         if laid_out is not None:
             yield laid_out
 
@@ -89,7 +93,7 @@ def no_layout(family: str, chip: Chip) -> Reject:
     )
 
 
-def _lay_out(weight: Weight, layout: WeightLayout, int4: bool) -> LaidOut | None:
+def _lay_out(weight: Weight, layout: WeightLayout, int4: bool, options: Options) -> LaidOut | None:
     transposed = weight.transposed if layout.transposed is None else layout.transposed
     codes, fixups = weight.codes, []
     if transposed != weight.transposed:
@@ -102,10 +106,13 @@ def _lay_out(weight: Weight, layout: WeightLayout, int4: bool) -> LaidOut | None
         codes = Const(ops.pack_int4(codes.tensor), label=codes.label)
         fixups.append("weight packed as int4")
     if layout.format == "NZ":
-        if not isinstance(codes, Const):
-            return None  # only a tensor that is known when compiling can be re-tiled before the graph runs
+        if len(ex.shape_of(codes)) > 2:
+            return None
+        known = isinstance(codes, Const)
+        if not known and (options.mode != "graph" or options.lowering == "aclnn"):
+            return None  # the cast of a tensor that is computed can only be part of a GE graph
         codes = Call(ops.format_cast.default, (codes, NZ), {}, ex.dtype_of(codes), ex.shape_of(codes))
-        fixups.append("weight in FRACTAL_NZ")
+        fixups.append("weight in FRACTAL_NZ" if known else AT_EVERY_CALL)
     return LaidOut(codes, transposed, layout.format, tuple(fixups))
 
 

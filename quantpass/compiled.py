@@ -14,10 +14,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from quantpass.carry_out import carry_out
+from quantpass.constants import InputConstants
+from quantpass.dump import dump
 from quantpass.options import Options
 from quantpass.pipeline import Outcome, fuse_graph
-from quantpass.rewrite import take_out_casts
+from quantpass.records import WeightFormat
 from quantpass.torch_internals import fake_mode_of, inductor_compile, real_tensors
+
+OnOutcome = Callable[[Outcome, str, tuple[WeightFormat, ...]], None]
 
 _KEPT_VARIANTS = 64
 """Modules of one structure share a compiled graph; this many sets of weights are kept ready."""
@@ -47,10 +52,7 @@ class CompiledGraph:
         leaves: its placeholders and attributes whose tensors are known.
         fake_inputs: the fake inputs that the compiler was called with.
         options: target, lowering, inner compiler.
-        on_outcome: called with the outcome of every fusion and the rewritten graph.
-        cast: gives a tensor another storage format: called with the tensor and the vendor's number of the format, for
-            constants and for the model's parameters (whose ``.data`` becomes the result). None where tensors have one
-            format. Inputs that were cast carry the number as ``meta["acl_format"]``.
+        on_outcome: called after every fusion with its outcome, the rewritten graph as text, and the format ledger.
     """
 
     _boxed_call = True
@@ -61,12 +63,10 @@ class CompiledGraph:
         leaves: dict[Node, torch.Tensor],
         fake_inputs: list[Any],
         options: Options,
-        on_outcome: Callable[[Outcome, GraphModule], None],
-        cast: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        on_outcome: OnOutcome,
     ) -> None:
         self._options = options
         self._on_outcome = on_outcome
-        self._cast = cast
         self._fake_inputs = fake_inputs
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         self._attributes = {n.target: t for n, t in leaves.items() if n.op == "get_attr"}
@@ -98,53 +98,20 @@ class CompiledGraph:
         leaves |= {
             n: self._attributes[n.target] for n in gm.graph.find_nodes(op="get_attr") if n.target in self._attributes
         }
-        constants: list[torch.Tensor] = []
-        last = [placeholders[-1]] if placeholders else []
-
-        def add_constant(name: str, tensor: torch.Tensor) -> Node:
-            context = (
-                gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before(next(iter(gm.graph.nodes)))
-            )
-            with context:
-                node = gm.graph.placeholder(name)
-            node.target = node.name  # unique, as the parameter of a function must be
-            last[:] = [node]
-            constants.append(tensor)
-            return node
-
-        outcome = fuse_graph(gm, leaves, self._options, add_constant)
-        self._on_outcome(outcome, gm)
-        self._carry_out_casts(gm, {n: t for n, t in leaves.items() if n.op == "placeholder"}, constants)
+        constants = InputConstants(gm, leaves)
+        outcome = fuse_graph(gm, leaves, self._options, constants.add)
+        fused = dump(gm)
+        formats = carry_out(gm, outcome, self._options, constants)
+        self._on_outcome(outcome, fused, formats)
         index = {n: i for i, n in enumerate(placeholders)}
         seen = tuple(
             (index[n], weakref.ref(tensors[index[n]]), _version(tensors[index[n]]))
             for n in outcome.leaves
             if n in index
         )
-        return _Variant(seen, self._inner(gm, constants), tuple(constants))
+        return _Variant(seen, self._inner(gm, constants.inputs), constants.inputs)
 
-    def _carry_out_casts(
-        self, gm: GraphModule, parameters: dict[Node, torch.Tensor], constants: list[torch.Tensor]
-    ) -> None:
-        inputs = list(gm.graph.find_nodes(op="placeholder"))
-        first = len(inputs) - len(constants)
-
-        def carry_out(source: Node, acl_format: int) -> None:
-            if self._cast is None or source.meta.get("acl_format") == acl_format:
-                return
-            position = inputs.index(source) if source in inputs else -1
-            with real_tensors():
-                if position >= first:
-                    constants[position - first] = self._cast(constants[position - first], acl_format)
-                elif source in parameters:
-                    parameters[source].data = self._cast(parameters[source].data, acl_format)
-                else:
-                    return
-            source.meta["acl_format"] = acl_format
-
-        take_out_casts(gm, carry_out)
-
-    def _inner(self, gm: GraphModule, constants: list[torch.Tensor]) -> Callable[[list[Any]], Any]:
+    def _inner(self, gm: GraphModule, constants: tuple[torch.Tensor, ...]) -> Callable[[list[Any]], Any]:
         inner = self._options.inner
         if inner is None or inner == "eager":
             return lambda inputs: gm(*inputs)

@@ -9,7 +9,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from quantpass.carry_out import carry_out
 from quantpass.chips import CHIPS
+from quantpass.constants import Constants, ModuleConstants
 from quantpass.dump import diff_text, dump
 from quantpass.exported import ProgramConstants, program_values
 from quantpass.lowering.ge_graph import GeGraph
@@ -125,22 +127,27 @@ def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **o
         ValueError: the graph's nodes carry no shapes, or a value that is not accepted.
     """
     settings = make_options({"target": target, **options})
+    constants: Constants
     if isinstance(graph, ExportedProgram):
         gm, leaves = graph.graph_module, program_values(graph)
-        constants: ProgramConstants | None = ProgramConstants(graph)
     elif isinstance(graph, GraphModule):
-        gm, leaves, constants = graph, {}, None
+        gm, leaves = graph, {}
     else:
         raise TypeError(
             f"fuse takes a GraphModule or an ExportedProgram, not {type(graph).__name__}. For a module, use "
             "torch.compile(model, backend=qp.backend(...)), or export it first with torch.export.export(model, args)."
         )
     fill_in_values(gm)
-    outcome = fuse_graph(gm, leaves | attribute_values(gm), settings, constants.add if constants else None)
-    if constants is not None:
-        constants.update_signature()
+    leaves = leaves | attribute_values(gm)
+    program = graph if isinstance(graph, ExportedProgram) else None
+    constants = ProgramConstants(program, leaves) if program is not None else ModuleConstants(gm, leaves)
+    outcome = fuse_graph(gm, leaves, settings, constants.add)
     graphs = ((outcome.before, dump(gm)),)
-    return Report(outcome.sites, (settings.chip.name,), settings.mode, graphs)
+    # A graph for an NPU keeps its casts as planned: whoever runs it has the tensors.
+    formats = carry_out(gm, outcome, settings, constants, casts=settings.lowering == "aclnn")
+    if isinstance(constants, ProgramConstants):
+        constants.update_signature()
+    return Report(outcome.sites, (settings.chip.name,), settings.mode, graphs, formats)
 
 
 def diff(before: Any, after: Any, context: int = 2) -> str:

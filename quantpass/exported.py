@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
+
+from quantpass.constants import Constants
 
 _STATIC = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -25,13 +29,14 @@ def program_values(program: ExportedProgram) -> dict[Node, torch.Tensor]:
     return found
 
 
-class ProgramConstants:
-    """Adds constants to a program as lifted inputs, which is the form its verifier wants."""
+class ProgramConstants(Constants):
+    """New tensors become lifted inputs of a program, which is the form its verifier wants."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, given: Mapping[Node, torch.Tensor]) -> None:
+        super().__init__(given)
         self._program = program
 
-    def add(self, name: str, tensor: torch.Tensor) -> Node:
+    def _add(self, name: str, tensor: torch.Tensor) -> Node:
         """A new lifted constant, placed before the user's inputs."""
         program, graph = self._program, self._program.graph
         specs = program.graph_signature.input_specs
@@ -48,6 +53,9 @@ class ProgramConstants:
         specs.insert(position, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), node.name))
         program.constants[node.name] = tensor
         return node
+
+    def _store(self, node: Node, tensor: torch.Tensor) -> None:
+        self._program.constants[node.name] = tensor
 
     def update_signature(self) -> None:
         """Make the signature name the nodes that the graph now returns."""

@@ -98,6 +98,10 @@ def cast(e: Expr, dtype: torch.dtype) -> Expr:
         return e
     if isinstance(e, Const):
         return Const(e.tensor.to(dtype), label=e.label)
+    if isinstance(e, Call) and e.target is aten._to_copy.default:
+        source: Expr = e.args[0]
+        if dtype_of(source) == dtype and torch.promote_types(dtype, e.dtype) == e.dtype:
+            return source  # widened and narrowed again
     return Call(aten._to_copy.default, (e,), {"dtype": dtype}, dtype, shape_of(e))
 
 
@@ -184,23 +188,32 @@ def _order_of(node: Node, rank: int) -> tuple[int, ...] | None:
 def _binary(target: Any, a: Expr, b: Expr) -> Expr:
     if isinstance(a, Const) and isinstance(b, Const):
         return Const(target(a.tensor, b.tensor))
-    ta, tb = dtype_of(a), dtype_of(b)
-    dtype = ta if isinstance(b, Const) and ta.is_floating_point else tb if isinstance(a, Const) else ta
-    # A constant meets a node in the node's precision (float32 at least), so that float64 never enters the graph.
-    if not dtype.is_floating_point and not (_is_whole(a) and _is_whole(b)):
-        dtype = torch.float32
-    if dtype.is_floating_point:
-        dtype = torch.promote_types(dtype, torch.float32)
+    dtype = _common_dtype(a, b)
     a, b = cast(a, dtype), cast(b, dtype)
-    shape = torch.broadcast_shapes(shape_of(a), shape_of(b))
-    return Call(target, (a, b), {}, dtype, tuple(shape))
+    shape = tuple(torch.broadcast_shapes(shape_of(a), shape_of(b)))
+    if target in (aten.mul.Tensor, aten.add.Tensor) and isinstance(a, Const):
+        a, b = b, a
+    # One number goes into the graph as a number, not as a tensor of one element.
+    number = isinstance(b, Const) and b.origin is None and b.tensor.numel() == 1 and shape == shape_of(a)
+    if number and isinstance(b, Const) and b.tensor.item() == 1 and target in (aten.mul.Tensor, aten.div.Tensor):
+        return a
+    return Call(target, (a, b.tensor.item() if number and isinstance(b, Const) else b), {}, dtype, shape)
 
 
-def _is_whole(e: Expr) -> bool:
-    """True for integers, and for constants that are integers in a floating dtype."""
-    if not dtype_of(e).is_floating_point:
-        return True
-    return isinstance(e, Const) and bool((e.tensor == e.tensor.round()).all())
+def _common_dtype(a: Expr, b: Expr) -> torch.dtype:
+    """The dtype in which ``a`` and ``b`` meet, at least one of them a node.
+
+    A constant takes the node's precision (float32 at least), so that float64 never enters the graph, and a constant
+    of whole numbers stays whole beside an integer node.
+    """
+    constant, node = (a, b) if isinstance(a, Const) else (b, a)
+    dtype = dtype_of(node)
+    if not isinstance(constant, Const):
+        dtype = torch.promote_types(dtype, dtype_of(constant))
+    elif not dtype.is_floating_point and constant.tensor.is_floating_point():
+        whole = bool((constant.tensor == constant.tensor.round()).all())
+        return dtype if whole else torch.float32
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 def mul(a: Expr, b: Expr) -> Expr:
@@ -220,6 +233,14 @@ def div(a: Expr, b: Expr) -> Expr:
 
 
 def neg(a: Expr) -> Expr:
+    if isinstance(a, Call) and a.target is aten.neg.default:
+        inner: Expr = a.args[0]
+        return inner
+    if isinstance(a, Call) and a.target is aten.reshape.default:
+        return Call(a.target, (neg(a.args[0]), a.args[1]), {}, a.dtype, a.shape)
+    if isinstance(a, Call) and a.target is aten.mul.Tensor and isinstance(a.args[1], int | float):
+        factor, source = -a.args[1], a.args[0]
+        return source if factor == 1 else Call(a.target, (source, factor), {}, a.dtype, a.shape)
     return apply(aten.neg.default, a, dtype=dtype_of(a), shape=shape_of(a))
 
 

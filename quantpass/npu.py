@@ -29,7 +29,6 @@ def compile_for_npu(
     fuse: bool = True,
     decompositions: dict[Any, Any] | None = None,
     gather: Callable[[Report], None] | None = None,
-    cast: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
 ) -> Callable[..., Any]:
     """Trace a Dynamo graph to ATen, fuse it and compile the result with torchair.
 
@@ -42,7 +41,6 @@ def compile_for_npu(
         fuse: False hands the traced graph over as it is.
         decompositions: torchair's (``torchair._utils.get_npu_default_decompositions()``).
         gather: called with the report of every graph.
-        cast: carries out a cast to a storage format, as for :class:`quantpass.compiled.CompiledGraph`.
 
     Raises:
         RuntimeError: autograd would record the graph.
@@ -58,7 +56,7 @@ def compile_for_npu(
             return _boxed(hand_over(aot, fake_inputs))
         leaves = aot_placeholder_values(aot, example_inputs) | attribute_values(aot)
         listener = report_of(options, gather)
-        return CompiledGraph(aot, leaves, fake_inputs, replace(options, inner=hand_over), listener, cast)
+        return CompiledGraph(aot, leaves, fake_inputs, replace(options, inner=hand_over), listener)
 
     return compile_with_aot(gm, example_inputs, compiler, decompositions)
 

@@ -13,7 +13,7 @@ from quantpass.chips.rules import Chip
 from quantpass.patterns import Dialect
 from quantpass.version import __version__
 
-LOWERINGS = ("reference",)
+LOWERINGS = ("reference", "aclnn")
 INNERS = ("eager", "inductor")
 NUMERICS = ("strict", "vendor")
 MODES = ("graph", "eager")
@@ -27,12 +27,14 @@ class Options:
 
     Attributes:
         target: chip name, SoC name or ``"cpu"``; None asks the device.
-        lowering: how fused operators are carried out: ``"reference"`` (CPU kernels that define their semantics).
+        lowering: how fused operators are carried out: ``"reference"`` (CPU kernels that define their semantics) or
+            ``"aclnn"`` (``torch.ops.npu.*``: on an NPU, or on a CPU after :func:`quantpass.emulate_npu`).
         inner: what compiles the rest of the graph: None or ``"eager"``, ``"inductor"``, or a function
             ``(graph_module, example_inputs) -> callable``.
         numerics: ``"strict"`` keeps the integer codes that the graph's own quantize operators produce; ``"vendor"`` may
             replace them by the vendor's.
-        mode: which of a chip's rules hold: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn).
+        mode: which of a chip's rules hold: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn). None, the
+            default, becomes ``"eager"`` with ``lowering="aclnn"`` and ``"graph"`` otherwise.
         nz: ``"auto"`` lays weights out in FRACTAL_NZ where the chip wants it, ``"never"`` leaves them in ND.
         allow: rules to lift by name: contradicted ones, about which documents and code disagree, and
             ``"numerics.float16"``, which has float32 sites computed in float16 where a chip needs that.
@@ -46,7 +48,7 @@ class Options:
     lowering: str = "reference"
     inner: str | Callable[..., Any] | None = None
     numerics: str = "strict"
-    mode: str = "graph"
+    mode: str = None  # type: ignore[assignment]  # never None once made
     nz: str = "auto"
     allow: tuple[str, ...] = ()
     decompositions: str = "none"
@@ -57,7 +59,14 @@ class Options:
         if self.target is not None:
             chip_named(self.target)
         _one_of("lowering", self.lowering, LOWERINGS)
+        if self.lowering == "aclnn" and self.target is not None and chip_named(self.target).name == "cpu":
+            raise ValueError(
+                "lowering is 'aclnn' and target 'cpu': the vendor's operators follow a chip's rules. Give target="
+                "'ascend310p', 'ascend910b' or 'ascend910_93'; with quantpass.emulate_npu() they run on CPU tensors."
+            )
         _one_of("numerics", self.numerics, NUMERICS)
+        if self.mode is None:
+            object.__setattr__(self, "mode", "eager" if self.lowering == "aclnn" else "graph")
         _one_of("mode", self.mode, MODES)
         _one_of("nz", self.nz, NZ_MODES)
         _one_of("decompositions", self.decompositions, DECOMPOSITIONS)

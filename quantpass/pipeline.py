@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -13,10 +13,11 @@ from quantpass.dump import dump
 from quantpass.options import Options
 from quantpass.patterns import default_dialects
 from quantpass.planning import Planned, plan_site
-from quantpass.records import Reject, Site
+from quantpass.records import Plan, Reject, Site
 from quantpass.rewrite import RewriteError, Rewriter
 from quantpass.sites import Reading, find_sites, matmul_name
 from quantpass.static_values import StaticValues
+from quantpass.streams import stream_labels, stream_reject
 from quantpass.torch_internals import real_tensors
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,13 @@ def analyse(
     # A compiler calls this with its fake mode on; constants are computed on real tensors.
     with torch.no_grad(), real_tensors():
         readings = find_sites(gm.graph, values, default_dialects(options.dialects))
-        return [(r, plan_site(r, options.chip, options)) for r in readings], values
+        labels = stream_labels(gm.graph)
+        return [(r, _on_one_stream(plan_site(r, options.chip, options), labels)) for r in readings], values
+
+
+def _on_one_stream(planned: Planned, labels: dict[Node, str]) -> Planned:
+    reject = stream_reject(planned.plan, labels) if planned.plan is not None else None
+    return planned if reject is None else Planned(None, None, (reject,))
 
 
 def explain_graph(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Outcome:
@@ -103,10 +110,15 @@ def _site(
         op=matmul_name(reading.node),
         target=options.chip.name,
         fused=fused,
-        plan=planned.plan if fused else None,
+        plan=_without_tensors(planned.plan) if fused else None,
         rejects=planned.rejects,
         numerics=planned.numerics if fused else None,
         reading=reading.text,
         before=before,
         after=after,
     )
+
+
+def _without_tensors(plan: Plan | None) -> Plan | None:
+    """A plan as a report keeps it: weights that were prepared and then cast would stay in memory twice."""
+    return None if plan is None else replace(plan, value=None, int8_codes=None)

@@ -153,18 +153,22 @@ def _product(activation: Affine, weight: Weight, c: Composition) -> _Product | N
         correction = conventions.activation_correction(zero, _column_sums(weight))
         acc_addend = correction if acc_addend is None else ex.add(acc_addend, correction)
         notes.did("activation zero point folded into the bias")
-    if isinstance(acc_addend, Const):
-        if ex.is_all(acc_addend, 0):
-            acc_addend = None
-        elif bool((acc_addend.tensor != acc_addend.tensor.round()).any()):
-            # A zero point that is no integer can't enter the integer accumulator.
-            if rows:
-                return None
-            addend = (
-                ex.mul(acc_addend, columns) if addend is None else ex.add(_wide(addend), ex.mul(acc_addend, columns))
-            )
-            acc_addend = None
+    if isinstance(acc_addend, Const) and ex.is_all(acc_addend, 0):
+        acc_addend = None
+    if acc_addend is not None and not _is_whole(acc_addend):
+        # A zero point that is no integer can't enter the integer accumulator.
+        if rows:
+            return None
+        scaled = ex.mul(_wide_node(acc_addend), columns)
+        addend = scaled if addend is None else ex.add(_wide(addend), scaled)
+        acc_addend = None
     return _Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups))
+
+
+def _is_whole(e: Expr) -> bool:
+    if isinstance(e, Const):
+        return bool((e.tensor == e.tensor.round()).all())
+    return not ex.dtype_of(e).is_floating_point
 
 
 def _wide(e: Expr) -> Expr:
@@ -330,7 +334,12 @@ def _folded_bias(p: _Product, *, check: bool = True) -> Expr | None:
     if p.addend is not None:
         units = ex.div(_wide(p.addend), p.columns)
         units = ex.apply(aten.round.default, units, dtype=ex.dtype_of(units), shape=ex.shape_of(units))
-        total = units if total is None else ex.add(_wide(total), units)
+        if total is None:
+            total = units
+        elif ex.known(total, units):
+            total = ex.add(_wide(total), units)
+        else:  # integers, so that no digit is lost in float32
+            total = ex.add(ex.cast(total, torch.int32), ex.cast(units, torch.int32))
     return _int32(total) if check else total
 
 

@@ -7,7 +7,7 @@ legal one is the plan. Nothing here touches the graph.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -16,7 +16,7 @@ from quantpass.candidates import Candidate, aten
 from quantpass.chips.calls import QMM
 from quantpass.chips.rules import Chip
 from quantpass.composition import Composition, compositions
-from quantpass.expr import Expr, Ref
+from quantpass.expr import Const, Expr, Ref
 from quantpass.legality import judge
 from quantpass.options import Options
 from quantpass.patterns.affine import Affine, NotAffine
@@ -45,16 +45,34 @@ def plan_site(reading: Reading, chip: Chip, options: Options) -> Planned:
     if reading.contraction.whole:
         prefixes = [p for p in prefixes if p.length >= len(reading.contraction.own)]
     rejects: list[Reject] = []
+    not_nz: list[Reject] = []
     for candidate in _candidates(reading, prefixes, chip, options):
         if isinstance(candidate, Reject):
             rejects.append(candidate)
             continue
         verdict = judge(candidate.call, chip, options.allow)
         if verdict.legal:
-            return Planned(_as_plan(candidate, reading, rejects, verdict.assumptions), candidate.numerics)
+            plan = _as_plan(candidate, reading, rejects, verdict.assumptions)
+            if plan.weight_format == "ND":
+                plan = replace(plan, nd_reason=_nd_reason(plan, reading.weight, not_nz, chip, options))
+            return Planned(plan, candidate.numerics)
+        if candidate.weight_format == "NZ":
+            not_nz.extend(verdict.rejects)
         if not any(r.rule.startswith(_family(candidate)) for r in rejects):
             rejects.extend(verdict.rejects)
     return Planned(None, None, tuple(dict.fromkeys(rejects)) or (_nothing_fits(reading),))
+
+
+def _nd_reason(plan: Plan, weight: Weight, not_nz: list[Reject], chip: Chip, options: Options) -> str:
+    """Why a weight is not laid out in FRACTAL_NZ."""
+    layouts = chip.layouts_of(plan.op, options.mode)
+    if options.nz == "never":
+        return "nz='never'"
+    if all(x.format == "ND" for x in layouts):
+        return f"{chip.name} takes this operator's weight in ND in {options.mode} mode ({layouts[0].reason})"
+    if not isinstance(weight.codes, Const):
+        return "its values are not known when compiling"
+    return f"{not_nz[0].rule}: {not_nz[0].fact}" if not_nz else "it can't be packed in the layout that FRACTAL_NZ needs"
 
 
 def _candidates(

@@ -173,8 +173,7 @@ def _capture(
         return run
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        same = lambda tensor, _: tensor  # noqa: E731 - on a CPU a tensor has one format
-        return compile_for_npu(gm, example_inputs, settings, keep, fuse=fuse, gather=reports.append, cast=same)
+        return compile_for_npu(gm, example_inputs, settings, keep, fuse=fuse, gather=reports.append)
 
     with torch.no_grad(), traced_as_on_npu():
         compile_isolated(model, backend, False)(*args, **kwargs)

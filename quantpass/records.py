@@ -152,26 +152,60 @@ class Plan:
     Attributes:
         op: vendor operator name, ``"npu_weight_quant_batchmatmul"`` or ``"npu_quant_matmul"``.
         output: the node of the graph that the fused expression replaces.
-        value: the expression that replaces it.
+        value: the expression that replaces it. The report's copy of a plan has none: it holds the prepared tensors.
         fixups: what was done to make the call legal, in words.
         call: the operator call as descriptions of its arguments, as legality saw it.
         weight_format: ``"ND"`` or ``"NZ"``.
         notes: what else is worth knowing (what stayed outside, what was assumed).
         int8_codes: where ``value`` is a uint8 tensor made from int8 codes, those codes: the next site reads them.
+        nd_reason: where the weight stays in ND, why.
     """
 
     op: str
     output: Node
-    value: Expr
+    value: Expr | None
     fixups: tuple[str, ...]
     call: dict[str, Any]
     weight_format: str
     notes: tuple[str, ...] = ()
     int8_codes: Expr | None = None
+    nd_reason: str = ""
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{name}={value}" for name, value in self.call.items() if value is not None)
         return f"{self.op}({arguments})"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """A line of the format ledger: how one weight is stored for the fused operators.
+
+    Attributes:
+        tensor: the graph's name of it.
+        sites: the fused sites that read it.
+        dtype: its element type.
+        shape: its stored shape.
+        format: ``"NZ"`` (FRACTAL_NZ) or ``"ND"``.
+        bytes_before: its size in ND.
+        bytes_after: its size in ``format``, padding included.
+        how: ``"in place"`` (the parameter itself was cast), ``"already"`` (it was cast before), ``"prepared"`` (a
+            tensor that the pass made), ``"copied"`` (the parameter is left alone), ``"at every call"`` (its values are
+            not known when compiling), ``"planned"`` (there is no NPU here: a CPU tensor has one format), or ``""``
+            for ND.
+        aliases: other inputs of the graph that are the same tensor (tied weights); they change with it.
+        why: why it stayed in ND, or why it was copied.
+    """
+
+    tensor: str
+    sites: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    format: str
+    bytes_before: int
+    bytes_after: int
+    how: str = ""
+    aliases: tuple[str, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from quantpass.dump import diff_text
-from quantpass.records import Reject, Site
+from quantpass.records import Reject, Site, WeightFormat
 from quantpass.version import __version__
 
 _CAUSES = """No quantized matmul was found. The likely causes:
@@ -31,12 +31,16 @@ class Report:
         targets: the targets asked for.
         mode: ``"graph"`` or ``"eager"``.
         graphs: text of each rewritten graph, before and after; empty for ``explain``.
+        formats: how each weight is stored, one :class:`~quantpass.records.WeightFormat` each; empty for ``explain``.
+        notes: what else a user should know, in words.
     """
 
     sites: tuple[Site, ...]
     targets: tuple[str, ...]
     mode: str = "graph"
     graphs: tuple[tuple[str, str], ...] = ()
+    formats: tuple[WeightFormat, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -52,11 +56,18 @@ class Report:
         """The part of the report for one target."""
         if target not in self.targets:
             raise KeyError(f"this report has no target {target!r}; it has {', '.join(self.targets)}")
-        return Report(tuple(s for s in self.sites if s.target == target), (target,), self.mode, self.graphs)
+        return replace(self, sites=tuple(s for s in self.sites if s.target == target), targets=(target,))
 
     def __add__(self, other: Report) -> Report:
         targets = tuple(dict.fromkeys((*self.targets, *other.targets)))
-        return Report((*self.sites, *other.sites), targets, self.mode, (*self.graphs, *other.graphs))
+        return Report(
+            (*self.sites, *other.sites),
+            targets,
+            self.mode,
+            (*self.graphs, *other.graphs),
+            (*self.formats, *other.formats),
+            tuple(dict.fromkeys((*self.notes, *other.notes))),
+        )
 
     # -- text ------------------------------------------------------------------------------------------------------
 
@@ -67,6 +78,7 @@ class Report:
         yield f"quantpass {__version__}, {self.mode} mode"
         if not self.sites:
             yield _CAUSES
+            yield from self._notes()
             return
         for target in self.targets:
             part = self[target] if len(self.targets) > 1 else self
@@ -74,6 +86,8 @@ class Report:
         yield ""
         yield from self._site_table()
         yield from self._reasons()
+        yield from self._formats()
+        yield from self._notes()
 
     def _site_table(self) -> Iterator[str]:
         by_site: dict[tuple[str, str, str], dict[str, list[Site]]] = {}
@@ -105,6 +119,35 @@ class Report:
             if r.doc:
                 yield f"    source: {r.doc}"
 
+    def _formats(self) -> Iterator[str]:
+        if not self.formats:
+            return
+        yield ""
+        yield "Weights:"
+        rows = [
+            [
+                ", ".join(f.sites) if len(f.sites) < 3 else f"{f.sites[0]} and {len(f.sites) - 1} more",
+                f"{f.dtype}[{', '.join(map(str, f.shape))}]",
+                f.format,
+                f"{f.bytes_before / 1024:.1f}",
+                f"{f.bytes_after / 1024:.1f}",
+                "; ".join(
+                    x for x in (f.how, f"same tensor as {', '.join(f.aliases)}" if f.aliases else "", f.why) if x
+                ),
+            ]
+            for f in self.formats
+        ]
+        total = [sum(f.bytes_before for f in self.formats), sum(f.bytes_after for f in self.formats)]
+        rows.append(["total", "", "", *(f"{n / 1024:.1f}" for n in total), ""])
+        yield tabulate(rows, headers=list(_FORMAT_HEADERS), tablefmt="simple", disable_numparse=True)
+
+    def _notes(self) -> Iterator[str]:
+        if self.notes:
+            yield ""
+            yield "Notes:"
+        for note in self.notes:
+            yield f"  - {note}"
+
     def diff(self) -> str:
         """The difference between the graphs before and after the rewrite, one hunk list a graph."""
         return "\n".join(diff_text(before, after) for before, after in self.graphs)
@@ -120,6 +163,8 @@ class Report:
             "fused": self.fused,
             "total": self.total,
             "sites": [_site_dict(s) for s in self.sites],
+            "formats": [asdict(f) for f in self.formats],
+            "notes": list(self.notes),
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -133,7 +178,9 @@ class Report:
         """Write the report as one HTML page."""
         from jinja2 import Template
 
-        page = Template(_PAGE, autoescape=True).render(report=self, cell=_cell, version=__version__)
+        page = Template(_PAGE, autoescape=True).render(
+            report=self, cell=_cell, format_row=_format_row, format_headers=_FORMAT_HEADERS, version=__version__
+        )
         Path(path).write_text(page, encoding="utf-8")
 
     def require(self, fused: int | float | None = None) -> None:
@@ -159,6 +206,17 @@ def _cell(site: Site) -> str:
         kind = site.numerics.kind if site.numerics else ""
         return f"{op}{result} {site.plan.weight_format}, {kind}"
     return "not fused: " + ", ".join(dict.fromkeys(r.rule for r in site.rejects))
+
+
+_FORMAT_HEADERS = ("read by", "stored", "format", "ND KiB", "now KiB", "")
+
+
+def _format_row(f: WeightFormat) -> list[str]:
+    sites = ", ".join(f.sites) if len(f.sites) < 3 else f"{f.sites[0]} and {len(f.sites) - 1} more"
+    stored = f"{f.dtype}[{', '.join(map(str, f.shape))}]"
+    tied = f"same tensor as {', '.join(f.aliases)}" if f.aliases else ""
+    remarks = "; ".join(text for text in (f.how, tied, f.why) if text)
+    return [sites, stored, f.format, f"{f.bytes_before / 1024:.1f}", f"{f.bytes_after / 1024:.1f}", remarks]
 
 
 def _site_dict(s: Site) -> dict[str, Any]:
@@ -218,6 +276,11 @@ td, th { border: 1px solid #ccc; padding: .3em .6em; text-align: left; vertical-
 <p><b>{{ r.rule }}</b>: {{ r.fact }}; wanted {{ r.want }}.{% if r.hint %} {{ r.hint }}.{% endif %}
 {% if r.doc %}<small>{{ r.doc }}</small>{% endif %}</p>{% endfor %}</td></tr>
 {% endfor %}</table>
+{% if report.formats %}<h2>Weights</h2>
+<table><tr>{% for h in format_headers %}<th>{{ h }}</th>{% endfor %}</tr>
+{% for f in report.formats %}<tr>{% for c in format_row(f) %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}
+</table>{% endif %}
+{% if report.notes %}<h2>Notes</h2><ul>{% for n in report.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}
 {% if report.graphs %}<h2>Graph</h2><pre>{{ report.diff() }}</pre>{% endif %}
 </body></html>
 """

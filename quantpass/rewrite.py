@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from quantpass.constants import ModuleConstants
 from quantpass.dump import describe_node
 from quantpass.expr import Call, Const, Expr, Recentred, Ref, Size
 from quantpass.merge import duplicates
@@ -43,17 +44,18 @@ class Rewriter:
     def __init__(self, gm: GraphModule, add_constant: Callable[[str, torch.Tensor], Node] | None = None) -> None:
         self._gm = gm
         self._graph = gm.graph
-        self._add_constant = add_constant or self._add_buffer
+        self._add_constant = add_constant or ModuleConstants(gm, {}).add
         placeholders = list(self._graph.find_nodes(op="placeholder"))
         values = [n.meta.get("val") for n in self._graph.nodes]
         self._mode = fake_mode_of([v for v in values if isinstance(v, torch.Tensor)]) or FakeTensorMode()
+        devices = [v.device for v in values if isinstance(v, torch.Tensor)]
+        self._device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         self._first = placeholders[-1] if placeholders else None
         self._constants: dict[int, tuple[torch.Tensor, Node]] = {}
         self._made: dict[int, tuple[Expr, Node]] = {}
         self._sizes: dict[tuple[Node, int], Node] = {}
         self._replaced: dict[Node, Node] = {}
         self._int8_twins: dict[Node, Node] = {}
-        self._names: dict[str, int] = {}
         self._new: list[Node] = []
         self._fused: list[Node] = []
 
@@ -202,24 +204,12 @@ class Rewriter:
         key = id(e.tensor)
         if key not in self._constants:
             name = f"quantpass_{e.label or 'constant'}".replace(".", "_")
-            node = self._add_constant(name, e.tensor)
-            node.meta["val"] = contiguous_fake(self._mode, e.tensor.shape, e.tensor.dtype, e.tensor.device)
+            tensor = e.tensor.to(self._device)  # it was computed on the CPU
+            node = self._add_constant(name, tensor)
+            node.meta["val"] = contiguous_fake(self._mode, tensor.shape, tensor.dtype, tensor.device)
             self._constants[key] = (e.tensor, node)
             self._first = max(self._first, node) if self._first is not None else node
         return self._constants[key][1]
-
-    def _add_buffer(self, name: str, tensor: torch.Tensor) -> Node:
-        unique, count = name, self._names.get(name, 0)
-        while hasattr(self._gm, unique):
-            count += 1
-            unique = f"{name}_{count}"
-        self._names[name] = count
-        self._gm.register_buffer(unique, tensor)
-        first = self._first
-        context = self._graph.inserting_after(first) if first else self._graph.inserting_before(_head(self._graph))
-        with context:
-            node = self._graph.get_attr(unique)
-        return node
 
     # -- checks and cleaning ---------------------------------------------------------------------------------------
 
@@ -253,24 +243,3 @@ class Rewriter:
             self._graph.erase_node(n)
             todo.extend(inputs)
         return [text for _, text in sorted(erased, key=lambda pair: pair[0])]
-
-
-def take_out_casts(gm: GraphModule, carry_out: Callable[[Node, int], None]) -> None:
-    """Take every ``quantpass.format_cast`` of an input out of a graph.
-
-    Args:
-        gm: the rewritten graph.
-        carry_out: called with the input and the format that it must have when the graph runs.
-    """
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.quantpass.format_cast.default):
-        source, acl_format = node.args
-        if isinstance(source, Node) and source.op in ("placeholder", "get_attr"):
-            carry_out(source, acl_format)
-            node.replace_all_uses_with(source)
-            gm.graph.erase_node(node)
-    gm.recompile()
-
-
-def _head(graph: Any) -> Node:
-    first: Node = next(iter(graph.nodes))
-    return first

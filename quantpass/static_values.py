@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate
 
 from quantpass.expr import Const, Expr, Ref
 from quantpass.schema import arguments_of, bind
@@ -29,7 +29,7 @@ _PARAMETER_SHARE = 16
 
 
 class StaticValues:
-    """Evaluates static nodes of one graph on demand; to be used outside any fake mode and without autograd.
+    """Evaluates static nodes of one graph on demand, on the CPU; to be used outside any fake mode and without autograd.
 
     Args:
         graph: the graph.
@@ -200,14 +200,18 @@ class StaticValues:
             return replaced[n]
         if n.op in ("placeholder", "get_attr"):
             self.read_leaves.add(n)
-            value = self._leaves[n].detach()
+            value = self._leaves[n].detach().cpu()  # an NPU has no float64
             if type(value) is not torch.Tensor:
                 value = value.as_subclass(torch.Tensor)  # a tool's own parameter class: only its data matters
             return value.to(wide) if wide and value.is_floating_point() else value
-        args, kwargs = map_arg((n.args, dict(n.kwargs)), lambda i: env[i])
+        args, kwargs = map_aggregate((n.args, dict(n.kwargs)), lambda a: _on_cpu(env[a] if isinstance(a, Node) else a))
         if wide is None or not isinstance(n.target, OpOverload):
             return n.target(*args, **kwargs)  # type: ignore[operator]
         return _run_wide(n, args, kwargs, wide)
+
+
+def _on_cpu(argument: Any) -> Any:
+    return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
 
 def _makes_integers(n: Node) -> bool:

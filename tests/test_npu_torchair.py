@@ -1,0 +1,321 @@
+"""The doors with the real torch_npu and torchair, in child processes whose CANN libraries are stand-ins."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from quantpass.lowering.standin_cann import StandinError, child_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.slow  # each starts a process that imports torch_npu
+
+PREAMBLE = """
+import conftest, json, types, warnings
+import torch
+import quantpass as qp
+from quantpass.lowering.standin_device import install
+from tests.helpers import IntegerW8A8, StaticW8A8, WeightOnly
+
+warnings.simplefilter("ignore")
+converted = []  # what torchair made of each graph
+
+def on_graph(graph, inputs):
+    converted.append(graph)
+    return graph.fx_graph(*inputs)  # quantpass's operators compute on a CPU
+
+def start(soc):
+    torchair = install(soc, on_graph)
+    torch.accelerator.is_available = lambda: False  # Dynamo would ask the device for its stream
+    stream = types.SimpleNamespace(stream_id=0, device_index=0, device_type=20)
+    torch.npu.current_stream = lambda *_: stream
+    return torchair
+
+def ge_ops():
+    left_out = ("Data", "NetOutput", "Const")
+    return [[op.type for op in g.graph.op if op.type not in left_out] for g in converted]
+
+def run(model, x, **compiling):
+    torch._dynamo.reset()
+    converted.clear()
+    with torch.no_grad():
+        return torch.compile(model, dynamic=False, **compiling)(x)
+
+def calls_of(model, x, **compiling):
+    try:
+        run(model, x, **compiling)
+    except Exception as error:
+        frame = error.__traceback__
+        while frame.tb_next is not None:
+            frame = frame.tb_next
+        where = frame.tb_frame.f_code.co_filename
+        if "/torch_npu/npu/" not in where:  # there is no device to capture the graph with
+            raise
+"""
+
+
+@pytest.fixture(scope="module")
+def environment():
+    try:
+        return child_environment()
+    except StandinError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def child(environment):
+    def run(code, *arguments):
+        command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(code), *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def test_the_emulated_schemas_are_the_vendors(child):
+    different = child("""
+        start("Ascend910B2")
+        from quantpass.lowering.emulation import SCHEMAS
+        different = []
+        for text in SCHEMAS:
+            mine = torch._C.parse_schema("npu::" + text)
+            theirs = getattr(torch.ops.npu, mine.name.removeprefix("npu::")).default._schema
+            different += [] if str(mine) == str(theirs) else [f"{mine} is {theirs} in torch_npu"]
+        print(json.dumps(different))
+    """)
+    assert different == []
+
+
+def test_the_vendors_own_shape_functions_agree_with_the_lowered_graph(child):
+    """The graph for aclnn, traced again with torch_npu's fake kernels: shapes, dtypes and arguments as it wants them."""
+    checked = child("""
+        start("Ascend910B2")
+        from quantpass.torch_internals import compile_with_aot
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from tests.test_aclnn import Chain, Int4
+        checked = []
+
+        def inner(gm, inputs):
+            for node in gm.graph.nodes:
+                if node.op == "call_function" and str(node.target).startswith("npu."):
+                    value = lambda a: a.meta["val"] if isinstance(a, torch.fx.Node) else a
+                    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
+                    theirs = node.target(*args, **kwargs)
+                    mine = node.meta["val"]
+                    assert (theirs.dtype, theirs.shape) == (mine.dtype, mine.shape), (node, theirs, mine)
+                    checked.append(str(node.target))
+            raise RuntimeError("seen")
+
+        half, bf = torch.float16, torch.bfloat16
+        for target in ("ascend310p", "ascend910b"):
+            for model, k, dtype in [
+                (WeightOnly(zero_point=True), 64, half), (Int4(group=32, zero_point=True), 128, half),
+                (Int4(turned=True), 128, half), (Chain(), 64, half), (StaticW8A8(zero_point=7), 64, half),
+                (StaticW8A8(dtype=bf), 64, bf), (IntegerW8A8(), 64, bf),
+            ]:
+                try:
+                    backend = qp.backend(target=target, lowering="aclnn", inner=inner)
+                    run(model, torch.randn(5, k).to(dtype), backend=backend)
+                except RuntimeError as error:
+                    assert "seen" in str(error), error
+        print(json.dumps(sorted(set(checked)) + [len(checked)]))
+    """)  # fmt: skip
+    assert checked == ["npu.npu_quant_matmul.default", "npu.npu_weight_quant_batchmatmul.default", 13]
+
+
+QUANTIZE = ["RealDiv", "Round", "Add", "ClipByValueV2", "Cast"]
+
+
+@pytest.mark.parametrize("soc", ["Ascend310P3", "Ascend910B2", "Ascend910_9392"])
+def test_npu_backend_compiles_to_the_fused_operators_alone(child, soc):
+    found = child(
+        """
+        import sys
+        torchair = start(sys.argv[1])
+        x, found = torch.randn(4, 64).half(), {}
+        for name, model in {"weight_only": WeightOnly(zero_point=True), "static": StaticW8A8(zero_point=7)}.items():
+            config = torchair.CompilerConfig()
+            backend = qp.npu_backend(config, target=sys.argv[1])
+            y = run(model, x, backend=backend)
+            backend.report.require()
+            off = config.experimental_config.enable_view_optimize.value == "0"
+            error = float((y.double() - model(x).double()).abs().max())
+            formats = [(f.format, f.how) for f in backend.report.formats]
+            found[name] = [ge_ops()[0], off, error < 0.1, formats, list(backend.report.notes)]
+        print(json.dumps(found))
+        """,
+        soc,
+    )
+    planned = [["NZ", "planned"]]
+    assert found["weight_only"] == [["WeightQuantBatchMatmulV2"], True, True, planned, []]
+    assert found["static"] == [[*QUANTIZE, "QuantBatchMatmulV3"], False, True, planned, []]
+
+
+def test_register_leaves_everything_else_to_torchair(child):
+    found = child("""
+        x, found = torch.randn(4, 64).half(), {}
+        for soc in ("Ascend310P3", "Ascend910B2"):
+            torchair = start(soc)
+            for name, model in {"weight_only": WeightOnly(zero_point=True), "static": StaticW8A8()}.items():
+                config = torchair.CompilerConfig()
+                registration = qp.register(config, target=soc)
+                y = run(model, x, backend=torchair.get_npu_backend(compiler_config=config))
+                registration.report.require()
+                off = config.experimental_config.enable_view_optimize.value == "0"
+                assert float((y.double() - model(x).double()).abs().max()) < 0.1
+                found[soc + name] = [ge_ops()[0], off, len(registration.report.notes)]
+        print(json.dumps(found))
+    """)
+    offset = ["Cast", "Neg", "Reshape", "Cast", "Reshape"]
+    words = ["Cast", "Reshape", "Cast", "Mul", "Cast", "RealDiv", "Round", "Cast", "TransQuantParamV2"]
+    assert found == {
+        "Ascend310P3weight_only": [[*offset, "TransData", "WeightQuantBatchMatmulV2"], True, 2],
+        "Ascend310P3static": [[*words, "TransData", *QUANTIZE, "QuantBatchMatmulV3"], False, 3],
+        "Ascend910B2weight_only": [[*offset, "WeightQuantBatchMatmulV2"], True, 2],
+        "Ascend910B2static": [[*words, *QUANTIZE, "QuantBatchMatmulV3"], False, 3],
+    }
+
+
+def test_captured_modes_get_the_vendors_calls_and_no_format_cast(child):
+    found = child("""
+        torchair = start("Ascend910B2")
+        model, x, seen, found = WeightOnly(), torch.randn(4, 64).half(), [], {}
+
+        def after(gm, inputs, config):  # torchair calls it last
+            seen[:] = [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
+
+        for mode in ("reduce-overhead", "npugraph_ex"):
+            config = torchair.CompilerConfig()
+            config.mode, config.post_grad_custom_post_pass = mode, after
+            backend = qp.npu_backend(config, target="ascend910b")
+            calls_of(model, x, backend=backend)
+            found["npu_backend " + mode] = [list(seen), backend.report.fused, backend.report.mode]
+
+            config = torchair.CompilerConfig()
+            config.mode, config.post_grad_custom_post_pass = mode, after
+            registration = qp.register(config, target="ascend910b")
+            calls_of(model, x, backend=torchair.get_npu_backend(compiler_config=config))
+            found["register " + mode] = [list(seen), registration.report.fused, registration.report.mode]
+
+        options = qp.npugraph_ex_options("ascend910b", npugraph_ex={"post_grad_custom_post_pass": after})
+        calls_of(model, x, backend="npugraph_ex", options=options)
+        found["options"] = [list(seen), options.report.fused, options.report.mode]
+        print(json.dumps(found))
+    """)
+    fused = ["aten.transpose.int", "npu.npu_weight_quant_batchmatmul.default"]
+    for door, (calls, sites, mode) in found.items():
+        assert (sites, mode) == (1, "eager"), door
+        assert calls == fused if door.startswith("npu_backend") else calls == ["aten.reshape.default", *fused], door
+
+
+def test_prepared_constants_are_static_inputs_of_a_captured_graph(child):
+    """As parameters are: torchair copies every other input at each replay."""
+    marks = child("""
+        torchair = start("Ascend910B2")
+        marks = []
+        from torchair import npu_fx_compiler
+        compile_graph = npu_fx_compiler._NpuFxCompiler._get_compiled_gm
+
+        def spy(self, gm, inputs):
+            marks.append([bool(getattr(t, "_torchair_is_parameter", False)) for t in inputs])
+            return compile_graph(self, gm, inputs)
+
+        npu_fx_compiler._NpuFxCompiler._get_compiled_gm = spy
+        config = torchair.CompilerConfig()
+        config.mode = "reduce-overhead"
+        calls_of(StaticW8A8(), torch.randn(4, 64).half(), backend=qp.npu_backend(config, target="ascend910b"))
+        print(json.dumps(marks))
+    """)
+    (one,) = marks
+    assert one.count(False) == 1, "x alone"
+    assert one[-2:] == [True, True], "the bias and the scale word"
+
+
+def test_torchairs_cache_key_tells_settings_apart(child):
+    keys = child("""
+        torchair = start("Ascend910B2")
+        from torchair.inference._cache_compiler import _get_str_options
+
+        def key(user=None, **settings):
+            config = torchair.CompilerConfig()
+            if user is not None:
+                config.post_grad_custom_pre_pass = user
+            qp.register(config, **settings)
+            return _get_str_options(config)
+
+        def user(gm, inputs, config):
+            pass
+
+        print(json.dumps([
+            key(target="ascend910b"), key(target="ascend910b"), key(target="ascend310p"),
+            key(target="ascend910b", numerics="vendor"), key(user, target="ascend910b"),
+        ]))
+    """)
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4
+
+
+def test_a_changed_weight_is_prepared_anew(child):
+    errors = child("""
+        torchair = start("Ascend310P3")
+        model, x = StaticW8A8(zero_point=7), torch.randn(4, 64).half()
+        backend = qp.npu_backend(target="ascend310p")
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend=backend, dynamic=False)
+        errors = []
+        with torch.no_grad():
+            for _ in range(2):
+                errors.append(float((compiled(x).double() - model(x).double()).abs().max()))
+                model.codes.copy_(torch.randint(-127, 128, model.codes.shape, dtype=torch.int8))
+                model.scale.mul_(0.5)
+        print(json.dumps(errors))
+    """)
+    assert max(errors) < 0.1
+
+
+def test_emulated_kernels_under_the_vendors_schemas_give_the_reference_bits(child):
+    """torch_npu is loaded, so the emulation only adds CPU kernels to its operators."""
+    unequal = child("""
+        start("Ascend910B2")
+        qp.emulate_npu()
+        from tests.helpers import compiled
+        from tests.test_aclnn import MODELS, dtype_of
+        unequal = []
+        for name in ("weight_only_zero_point", "int4_turned", "int4_group_zero_point", "chain", "integer_dynamic"):
+            model = MODELS[name]()
+            dtype = getattr(model, "dtype", None) or dtype_of(model)
+            x = torch.randn(2, 5, 128 if name.startswith("int4") else 64).to(dtype)
+            expected, _ = compiled(model, x, target="ascend910b", mode="eager")
+            actual, report = compiled(model, x, target="ascend910b", lowering="aclnn")
+            report.require()
+            unequal += [] if torch.equal(actual, expected) else [name]
+        print(json.dumps(unequal))
+    """)
+    assert unequal == []
+
+
+def test_dynamic_shapes(child):
+    errors = child("""
+        torchair = start("Ascend910B2")
+        errors = []
+        for door in ("npu_backend", "register"):
+            config, model = torchair.CompilerConfig(), WeightOnly(zero_point=True)
+            if door == "register":
+                found, backend = qp.register(config, target="ascend910b"), torchair.get_npu_backend(compiler_config=config)
+            else:
+                found = backend = qp.npu_backend(config, target="ascend910b")
+            torch._dynamo.reset()
+            compiled = torch.compile(model, backend=backend, dynamic=True)
+            for rows in (5, 7):
+                x = torch.randn(2, rows, 64).half()
+                with torch.no_grad():
+                    errors.append(float((compiled(x).double() - model(x).double()).abs().max()))
+            assert found.report.fused == found.report.total == 1, "one symbolic graph serves both sizes"
+        print(json.dumps(errors))
+    """)
+    assert len(errors) == 4
+    assert max(errors) < 0.01
