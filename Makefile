@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+TORCH_NPU ?= torch_npu==2.13.0
 PIP_ARGS ?=
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
-RUN = $(VENV)/bin/python
+RUN = QUANTPASS_TORCH_NPU=$(abspath $(VENV))/torch_npu $(VENV)/bin/python
 
 .PHONY: help demo test test-fast lint format docs coverage bench clean
 .DEFAULT_GOAL := help
@@ -25,13 +26,19 @@ $(VENV)/%.stamp: pyproject.toml | $(VENV)/torch.stamp
 	$(PIP) -e '.[$*]'
 	@touch $@
 
+# The vendor's wheel beside the environment, not in it: installed, it would be loaded with every `import torch`.
+$(VENV)/torch_npu.stamp: | $(VENV)/torch.stamp
+	$(PIP) --no-deps --target $(VENV)/torch_npu "$(TORCH_NPU)" \
+		|| echo "no $(TORCH_NPU) for this machine: tests that run the real torchair are skipped"
+	@touch $@
+
 demo: $(VENV)/demo.stamp ## quantize a real sentence encoder three ways, explain, fuse, compare
 	$(RUN) examples/minilm.py
 
-test: $(VENV)/test.stamp ## all tests
+test: $(VENV)/test.stamp $(VENV)/torch_npu.stamp ## all tests
 	$(RUN) -m pytest -n auto
 
-test-fast: $(VENV)/test.stamp ## the tests that take seconds
+test-fast: $(VENV)/test.stamp $(VENV)/torch_npu.stamp ## the tests that take seconds
 	$(RUN) -m pytest -n auto -m "not slow"
 
 lint: $(VENV)/lint.stamp $(VENV)/test.stamp ## ruff, and mypy on the built wheel
