@@ -189,8 +189,7 @@ def _binary(target: Any, a: Expr, b: Expr) -> Expr:
     # A constant meets a node in the node's precision (float32 at least), so that float64 never enters the graph.
     if not dtype.is_floating_point and not (_is_whole(a) and _is_whole(b)):
         dtype = torch.float32
-    if dtype.is_floating_point:
-        dtype = torch.promote_types(dtype, torch.float32)
+    dtype = torch.promote_types(dtype, torch.float32 if dtype.is_floating_point else torch.int32)
     a, b = cast(a, dtype), cast(b, dtype)
     shape = torch.broadcast_shapes(shape_of(a), shape_of(b))
     return Call(target, (a, b), {}, dtype, tuple(shape))
@@ -220,6 +219,8 @@ def div(a: Expr, b: Expr) -> Expr:
 
 
 def neg(a: Expr) -> Expr:
+    if not dtype_of(a).is_floating_point:
+        a = cast(a, torch.promote_types(dtype_of(a), torch.int32))  # -(-128) is no int8, -1 no uint8
     return apply(aten.neg.default, a, dtype=dtype_of(a), shape=shape_of(a))
 
 

@@ -18,6 +18,7 @@ from quantpass.rewrite import RewriteError, Rewriter
 from quantpass.sites import Reading, find_sites, matmul_name
 from quantpass.static_values import StaticValues
 from quantpass.torch_internals import real_tensors
+from quantpass.writes import writes_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ def analyse(
     # A compiler calls this with its fake mode on; constants are computed on real tensors.
     with torch.no_grad(), real_tensors():
         readings = find_sites(gm.graph, values, dialects or default_dialects())
-        return [(r, plan_site(r, options.chip, options)) for r in readings], values
+        writes = writes_of(gm.graph, values.mutated)
+        return [(r, plan_site(r, options.chip, options, writes)) for r in readings], values
 
 
 def explain_graph(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Outcome:
