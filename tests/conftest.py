@@ -1,0 +1,20 @@
+"""Settings of the whole test run."""
+
+import os
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Small tensors and several test processes: threads only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def offline():
+    os.environ["HF_HUB_OFFLINE"] = "1"
