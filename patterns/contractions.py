@@ -14,6 +14,9 @@ from quantpass.schema import ReaderTable, call_reader, op_name
 
 aten = torch.ops.aten
 
+_WRAPPING = (torch.int8, torch.uint8, torch.int16)
+"""Result dtypes too small for a sum of products of codes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Own:
@@ -140,6 +143,12 @@ def _checked(found: Contraction | NoContraction) -> Contraction | NoContraction 
     ranks = [_rank(found.lhs), _rank(found.rhs)]
     if None in ranks:
         return None
+    if found.product_dtype in _WRAPPING:
+        return NoContraction(
+            f"{found.form} of integers with a {found.product_dtype} result, which wraps around",
+            (found.lhs, found.rhs),
+            "cast the operands to int32 first, or use torch._int_mm",
+        )
     if found.weight is None and min(r for r in ranks if r is not None) < 2:
         return NoContraction(
             f"{found.form} of operands of rank {ranks[0]} and {ranks[1]}: a vector has no rows",

@@ -77,16 +77,20 @@ def own_steps(reader: AffineReader, c: Contraction) -> list[Step]:
     for own in c.own:
         if own.kind == "cast" or (own.kind == "scale" and not dtype.is_floating_point):
             dtype = c.node.meta["val"].dtype if own.kind == "cast" else torch.float32
-        term = None if own.kind == "cast" else _own_term(reader, own, c.product_shape)
+        term = None if own.kind == "cast" else _own_term(reader, own, c)
         steps.append(Step(own.kind, c.node, term, own_dtype=dtype))
     return steps
 
 
-def _own_term(reader: AffineReader, own: Own, shape: tuple[Any, ...]) -> Term | None:
-    if own.along is None:
-        term = reader.term(own.operand, shape)
-    else:
+def _own_term(reader: AffineReader, own: Own, c: Contraction) -> Term | None:
+    shape = c.product_shape
+    if own.along is not None:
         term = reader.vector(own.operand, shape, rows=own.along == "rows")
+    else:
+        # The operand broadcasts against what the operator returns, which may be the product transposed.
+        term = reader.term(own.operand, tuple(c.node.meta["val"].shape))
+        if term is not None and c.out_order is not None:
+            term = term.permuted(tuple(c.out_order.index(d) for d in range(len(shape))))
     if term is None or (isinstance(own.times, int | float) and own.times == 1):
         return term
     times = reader.term(own.times, shape)

@@ -29,6 +29,11 @@ def fits(held: Range, dtype: torch.dtype) -> bool:
     return low <= held[0] and held[1] <= high
 
 
+def _largest_exact(dtype: torch.dtype) -> int:
+    """Up to here every integer is a number of the floating ``dtype``."""
+    return {torch.bfloat16: 2**8, torch.float16: 2**11}.get(dtype, 2**24)
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """What is known of a node's elements. ``whole``: they are integers, whatever the container's dtype."""
@@ -92,10 +97,13 @@ class IntegerReader:
             return None
         held = (inner.low + number * multiple, inner.high + number * multiple)
         dtype = node.meta["val"].dtype
-        # In an integer container the sum must not wrap; a float container keeps integers whole at any size.
-        if dtype.is_floating_point or (math.isfinite(held[0]) and math.isfinite(held[1]) and fits(held, dtype)):
-            return Bounds(*held, whole=True)
-        return None
+        if dtype.is_floating_point:
+            # Integers stay whole at any size, but beyond the mantissa they are rounded: past the bound, even.
+            exact = _largest_exact(dtype)
+            low, high = held
+            return Bounds(low if low >= -exact else -math.inf, high if high <= exact else math.inf, whole=True)
+        # In an integer container the sum must not wrap.
+        return Bounds(*held, whole=True) if all(map(math.isfinite, held)) and fits(held, dtype) else None
 
     def converted(self, value: Any, dtype: torch.dtype | None) -> Bounds | None:
         inner = self.bounds(value)
@@ -104,7 +112,7 @@ class IntegerReader:
         if dtype == torch.bool or dtype.is_complex:
             return None
         if dtype.is_floating_point:
-            exact = {torch.bfloat16: 2**8, torch.float16: 2**11}.get(dtype, 2**24)
+            exact = _largest_exact(dtype)
             return inner if max(abs(inner.low), abs(inner.high)) <= exact else None
         return inner if fits((inner.low, inner.high), dtype) else None
 

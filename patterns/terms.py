@@ -91,6 +91,22 @@ class Term:
         full = ex.reshape(self.expr, self.shape)
         return Term(ex.apply(aten.permute.default, full, list(order), dtype=ex.dtype_of(full), shape=shape), shape)
 
+    def per_row(self, shape: Sequence[Any]) -> Expr | None:
+        """The term of a value ``(..., M, N)`` as a vector with one element for each row, all leading dimensions in one.
+
+        A scalar keeps its one element; None where the term varies along N, or only symbolic sizes could tell.
+        """
+        if self.kind == "scalar":
+            return self.flat()
+        if self.kind != "rows":
+            return None
+        lead = tuple(shape[:-1])
+        if all(is_one(size) or not is_one(own) for own, size in zip(self.shape[:-1], lead, strict=True)):
+            return self.flat()
+        if not all(isinstance(s, int) for s in (*lead, *self.shape)):
+            return None
+        return ex.reshape(ex.expanded(ex.reshape(self.expr, self.shape), (*lead, 1)), (-1,))
+
     def flat(self) -> Expr:
         """The term as a vector (a scalar has one element)."""
         return ex.reshape(self.expr, (1,) if self.kind == "scalar" else (-1,))

@@ -45,6 +45,8 @@ def read_weight(
 
 
 def _read(reader: AffineReader, operand: Operand) -> Weight | NotAffine:
+    if 0 in operand.node.meta["val"].shape:
+        return NotAffine("it has no elements")
     affine = reader.read(operand.node)
     weight = affine if isinstance(affine, NotAffine) else _from_affine(reader.values, affine, operand)
     if not reader.values.is_static(operand.node):

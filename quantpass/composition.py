@@ -108,9 +108,10 @@ def _fold_scale(c: Composition, step: Step, before: torch.dtype) -> Composition 
         return None
     vector = _vector(term)
     if vector is None:
-        if term.kind != "rows" or c.addend is not None:
+        rows = term.per_row(c.output.meta["val"].shape)
+        if rows is None or c.addend is not None:
             return None
-        return replace(c, rows=(*c.rows, term.flat()))
+        return replace(c, rows=(*c.rows, rows))
     if term.kind == "scalar" and term.constant is None:
         # One number that is known only at run time acts as a scale of every row.
         if c.addend is not None:
@@ -133,6 +134,8 @@ def _fold_add(c: Composition, step: Step, before: torch.dtype) -> Composition | 
     if not c.dtype.is_floating_point:
         if (ex.dtype_of(term.expr).is_floating_point and not _whole(term.expr)) or before != torch.int32:
             return None
+        if c.dtype != torch.int32 and not ex.known(term.expr):
+            return None  # a sum in int64, of which only the run can say whether it fits the accumulator
         return replace(c, acc_addend=vector if c.acc_addend is None else ex.add(c.acc_addend, vector))
     in_place = c.faithful and not c.rounded and c.addend is None and c.dtype == torch.float32
     c = replace(c, faithful=in_place and c.acc_addend is None)

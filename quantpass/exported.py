@@ -16,7 +16,12 @@ _STATIC = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 def program_values(program: ExportedProgram) -> dict[Node, torch.Tensor]:
     """The tensors behind the lifted parameters, buffers and constants of a program."""
-    specs = {s.arg.name: s for s in program.graph_signature.input_specs if s.kind in _STATIC}
+    # A program that updates a buffer returns its next value: the buffer holds for one call only.
+    updated = set(program.graph_signature.buffers_to_mutate.values())
+    updated |= set(program.graph_signature.parameters_to_mutate.values())
+    specs = {
+        s.arg.name: s for s in program.graph_signature.input_specs if s.kind in _STATIC and s.target not in updated
+    }
     found: dict[Node, torch.Tensor] = {}
     for node in program.graph.find_nodes(op="placeholder"):
         spec = specs.get(node.name)

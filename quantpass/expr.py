@@ -212,8 +212,9 @@ def _common_dtype(a: Expr, b: Expr) -> torch.dtype:
         dtype = torch.promote_types(dtype, dtype_of(constant))
     elif not dtype.is_floating_point and constant.tensor.is_floating_point():
         whole = bool((constant.tensor == constant.tensor.round()).all())
-        return dtype if whole else torch.float32
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+        return torch.promote_types(dtype, torch.int32) if whole else torch.float32
+    # Floats at least in float32; integers at least in int32, where no sum or product of codes wraps around.
+    return torch.promote_types(dtype, torch.float32 if dtype.is_floating_point else torch.int32)
 
 
 def mul(a: Expr, b: Expr) -> Expr:
@@ -233,6 +234,8 @@ def div(a: Expr, b: Expr) -> Expr:
 
 
 def neg(a: Expr) -> Expr:
+    if not dtype_of(a).is_floating_point:
+        a = cast(a, torch.promote_types(dtype_of(a), torch.int32))  # -(-128) is no int8, -1 no uint8
     if isinstance(a, Call) and a.target is aten.neg.default:
         inner: Expr = a.args[0]
         return inner

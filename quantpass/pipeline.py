@@ -19,6 +19,7 @@ from quantpass.sites import Reading, find_sites, matmul_name
 from quantpass.static_values import StaticValues
 from quantpass.streams import stream_labels, stream_reject
 from quantpass.torch_internals import real_tensors
+from quantpass.writes import writes_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,9 @@ def analyse(
     # A compiler calls this with its fake mode on; constants are computed on real tensors.
     with torch.no_grad(), real_tensors():
         readings = find_sites(gm.graph, values, default_dialects(options.dialects))
+        writes = writes_of(gm.graph, values.mutated)
         labels = stream_labels(gm.graph)
-        return [(r, _on_one_stream(plan_site(r, options.chip, options), labels)) for r in readings], values
+        return [(r, _on_one_stream(plan_site(r, options.chip, options, writes), labels)) for r in readings], values
 
 
 def _on_one_stream(planned: Planned, labels: dict[Node, str]) -> Planned:

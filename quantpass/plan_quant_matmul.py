@@ -69,7 +69,10 @@ def quant_matmul_candidates(
         if not composition.complete:
             continue
         product = _product(activation, weight, composition)
-        if product is not None:
+        problem = None if product is None else _overflow(product.acc_addend, weight.k)
+        if problem is not None:
+            yield problem
+        elif product is not None:
             yield from _candidates(reading, product, chip, options)
 
 
@@ -140,11 +143,16 @@ def _product(activation: Affine, weight: Weight, c: Composition) -> _Product | N
         x = flattened(codes)
         notes.did("x flattened to 2-D")
     columns, rows = ex.mul(weight.scale, c.columns), list(c.rows)
+    if len(ex.shape_of(weight.codes)) > 2 and any(ex.shape_of(r) != (1,) for r in rows):
+        return None  # pertoken_scale has no batch dimension
     for factor in activation.factors:
         if factor.kind == "scalar" and factor.constant is not None:
             columns = ex.mul(columns, factor.flat())
-        else:
-            rows.append(factor.flat())
+            continue
+        of_rows = factor.per_row(activation.shape)
+        if of_rows is None:
+            return None
+        rows.append(of_rows)
     acc_addend, addend = c.acc_addend, c.addend
     if activation.zero_point is not None:
         zero = ex.cast(
@@ -192,7 +200,7 @@ def _row_scale(rows: list[Expr], x: Expr) -> Expr | None:
         product = ex.mul(product, ex.cast(factor, torch.float32))
     if ex.shape_of(product) != (1,):
         return product
-    m = ex.shape_of(x)[0]
+    m = ex.shape_of(x)[-2]
     if isinstance(m, int) and m == 1:
         return product
     ones = ex.apply(aten.new_ones.default, product, [_rows_size(x)], dtype=torch.float32, shape=(m,))
@@ -200,8 +208,8 @@ def _row_scale(rows: list[Expr], x: Expr) -> Expr | None:
 
 
 def _rows_size(x: Expr) -> object:
-    m = ex.shape_of(x)[0]
-    return m if isinstance(m, int) else Call(aten.sym_size.int, (x, 0), {}, torch.int64, ())
+    m = ex.shape_of(x)[-2]
+    return m if isinstance(m, int) else Call(aten.sym_size.int, (x, -2), {}, torch.int64, ())
 
 
 def _candidates(reading: Reading, p: _Product, chip: Chip, options: Options) -> Iterator[Candidate | Reject]:
@@ -281,6 +289,14 @@ def _int8_output(
             "use the full range for this activation",
         )
         return
+    if not low <= zero <= high:
+        yield Reject(
+            "qmm.requantize.zero_point",
+            f"the result is quantized with zero point {q.zero_point:g}, outside of its range",
+            f"a zero point in [{q.low:g}, {q.high:g}]: the operator clips to 9 bits before it adds the zero point",
+            "check the calibration of this activation",
+        )
+        return
     if p.composition.relu and zero != low:
         yield Reject(
             "qmm.requantize.relu",
@@ -314,17 +330,20 @@ def _word_problem(p: _Product) -> Reject | None:
 
 def _bias_problem(p: _Product) -> Reject | None:
     """A bias that does not fit the int32 accumulator beside the product."""
-    bias = _folded_bias(p, check=False)
+    return _overflow(_folded_bias(p, check=False), p.weight.k)
+
+
+def _overflow(bias: Expr | None, k: int) -> Reject | None:
     if not isinstance(bias, Const):
         return None
     largest = float(bias.tensor.abs().max())
-    if bool(torch.isfinite(bias.tensor).all()) and largest + p.weight.k * 2**14 <= _INT32:
+    if bool(torch.isfinite(bias.tensor).all()) and largest + k * 2**14 <= _INT32:
         return None
     return Reject(
         "qmm.bias.range",
         f"the bias is up to {largest:.3g} in units of the scale",
         f"a sum with the product of at most {_INT32}",
-        "the scale is very small beside the bias: check the calibration",
+        "the scale is very small beside the bias, or a zero point is very large: check the calibration",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -44,6 +45,14 @@ def weight_quant_candidates(
     weight, x = reading.weight, reading.x
     assert isinstance(weight, Weight) and x is not None
     if not ex.dtype_of(x).is_floating_point:
+        return
+    if ex.dtype_of(x) not in _WEIGHT_ROUNDING:
+        yield Reject(
+            "wqmm.x.dtype",
+            f"the activation is {ex.dtype_of(x)}",
+            "float16, bfloat16 or float32",
+            "run the model in float16 or bfloat16",
+        )
         return
     if len(ex.shape_of(weight.codes)) > 2:
         yield Reject(
@@ -96,6 +105,14 @@ def _candidates(
         )
         return
     bias, bias_error = _bias(c, dtype, weight.n, notes)
+    if not math.isfinite(bias_error):
+        yield Reject(
+            "wqmm.bias.value",
+            f"the bias does not fit {dtype}",
+            f"a bias of at most {torch.finfo(dtype).max:g}",
+            "leave the sum in float32, or run the model in bfloat16",
+        )
+        return
     reasons = {f"scale rounded to {dtype}": error, f"bias rounded to {dtype}": bias_error}
     if weight.k_scale is not None:
         reasons["x multiplied by the weight's scale along K"] = x_error

@@ -24,6 +24,7 @@ from quantpass.plan_quant_matmul import quant_matmul_candidates
 from quantpass.plan_weight_quant import weight_quant_candidates
 from quantpass.records import Numerics, Plan, Reject, Weight
 from quantpass.sites import Reading
+from quantpass.writes import Writes, written_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,8 @@ class Planned:
     rejects: tuple[Reject, ...] = ()
 
 
-def plan_site(reading: Reading, chip: Chip, options: Options) -> Planned:
-    """Find the best legal fused call for one site on one chip."""
+def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) -> Planned:
+    """Find the best legal fused call for one site on one chip; ``writes`` is what the graph writes to in place."""
     if reading.rejects:
         return Planned(None, None, reading.rejects)
     assert reading.epilogue is not None and isinstance(reading.weight, Weight)
@@ -53,6 +54,10 @@ def plan_site(reading: Reading, chip: Chip, options: Options) -> Planned:
         verdict = judge(candidate.call, chip, options.allow)
         if verdict.legal:
             plan = _as_plan(candidate, reading, rejects, verdict.assumptions)
+            written = written_before(plan.value, plan.output, writes)
+            if written is not None:
+                rejects.append(_written(written))
+                continue
             if plan.weight_format == "ND":
                 plan = replace(plan, nd_reason=_nd_reason(plan, reading.weight, not_nz, chip, options))
             return Planned(plan, candidate.numerics)
@@ -95,6 +100,15 @@ def _activation_reject(read: NotAffine) -> Reject:
         f"the activation: {read.reason}",
         "an activation read as scale * (codes - zero_point)",
         read.hint,
+    )
+
+
+def _written(node: Node) -> Reject:
+    return Reject(
+        "read.mutated",
+        f"the graph writes to {node.name} in place before it uses the matmul's result",
+        "operands that keep their value: the fused operator runs where its operands are ready",
+        "use the functional form (torch.export, torch.compile) or move the write behind the matmul",
     )
 
 

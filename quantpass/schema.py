@@ -98,9 +98,13 @@ class ReaderTable:
             return None
         return reader
 
+    def readers(self) -> dict[Any, Reader]:
+        """Every operator (or name of one) in the table, with its reader."""
+        return {**self._named, **{t: r for t, r in self._resolved.items() if r}}
+
     def merged(self, *others: Mapping[Any, Reader]) -> ReaderTable:
         """A table with more readers; one that is already there is an error."""
-        mine: dict[Any, Reader] = {**self._named, **{t: r for t, r in self._resolved.items() if r}}
+        mine = self.readers()
         for other in others:
             double = sorted(str(key) for key in set(mine) & set(other))
             if double:

@@ -6,7 +6,7 @@ on deterministic operators. Its value is found by running it: that is how any sp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class StaticValues:
 
     def __init__(self, graph: Graph, leaves: Mapping[Node, torch.Tensor]) -> None:
         self.mutated = _mutated(graph)
+        written = {_storage(t) for n, t in leaves.items() if n in self.mutated}
+        if written:
+            # The same memory under another name.
+            self.mutated = _mutated(graph, [n for n, t in leaves.items() if _storage(t) in written])
         self._leaves = {n: t for n, t in leaves.items() if n not in self.mutated}
         self._static: dict[Node, bool] = {}
         self._kept: dict[Node, Any] = {}
@@ -138,9 +142,10 @@ class StaticValues:
                 return 1
             if name in ("aten::full_like", "aten::full", "aten::new_full"):
                 fill = arguments["fill_value"]
-                dtype = node.meta["val"].dtype if "val" in node.meta else None
-                return None if isinstance(fill, Node) or dtype == torch.bool else fill
-            if name in _KEEPS_UNIFORM:
+                if isinstance(fill, Node) or "val" not in node.meta or node.meta["val"].dtype == torch.bool:
+                    return None
+                return _as_dtype(fill, node.meta["val"].dtype)
+            if name in _KEEPS_UNIFORM and node.target is not aten.view.dtype:
                 return self._uniform_of_view(node, arguments)
         if self.is_static(node):
             value = self.value(node)
@@ -155,8 +160,7 @@ class StaticValues:
         inner = self.uniform(source)
         if inner is None or "val" not in node.meta:
             return inner
-        # A cast may change the number; let a one-element tensor of the result's dtype say how.
-        return torch.tensor(inner, dtype=torch.float64).to(node.meta["val"].dtype).item()
+        return _as_dtype(inner, node.meta["val"].dtype)
 
     def _evaluate(self, node: Node, replaced: Mapping[Node, torch.Tensor], wide: torch.dtype | None) -> Any:
         if wide is None and node in self._kept:
@@ -212,6 +216,16 @@ class StaticValues:
 
 def _on_cpu(argument: Any) -> Any:
     return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+
+def _storage(t: torch.Tensor) -> Any:
+    """What tensors that share memory have in common."""
+    return (t.layout == torch.strided and t.untyped_storage().data_ptr()) or id(t)
+
+
+def _as_dtype(number: float, dtype: torch.dtype) -> float:
+    """What becomes of ``number`` in a tensor of ``dtype``: a one-element tensor says so."""
+    return torch.tensor(number, dtype=torch.float64).to(dtype).item()
 
 
 def _makes_integers(n: Node) -> bool:
@@ -272,7 +286,7 @@ def _run_wide(n: Node, args: Any, kwargs: Any, wide: torch.dtype) -> Any:
         try:
             result = target(*(widen(a) for a in args), **{k: widen(v) for k, v in kwargs.items() if k in names})
             return _as(result, wide)
-        except (RuntimeError, NotImplementedError, AssertionError):
+        except Exception:  # whatever an operator of some tool raises on a dtype that it does not take
             continue
     # An operator that has no kernel for a wider type runs in its own; its result is widened.
     narrow = [v.meta["val"] if isinstance(v, Node) and "val" in v.meta else None for v in n.args]
@@ -287,9 +301,9 @@ def _as(result: Any, wide: torch.dtype) -> Any:
     return result.to(wide) if isinstance(result, torch.Tensor) and result.is_floating_point() else result
 
 
-def _mutated(graph: Graph) -> frozenset[Node]:
-    """Nodes whose value some node of the graph writes to, with every node that may share memory with them."""
-    seeds: list[Node] = []
+def _mutated(graph: Graph, more: Sequence[Node] = ()) -> frozenset[Node]:
+    """Nodes whose value some node of the graph writes to and ``more``, with every node that may share their memory."""
+    seeds: list[Node] = [*more]
     for n in graph.nodes:
         if n.op == "call_function" and isinstance(n.target, OpOverload) and n.target._schema.is_mutable:
             bound = bind(n)

@@ -1,8 +1,25 @@
-"""Fixtures that several test files share."""
+"""Settings of the whole test run, and fixtures that several test files share."""
+
+import os
 
 import pytest
+import torch
 from quantpass.lowering.standin_cann import StandinError, ensure_standins
 from quantpass.lowering.standin_process import TorchairProcess
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Small tensors and several test processes: threads only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def offline():
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,406 @@
+"""What a graph means in exact arithmetic, and whether its fused form keeps what the fused sites promise.
+
+The oracle knows nothing of how the pass reads graphs: it runs the *unfused* graph node by node. Everything up to the
+integer codes, and every small parameter, is taken as the graph computes it; from the codes on the arithmetic is done in
+float64. Beside each value runs its magnitude ``S = sum_k |x_k * w_kn| + |bias_n|``, which the stated bounds are
+relative to. Where the graph rounds a result again, an interval is carried on.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+
+import quantpass as qp
+from quantpass.schema import bind, op_name
+from quantpass.torch_internals import fill_in_values
+
+HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+CONTRACTIONS = {
+    *("aten.mm", "aten.mm.dtype", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.matmul", "aten.linear"),
+    *("aten._int_mm", "aten.convolution", "aten.conv1d", "aten.conv2d", "aten._weight_int8pack_mm", "out_dtype"),
+    *("aten._weight_int4pack_mm_for_cpu", "aten.einsum", "aten._weight_int4pack_mm", "aten._dyn_quant_matmul_4bit"),
+}
+ROUNDS = {"aten.round", "aten.floor", "aten.ceil", "aten.trunc", "aten.round.decimals"}
+FAKE_QUANT = "fake_quantize"
+QUANTIZES = "quantize_per_tensor"
+
+
+class Unsupported(Exception):
+    """The oracle does not follow this operator after a matmul; the test has to return the value before it."""
+
+
+class Wrong(AssertionError):
+    """The fused graph computes something else, or the pass failed on the graph."""
+
+
+@dataclass
+class Judged:
+    """The outcome for one graph. ``verdict``: ``"fused"`` (and right), ``"refused"`` or ``"dropped"`` (does not run)."""
+
+    verdict: str
+    report: Any = None
+    worst: float = 0.0
+    rules: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Value:
+    """``v`` in float64 (or the graph's integers); ``mag`` only behind a matmul; ``low``/``high`` only behind a rounding."""
+
+    v: Any
+    tainted: bool = False
+    mag: torch.Tensor | None = None
+    low: torch.Tensor | None = None
+    high: torch.Tensor | None = None
+
+
+def traced(f, *args):
+    """``f`` as an ATen graph; tensors that ``f`` closes over become attributes, so their values are known."""
+    with torch.no_grad():
+        return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+
+
+def copied(gm):
+    """The same graph over the same attributes, metadata included."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
+        new.meta = dict(old.meta)
+    return GraphModule(gm, graph)
+
+
+class _Recorder(Interpreter):
+    def __init__(self, gm):
+        super().__init__(gm, garbage_collect_values=False)
+
+
+def judge(gm, args, *, target="cpu", **options) -> Judged:
+    """Fuse a copy of ``gm``, run both, and compare within the stated bounds.
+
+    Raises:
+        Wrong: the pass raised, left a graph that does not run, or left a graph that computes something else.
+    """
+    args = list(args)
+    recorder = _Recorder(gm)
+    try:
+        with torch.no_grad():
+            torch.manual_seed(0)
+            native_out = recorder.run(*_cloned(args))
+        fill_in_values(gm)
+    except Exception:
+        return Judged("dropped")
+    if any(isinstance(t, torch.Tensor) and t.device.type != "cpu" for t in _flat(native_out)):
+        return Judged("dropped")
+    fused = copied(gm)
+    try:
+        report = qp.fuse(fused, target=target, **options)
+    except Exception as error:
+        raise Wrong(f"the pass raised {type(error).__name__}: {error}\n{gm.graph}") from error
+    rules = {r.rule for s in report.sites if not s.fused for r in s.rejects}
+    if "rewrite.failed" in rules:
+        raise Wrong(f"a plan could not be carried out: {report}\n{gm.graph}")
+    try:
+        with torch.no_grad():
+            torch.manual_seed(0)
+            actual_out = fused(*_cloned(args))
+    except Exception as error:
+        raise Wrong(f"the fused graph does not run: {type(error).__name__}: {error}\n{fused.graph}") from error
+    if not report.fused:
+        return Judged("refused", report, rules=rules)
+    checker = _Checker(gm, recorder.env, report, fused)
+    try:
+        worst = checker.check(_flat(native_out), _flat(actual_out))
+    except Wrong as error:
+        raise Wrong(f"{error}\n--- graph\n{gm.graph}\n--- fused\n{fused.graph}\n{report}") from None
+    return Judged("fused", report, worst, rules)
+
+
+def _cloned(args):
+    """Copies with the same strides: what a graph writes to stays out of the next run."""
+    return [
+        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype).copy_(a) if isinstance(a, torch.Tensor) else a
+        for a in args
+    ]
+
+
+def _flat(out):
+    return list(out) if isinstance(out, tuple | list) else [out]
+
+
+def wide(t):
+    return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+
+
+class _Checker:
+    def __init__(self, gm, native, report, fused):
+        self.gm, self.native, self.report = gm, native, report
+        self.values: dict[Any, Value] = {}
+        self.sites = [s for s in report.sites if s.fused]
+        self.relative = sum(s.numerics.relative for s in self.sites)
+        self.absolute = sum(s.numerics.absolute for s in self.sites)
+        self.outputs = {s.plan.output.name for s in self.sites}
+        self.left = {n.name for n in fused.graph.nodes}
+        self.added = [n for n in fused.graph.nodes if n.name not in {m.name for m in gm.graph.nodes}]
+        self.rounding = sum(
+            HALF_UNIT.get(n.meta["val"].dtype, 0.0)
+            for n in self.added
+            if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor) and op_name(n).startswith("aten.")
+            and op_name(n).split(".")[1] in ("mul", "add", "sub", "div", "_to_copy")
+        )  # fmt: skip
+        self.underflow = 0.0
+        self.worst = 0.0
+
+    def check(self, native, actual) -> float:
+        (output,) = self.gm.graph.find_nodes(op="output")
+        results = {}
+        for node, n, a in zip(_flat(output.args[0]), native, actual, strict=True):
+            if isinstance(node, torch.fx.Node):
+                results[node] = (n, a)
+        for node in self.gm.graph.nodes:
+            if node.op == "output":
+                break
+            self.values[node] = value = self._value(node)
+            if node in results:
+                self._compare(node, value, *results[node])
+                if isinstance(results[node][1], torch.Tensor) and (value.mag is not None or value.low is not None):
+                    self.values[node] = Value(wide(results[node][1]))  # what follows starts from this very result
+        return self.worst
+
+    # -- one node ------------------------------------------------------------------------------------------------------
+
+    def _value(self, node) -> Value:
+        native = self.native.get(node)
+        if node.op in ("placeholder", "get_attr"):
+            return Value(wide(native), tainted=_holds_integers(native))
+        inputs = [self.values[i] for i in node.all_input_nodes]
+        name = "out_dtype" if isinstance(node.target, HigherOrderOperator) else op_name(node)
+        if not isinstance(native, torch.Tensor):
+            return Value(native)
+        if any(i.low is not None for i in inputs):
+            return self._interval(node, native)
+        if name in CONTRACTIONS:
+            return self._contraction(node, name, native, inputs)
+        behind = any(i.mag is not None for i in inputs)
+        floating = native.is_floating_point()
+        if not behind:
+            if FAKE_QUANT in name:
+                return Value(self._fake_quantized(node), tainted=True)
+            if name in ROUNDS or not floating:
+                return Value(wide(native), tainted=native.dtype != torch.bool)
+            if not any(i.tainted for i in inputs):
+                return Value(wide(native))
+            self._count_rounding(node, native, name)
+            return Value(self._run(node, lambda i: i.v, native), tainted=True)
+        return self._behind(node, name, native)
+
+    def _behind(self, node, name, native) -> Value:
+        """A node that a matmul's result flows into."""
+        into_integers = not native.is_floating_point() and any(
+            i.mag is not None and self.native[n].is_floating_point()
+            for n, i in ((n, self.values[n]) for n in node.all_input_nodes)
+        )
+        if name in ROUNDS or into_integers or QUANTIZES in name or FAKE_QUANT in name:
+            if native.dtype == torch.bool:
+                raise Unsupported(name)
+            return self._interval(node, native)
+        self._count_rounding(node, native, name)
+        v = wide(native) if not native.is_floating_point() else self._run(node, lambda i: i.v, native)
+        return Value(v, True, self._magnitude(node, name, v))
+
+    def _magnitude(self, node, name, v):
+        base = name.split(".")[1] if name.count(".") else name
+        bound = bind(node) if isinstance(node.target, OpOverload) else {}
+
+        def mag(a):
+            if isinstance(a, torch.fx.Node):
+                value = self.values[a]
+                return value.mag if value.mag is not None else wide_abs(value.v)
+            return abs(a) if isinstance(a, int | float) and not isinstance(a, bool) else a
+
+        if base in ("add", "sub", "rsub"):
+            alpha = abs(bound.get("alpha", 1))
+            first, second = mag(bound["self"]), mag(bound["other"])
+            return first + alpha * second if base != "rsub" else first * alpha + second
+        if base in ("mul", "div"):
+            return getattr(torch, base)(
+                torch.as_tensor(mag(bound["self"])).double(), torch.as_tensor(mag(bound["other"])).double()
+            )
+        if base in ("relu", "clamp", "clamp_min", "clamp_max", "neg", "minimum", "maximum"):
+            own = next(mag(i) for i in node.all_input_nodes if self.values[i].mag is not None)
+            return torch.maximum(own.expand_as(v), v.double().abs())
+        if base in MOVES:
+            return self._run(node, lambda i: i.mag if i.mag is not None else wide_abs(i.v), v).double()
+        raise Unsupported(name)
+
+    def _contraction(self, node, name, native, inputs) -> Value:
+        if native.dtype == torch.bool:
+            raise Unsupported(name)
+        if name == "out_dtype":
+            _, _, a, b = node.args
+            flip = node.args[0] is torch.ops.aten.linear.default
+            a, b = (self.values[i] for i in (a, b))
+            return Value(wide(native), True, _mag(a) @ (_mag(b).mT if flip else _mag(b)))
+        bound = bind(node)
+        k = self._inner_size(name, bound)
+        unfused = node.name in self.left
+        if unfused and native.is_floating_point():
+            self.rounding += (k + 2) * HALF_UNIT[native.dtype]
+        if name in ("aten._weight_int8pack_mm", "aten._weight_int4pack_mm_for_cpu"):
+            x, w = self.values[bound["self"]], self._packed(name, bound)
+            return Value(x.v @ w, True, _mag(x) @ w.abs())
+        v = wide(native) if not native.is_floating_point() else self._run(node, lambda i: i.v, native)
+        absolute = {
+            n: (abs(a) if n in ("alpha", "beta") and not isinstance(a, torch.fx.Node) else a) for n, a in bound.items()
+        }
+        args, names = [], [a.name for a in node.target._schema.arguments]
+        for n in names:
+            args.append(map_arg(absolute[n], lambda i: _mag(self.values[i])))
+        keyword = {a.name for a in node.target._schema.arguments if a.kwarg_only}
+        kwargs = {n: a for n, a in zip(names, args, strict=True) if n in keyword}
+        args = [a for n, a in zip(names, args, strict=True) if n not in keyword]
+        target = torch.ops.aten.mm.default if name in ("aten._int_mm", "aten.mm.dtype") else node.target
+        if name == "aten.mm.dtype":
+            args, kwargs = args[:2], {}
+        return Value(v, True, target(*args, **kwargs))
+
+    def _inner_size(self, name, bound):
+        first = next(bound[n] for n in ("mat1", "batch1", "self", "input", "tensors") if n in bound)
+        value = self.native[first] if isinstance(first, torch.fx.Node) else torch.empty(64)
+        return value.shape[1] if "conv" in name else value.shape[-1]
+
+    def _packed(self, name, bound):
+        if name == "aten._weight_int8pack_mm":
+            return (self.values[bound["mat2"]].v.double() * wide(self.native[bound["scales"]])[:, None]).t()
+        sz = self.native[bound["qScaleAndZeros"]].float()
+        k = self.native[bound["self"]].shape[-1]
+        packed = self.native[bound["mat2"]]
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(torch.eye(k), packed, bound["qGroupSize"], sz).double()
+
+    def _fake_quantized(self, node):
+        """The operator on the graph's own values in float32: the same codes, no rounding to 16 bits."""
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda i: self.native[i])
+        first = args[0] if args else kwargs["self"]
+        result = node.target(first.float(), *args[1:], **kwargs)
+        self._count_rounding(node, result if isinstance(result, torch.Tensor) else result[0], "fake")
+        return wide(result)
+
+    def _interval(self, node, native) -> Value:
+        ends = []
+        for sign in (-1, 1):
+
+            def end(value, sign=sign, node=node):
+                if value.low is not None:
+                    return value.low if sign < 0 else value.high
+                if value.mag is not None:
+                    return value.v.double() + sign * self.allowance(value)
+                return value.v
+
+            ends.append(self._run(node, end, native))
+        ends = [e.double() for e in ends]
+        return Value(ends[0], True, None, torch.minimum(*ends), torch.maximum(*ends))
+
+    def _run(self, node, pick, native):
+        """The node on other values, floating dtypes among its arguments widened to float64."""
+
+        def widen(a):
+            return torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a
+
+        if isinstance(node.target, OpOverload):
+            bound = bind(node)
+            schema = {a.name: a for a in node.target._schema.arguments}
+            values = {n: widen(map_arg(a, lambda i: pick(self.values[i]))) for n, a in bound.items()}
+            args = [values[n] for n, a in schema.items() if not a.kwarg_only]
+            kwargs = {n: values[n] for n, a in schema.items() if a.kwarg_only}
+            try:
+                return node.target(*args, **kwargs)
+            except Exception:  # no kernel for float64: the graph's own dtypes, and their rounding
+                self.rounding += 4 * HALF_UNIT.get(native.dtype, 0.0)
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda i: _as(pick(self.values[i]), self.native[i]))
+            return wide(node.target(*args, **kwargs))
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda i: pick(self.values[i]))
+        return node.target(*args, **kwargs)
+
+    # -- tolerance and comparison --------------------------------------------------------------------------------------
+
+    def _count_rounding(self, node, native, name):
+        base = name.split(".")[1] if name.count(".") else name
+        if (
+            node.name in self.left
+            and native.is_floating_point()
+            and base not in MOVES - {"_to_copy", "to", "convert_element_type"}
+        ):
+            self.rounding += HALF_UNIT[native.dtype]
+            if native.dtype == torch.float16:
+                self.underflow += 2.0**-24
+
+    def allowance(self, value):
+        largest = [self.values[n].mag for n in self.values if n.name in self.outputs and self.values[n].mag is not None]
+        gain = 1.0
+        if largest and value.mag is not None and value.mag.numel():
+            own = max(float(m.max()) for m in largest if m.numel())
+            gain = max(1.0, float(value.mag.max()) / own) if own else 1.0
+        return (
+            value.mag.double() * (self.relative + self.rounding + 2.0**-23)
+            + self.absolute * gain
+            + self.underflow * 256
+        )
+
+    def _compare(self, node, value, native, actual):
+        if not isinstance(native, torch.Tensor):
+            return
+        if native.shape != actual.shape or native.dtype != actual.dtype:
+            raise Wrong(f"{node.name}: {actual.dtype}{tuple(actual.shape)} for {native.dtype}{tuple(native.shape)}")
+        if value.mag is None and value.low is None:
+            if not torch.equal(native.nan_to_num(), actual.nan_to_num()):
+                raise Wrong(f"{node.name} is no result of a matmul and has changed")
+            return
+        half = HALF_UNIT.get(native.dtype, 0.0)
+        if value.low is not None:
+            slack = half * torch.maximum(value.low.abs(), value.high.abs())
+            low, high = value.low - slack, value.high + slack
+        else:
+            v = value.v.double()
+            tiny = torch.finfo(native.dtype).tiny if native.dtype.is_floating_point else 0.0
+            slack = self.allowance(value) + half * v.abs() + tiny
+            low, high = v - slack, v + slack
+        limit = torch.finfo(native.dtype).max if native.dtype.is_floating_point else torch.inf
+        counted = torch.isfinite(wide(native)) & torch.isfinite(low) & torch.isfinite(high)
+        counted &= (low.abs() < limit) & (high.abs() < limit)
+        a = actual.double()
+        bad = counted & ~((a >= low) & (a <= high))
+        if bool(bad.any()):
+            where = bad.nonzero()[0].tolist()
+            at = tuple(where)
+            raise Wrong(
+                f"{node.name}{where}: {float(a[at]):.9g}, wanted {float(low[at]):.9g} to {float(high[at]):.9g} "
+                f"({int(bad.sum())} of {bad.numel()} wrong)"
+            )
+
+
+def _as(value, native):
+    return value.to(native.dtype) if isinstance(value, torch.Tensor) and isinstance(native, torch.Tensor) else value
+
+
+def _mag(value):
+    return value.mag.double() if value.mag is not None else wide_abs(value.v)
+
+
+def wide_abs(v):
+    return v.double().abs() if isinstance(v, torch.Tensor) else abs(v)
+
+
+def _holds_integers(t):
+    return isinstance(t, torch.Tensor) and not t.is_floating_point() and t.dtype != torch.bool
+
+
+MOVES = {
+    *("view", "reshape", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "clone", "mT"),
+    *("alias", "detach", "contiguous", "slice", "select", "flatten", "unflatten", "numpy_T", "swapaxes", "view_copy"),
+    *("lift_fresh", "lift_fresh_copy", "dropout", "_to_copy", "to", "convert_element_type", "cat", "index", "split"),
+}
