@@ -11,9 +11,11 @@ from quantpass.npu_doors import npu_backend, npugraph_ex_options, register
 from quantpass.preview import GePreview, preview_ge
 from quantpass.records import Numerics, Plan, Reject, Site, TensorSpec, WeightFormat
 from quantpass.report import Report
+from quantpass.verification import Difference, Verification, verify
 from quantpass.version import __version__
 
 __all__ = [
+    "Difference",
     "GePreview",
     "Numerics",
     "Plan",
@@ -21,6 +23,7 @@ __all__ = [
     "Report",
     "Site",
     "TensorSpec",
+    "Verification",
     "WeightFormat",
     "__version__",
     "backend",
@@ -34,6 +37,7 @@ __all__ = [
     "npugraph_ex_options",
     "preview_ge",
     "register",
+    "verify",
 ]
 
 del _ir, _reference  # imported for the operators that they define

@@ -71,7 +71,7 @@ class CompiledGraph:
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         self._attributes = {n.target: t for n, t in leaves.items() if n.op == "get_attr"}
         self._static = [i for i, n in enumerate(placeholders) if n in leaves]
-        self._pristine = _copied(gm)
+        self._pristine = copied(gm)
         tensors = {placeholders.index(n): t for n, t in leaves.items() if n.op == "placeholder"}
         self._variants = [self._build(gm, tensors)]
 
@@ -87,7 +87,7 @@ class CompiledGraph:
                 if position:
                     self._variants.insert(0, self._variants.pop(position))
                 return variant
-        fresh = self._build(_copied(self._pristine), {i: args[i] for i in self._static})
+        fresh = self._build(copied(self._pristine), {i: args[i] for i in self._static})
         alive = [v for v in self._variants if all(ref() is not None for _, ref, _ in v.seen)]
         self._variants = [fresh, *alive][:_KEPT_VARIANTS]
         return fresh
@@ -125,7 +125,8 @@ class CompiledGraph:
         return lambda boxed: compiled(*boxed)
 
 
-def _copied(gm: GraphModule) -> GraphModule:
+def copied(gm: GraphModule) -> GraphModule:
+    """A copy of ``gm`` whose graph can be rewritten; it shares the tensors."""
     graph = Graph()
     output = graph.graph_copy(gm.graph, {})
     graph.output(output)

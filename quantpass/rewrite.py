@@ -95,6 +95,7 @@ class Rewriter:
         after = "\n".join(describe_node(n) for n in self._new)
         plan.output.replace_all_uses_with(value)
         self._replaced[plan.output] = value
+        value.meta["quantpass_replaces"] = plan.output.name
         consumed = self._erase_dead(plan.output)
         return "\n".join(consumed), after
 
