@@ -318,11 +318,11 @@ class _Checker:
 
             ends.append(self._run(node, end, native))
         ends = [e.double() for e in ends]
-        if native.is_floating_point():
+        if native.is_floating_point() and op_name(node).split(".")[1] in ("add", "sub", "mul", "div"):
             sizes = [float(self.native[i].abs().max()) for i in node.all_input_nodes if self.native[i].numel()]
-            slack = 2 * HALF_UNIT[native.dtype] * max([float(ends[1].abs().max()) if ends[1].numel() else 0.0, *sizes])
-            whole = op_name(node) in ROUNDS
-            return Value(ends[0], True, None, torch.minimum(*ends) - (0 if whole else slack), torch.maximum(*ends) + (0 if whole else slack))
+            largest = max([float(ends[1].abs().max()) if ends[1].numel() else 0.0, *sizes])
+            slack = 2 * HALF_UNIT[native.dtype] * largest
+            return Value(ends[0], True, None, torch.minimum(*ends) - slack, torch.maximum(*ends) + slack)
         return Value(ends[0], True, None, torch.minimum(*ends), torch.maximum(*ends))
 
     def _run(self, node, pick, native):
