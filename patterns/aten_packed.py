@@ -51,7 +51,10 @@ def _unpacked(reader: AffineReader, node: Node, packed: Node, group: int, scale_
     n, groups = parameters.shape[1], parameters.shape[0]
     k = groups * group
     plain = torch.stack([torch.ones(groups, n), torch.zeros(groups, n)], dim=-1).to(parameters.dtype)
-    columns = aten._weight_int4pack_mm_for_cpu(torch.eye(k, dtype=parameters.dtype), tiles, group, plain)
+    try:
+        columns = aten._weight_int4pack_mm_for_cpu(torch.eye(k, dtype=parameters.dtype), tiles, group, plain)
+    except RuntimeError as error:
+        return NotAffine(f"its packed weight can't be unpacked ({error})", quantized=True)
     codes = columns.to(torch.int8)  # (K, N), in [-8, 7]
     scale, zero = (p.double() for p in parameters.unbind(-1))
     if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,6 +51,8 @@ class _Product:
     acc_addend: Expr | None
     addend: Expr | None
     fixups: tuple[str, ...]
+    lost: float = 0.0
+    """What float32 sums may lose beside the bound that is relative to the products and the bias."""
 
 
 def quant_matmul_candidates(
@@ -142,7 +145,7 @@ def _product(activation: Affine, weight: Weight, c: Composition) -> _Product | N
     if len(ex.shape_of(codes)) != 2 and len(ex.shape_of(weight.codes)) == 2:
         x = flattened(codes)
         notes.did("x flattened to 2-D")
-    columns, rows = ex.mul(weight.scale, c.columns), list(c.rows)
+    columns, rows, lost = ex.mul(weight.scale, c.columns), list(c.rows), 0.0
     if len(ex.shape_of(weight.codes)) > 2 and any(ex.shape_of(r) != (1,) for r in rows):
         return None  # pertoken_scale has no batch dimension
     for factor in activation.factors:
@@ -164,13 +167,19 @@ def _product(activation: Affine, weight: Weight, c: Composition) -> _Product | N
     if isinstance(acc_addend, Const) and ex.is_all(acc_addend, 0):
         acc_addend = None
     if acc_addend is not None and not _is_whole(acc_addend):
-        # A zero point that is no integer can't enter the integer accumulator.
+        # Of a zero point that is no integer, only the whole part can enter the integer accumulator.
         if rows:
             return None
-        scaled = ex.mul(_wide_node(acc_addend), columns)
-        addend = scaled if addend is None else ex.add(_wide(addend), scaled)
-        acc_addend = None
-    return _Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups))
+        whole = Const(acc_addend.tensor.round()) if isinstance(acc_addend, Const) else None
+        rest = ex.mul(_wide_node(acc_addend) if whole is None else ex.sub(acc_addend, whole), columns)
+        addend = rest if addend is None else ex.add(_wide(addend), rest)
+        acc_addend, lost = (None if whole is None or ex.is_all(whole, 0) else whole), _rounding_of(rest)
+    return _Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups), lost)
+
+
+def _rounding_of(addend: Expr) -> float:
+    """How far a float32 sum with ``addend`` may be off where the rest of the sum cancels it."""
+    return FLOAT32_STEPS * float(addend.tensor.abs().max()) if isinstance(addend, Const) else math.inf
 
 
 def _is_whole(e: Expr) -> bool:
@@ -251,7 +260,11 @@ def _float_output(
     if p.acc_addend is not None and p.addend is not None:
         if p.rows is not None or dtype == torch.float32:
             return  # an integer bias is scaled by rows, a floating one is not; in float32 the sum would lose digits
-        merged = ex.add(_wide(p.addend), ex.mul(_wide_node(p.acc_addend), p.columns))
+        correction = ex.mul(_wide_node(p.acc_addend), p.columns)
+        if not isinstance(correction, Const):
+            return  # the sum may cancel it, and nothing bounds what is lost then
+        merged = ex.add(_wide(p.addend), correction)
+        p = replace(p, lost=p.lost + _rounding_of(correction))
         yield _emit(reading, p, laid_out, chip, options, dtype, bias=ex.cast(merged, torch.float32))
         return
     if p.acc_addend is not None:
@@ -461,6 +474,9 @@ def _numerics(p: _Product, word: bool, *, in_half: bool) -> Numerics:
     if word and p.addend is not None:
         absolute = float(p.columns.tensor.abs().max()) / 2 if isinstance(p.columns, Const) else float("inf")
         why.append("bias rounded to a multiple of the scale")
+    if p.lost:
+        absolute += p.lost
+        why.append("the activation's zero point added in float32")
     if in_half:
         absolute += torch.finfo(torch.float16).smallest_normal
         why.append("computed in float16, which overflows above 65504")

@@ -1,5 +1,6 @@
 """Settings of the whole test run, and fixtures that several test files share."""
 
+import logging
 import os
 
 import pytest
@@ -15,6 +16,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet():
+    """PyTorch's structured trace, which pytest would collect for every graph."""
+    logging.getLogger("torch.__trace").setLevel(logging.WARNING)
 
 
 @pytest.fixture(autouse=True, scope="session")
