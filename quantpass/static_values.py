@@ -16,7 +16,7 @@ from torch.fx.node import map_aggregate
 
 from quantpass.expr import Const, Expr, Ref
 from quantpass.schema import arguments_of, bind
-from quantpass.torch_internals import can_run, checks_guards
+from quantpass.torch_internals import can_run, checks_guards, is_wrapper_subclass
 
 aten = torch.ops.aten
 
@@ -86,8 +86,8 @@ class StaticValues:
     def widened(self, node: Node, replaced: Mapping[Node, torch.Tensor] | None = None) -> torch.Tensor:
         """The value of a static node with the arithmetic on tensors of its size done in float64.
 
-        Integers, what is rounded to them, and small parameters (scales, zero points) are taken as the graph computes
-        them: they are what the graph uses.
+        Integers, what is rounded to them, and parameters (scales, zero points: what is small, or made of no integers)
+        are taken as the graph computes them: they are what the graph uses.
 
         Args:
             node: what to evaluate.
@@ -96,11 +96,12 @@ class StaticValues:
         values = dict(replaced or {})
         todo, seen = [node], {node}
         least = node.meta["val"].numel() // _PARAMETER_SHARE
+        carriers = _carriers_of_codes(node, least)
         while todo:
             n = todo.pop()
             if n in values:
                 continue
-            if n is not node and (_makes_integers(n) or _is_smaller(n, least)):
+            if n is not node and (_makes_integers(n) or _is_smaller(n, least) or n not in carriers):
                 value = self.value(n)
                 is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
                 values[n] = value.to(torch.float64) if is_float else value
@@ -220,7 +221,9 @@ def _on_cpu(argument: Any) -> Any:
 
 def _storage(t: torch.Tensor) -> Any:
     """What tensors that share memory have in common."""
-    return (t.layout == torch.strided and t.untyped_storage().data_ptr()) or id(t)
+    if t.layout != torch.strided or is_wrapper_subclass(t):
+        return id(t)
+    return t.untyped_storage().data_ptr() or id(t)
 
 
 def _as_dtype(number: float, dtype: torch.dtype) -> float:
@@ -239,6 +242,27 @@ def _makes_integers(n: Node) -> bool:
     return not fake.dtype.is_floating_point and any(
         isinstance(i, torch.Tensor) and i.is_floating_point() for i in inputs
     )
+
+
+def _carriers_of_codes(node: Node, least: int) -> set[Node]:
+    """``node`` and the nodes it is computed from through which integers, at least ``least`` of them, reach it."""
+    order, seen, stack = [], {node}, [(node, False)]
+    while stack:
+        n, ready = stack.pop()
+        if ready:
+            order.append(n)
+            continue
+        stack.append((n, True))
+        fresh = [i for i in n.all_input_nodes if i not in seen]
+        seen.update(fresh)
+        stack.extend((i, False) for i in fresh)
+    carriers = {node}
+    for n in order:
+        fake = n.meta.get("val")
+        integers = isinstance(fake, torch.Tensor) and not fake.dtype.is_floating_point and fake.numel() >= least
+        if integers or _makes_integers(n) or any(i in carriers for i in n.all_input_nodes):
+            carriers.add(n)
+    return carriers
 
 
 def _is_smaller(n: Node, least: int) -> bool:
