@@ -30,18 +30,25 @@ _KEPT_VARIANTS = 64
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
-    """The graph compiled for one set of weights. ``seen``: input index, tensor and version of each weight read."""
+    """The graph compiled for one set of weights. ``seen``: input index, tensor and state of each weight read."""
 
-    seen: tuple[tuple[int, weakref.ref[torch.Tensor], int | None], ...]
+    seen: tuple[tuple[int, weakref.ref[torch.Tensor], _State], ...]
     run: Callable[[list[Any]], Any]
     constants: tuple[torch.Tensor, ...]
 
     def holds_for(self, args: Sequence[Any]) -> bool:
-        return all(args[i] is ref() and _version(args[i]) == version for i, ref, version in self.seen)
+        return all(args[i] is ref() and _state(args[i]) == state for i, ref, state in self.seen)
 
 
-def _version(t: torch.Tensor) -> int | None:
-    return None if t.is_inference() else t._version
+_State = tuple[int | None, int]
+
+
+def _state(t: torch.Tensor) -> _State:
+    """What changes when the tensor is written to (its version), or given other memory through ``.data``.
+
+    Not seen: writes through ``t.data``, and writes to tensors made in inference mode, which PyTorch does not count.
+    """
+    return (None if t.is_inference() else t._version, t.data_ptr())
 
 
 class CompiledGraph:
@@ -105,9 +112,7 @@ class CompiledGraph:
         self._on_outcome(outcome, fused, formats)
         index = {n: i for i, n in enumerate(placeholders)}
         seen = tuple(
-            (index[n], weakref.ref(tensors[index[n]]), _version(tensors[index[n]]))
-            for n in outcome.leaves
-            if n in index
+            (index[n], weakref.ref(tensors[index[n]]), _state(tensors[index[n]])) for n in outcome.leaves if n in index
         )
         return _Variant(seen, self._inner(gm, constants.inputs), constants.inputs)
 

@@ -14,6 +14,7 @@ from quantpass.patterns import Dialects
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, read_contraction
 from quantpass.patterns.epilogues import Epilogue, read_epilogue
+from quantpass.patterns.terms import is_one, same_shape
 from quantpass.patterns.weights import read_weight
 from quantpass.records import Reject, Weight
 from quantpass.schema import op_name
@@ -124,6 +125,13 @@ def _reading_rejects(reader: AffineReader, c: Contraction, weight: Weight | NotA
             "make the graph functional first: run_decompositions({}) on an exported program",
         )
     if not isinstance(weight, NotAffine):
+        if len(ex.shape_of(weight.codes)) == 2 and not _covers_batches(c):
+            yield Reject(
+                "read.matmul",
+                f"the right operand of {c.form} ({c.rhs.name}) is one matrix for more batches than the left one has",
+                "a left operand with all rows of the result",
+                "multiply once and expand the result",
+            )
         return
     static = reader.values.is_static(c.rhs)
     what = f"the right operand of {c.form} ({c.rhs.name}): {weight.reason}"
@@ -132,6 +140,14 @@ def _reading_rejects(reader: AffineReader, c: Contraction, weight: Weight | NotA
         yield Reject("read.weight.float", what, "a weight read as scale * (codes - zero_point)", hint)
         return
     yield Reject(weight.rule, what, "a weight read as scale * (codes - zero_point)", weight.hint)
+
+
+def _covers_batches(c: Contraction) -> bool:
+    """True where the left operand has a row for each row of the product, so that one matrix serves them all."""
+    if c.matrix is not None or c.rhs.meta["val"].dim() <= 2:
+        return True
+    left = [s for s in c.lhs.meta["val"].shape[:-2] if not is_one(s)]
+    return same_shape(left, [s for s in c.product_shape[:-2] if not is_one(s)])
 
 
 def provenance(node: Node) -> tuple[str, str]:
