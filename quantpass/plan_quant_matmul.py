@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -15,10 +14,8 @@ from quantpass.candidates import (
     HALF_OPT_IN,
     Candidate,
     LaidOut,
-    Notes,
     aten,
     call_op,
-    flattened,
     in_output_form,
     no_layout,
     ops,
@@ -28,9 +25,10 @@ from quantpass.candidates import (
 from quantpass.chips.calls import QMM, OpCall
 from quantpass.chips.rules import Chip
 from quantpass.composition import Composition
-from quantpass.expr import Call, Const, Expr
+from quantpass.expr import Const, Expr
 from quantpass.options import Options
 from quantpass.patterns.affine import Affine
+from quantpass.quant_product import Product, product_of, refusals, wide, wide_node
 from quantpass.records import Numerics, Reject, Weight
 from quantpass.sites import Reading
 
@@ -39,31 +37,15 @@ _INT32 = 2**31 - 1
 _SMALLEST_NORMAL = 2.0**-126
 
 
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """``codes_x @ codes_w`` and everything that turns it into the output, dtype of the output aside."""
-
-    x: Expr
-    weight: Weight
-    composition: Composition
-    columns: Expr
-    rows: Expr | None
-    acc_addend: Expr | None
-    addend: Expr | None
-    fixups: tuple[str, ...]
-    lost: float = 0.0
-    """What float32 sums may lose beside the bound that is relative to the products and the bias."""
-
-
 def quant_matmul_candidates(
     reading: Reading, compositions: list[Composition], chip: Chip, options: Options
 ) -> Iterator[Candidate | Reject]:
     """Candidates from the most to the least complete epilogue, and reasons where there can be none."""
     activation, weight = reading.activation, reading.weight
     assert isinstance(activation, Affine) and isinstance(weight, Weight)
-    refusals = list(_refusals(activation, weight))
-    if refusals:
-        yield from refusals
+    rejects = list(refusals(activation, weight))
+    if rejects:
+        yield from rejects
         return
     if not any(True for _ in weight_layouts(weight, chip, QMM, options, int4=False)):
         yield no_layout("qmm", chip)
@@ -71,7 +53,7 @@ def quant_matmul_candidates(
     for composition in reversed(compositions):
         if not composition.complete:
             continue
-        product = _product(activation, weight, composition)
+        product = product_of(activation, weight, composition)
         problem = None if product is None else _overflow(product.acc_addend, weight.k)
         if problem is not None:
             yield problem
@@ -79,149 +61,7 @@ def quant_matmul_candidates(
             yield from _candidates(reading, product, chip, options)
 
 
-def _refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
-    """What the operator has no term for, whatever the chip."""
-    if weight.zero_point is not None:
-        yield Reject(
-            "qmm.weight.zero_point",
-            "the weight has a zero point",
-            "a symmetric weight: the operator has no term for the row sums of x",
-            "quantize the weight symmetrically",
-        )
-    if weight.group_size:
-        yield Reject(
-            "qmm.weight.group",
-            f"the weight has a scale for each group of {weight.group_size} rows of K",
-            "one scale for each column of N",
-            "quantize the weight per channel",
-        )
-    if weight.k_scale is not None:
-        yield Reject(
-            "qmm.weight.k_scale",
-            "the weight's scale varies along K",
-            "one scale for each column of N",
-            "move the scale along K onto the activation before quantizing it (as SmoothQuant does)",
-        )
-    for factor in activation.factors:
-        if factor.kind not in ("scalar", "rows"):
-            yield Reject(
-                "qmm.activation.scale",
-                f"the activation's scale varies along K ({factor.kind})",
-                "one scale, or one for each row",
-                "move the scale into the weight before quantizing it",
-            )
-    batched = len(ex.shape_of(weight.codes)) > 2
-    if batched and any(f.kind == "rows" for f in activation.factors):
-        yield Reject(
-            "qmm.batched.rows",
-            "both operands are computed at run time and the left one has a scale for each row",
-            "one scale for the whole tensor",
-            "quantize both operands of an attention matmul per tensor",
-        )
-    zero = activation.zero_point
-    if zero is None:
-        return
-    if zero.kind != "scalar" or batched:
-        per = "stands beside a right operand of several matrices" if batched else "is different for each row"
-        yield Reject(
-            "qmm.activation.zero_point",
-            f"the activation's zero point {per}",
-            "one zero point for the whole tensor: the operator has no rank-1 term",
-            "quantize activations symmetrically",
-        )
-    elif zero.constant is None and ex.dtype_of(zero.expr).is_floating_point:
-        yield Reject(
-            "qmm.activation.zero_point.dtype",
-            "the activation's zero point is known only at run time and is a float",
-            "an integer: it goes into the int32 bias",
-            "quantize activations symmetrically, or keep their zero point in an integer tensor",
-        )
-
-
-def _product(activation: Affine, weight: Weight, c: Composition) -> _Product | None:
-    notes = Notes()
-    codes = activation.codes
-    x = codes
-    if len(ex.shape_of(codes)) != 2 and len(ex.shape_of(weight.codes)) == 2:
-        x = flattened(codes)
-        notes.did("x flattened to 2-D")
-    columns, rows, lost = ex.mul(weight.scale, c.columns), list(c.rows), 0.0
-    if len(ex.shape_of(weight.codes)) > 2 and any(ex.shape_of(r) != (1,) for r in rows):
-        return None  # pertoken_scale has no batch dimension
-    for factor in activation.factors:
-        if factor.kind == "scalar" and factor.constant is not None:
-            columns = ex.mul(columns, factor.flat())
-            continue
-        of_rows = factor.per_row(activation.shape)
-        if of_rows is None:
-            return None
-        rows.append(of_rows)
-    acc_addend, addend = c.acc_addend, c.addend
-    if activation.zero_point is not None:
-        zero = ex.cast(
-            activation.zero_point.flat(), torch.float64 if ex.known(activation.zero_point.expr) else torch.int32
-        )
-        correction = conventions.activation_correction(zero, _column_sums(weight))
-        acc_addend = correction if acc_addend is None else ex.add(acc_addend, correction)
-        notes.did("activation zero point folded into the bias")
-    if isinstance(acc_addend, Const) and ex.is_all(acc_addend, 0):
-        acc_addend = None
-    if acc_addend is not None and not _is_whole(acc_addend):
-        # Of a zero point that is no integer, only the whole part can enter the integer accumulator.
-        if rows:
-            return None
-        whole = Const(acc_addend.tensor.round()) if isinstance(acc_addend, Const) else None
-        rest = ex.mul(_wide_node(acc_addend) if whole is None else ex.sub(acc_addend, whole), columns)
-        addend = rest if addend is None else ex.add(_wide(addend), rest)
-        acc_addend, lost = (None if whole is None or ex.is_all(whole, 0) else whole), _rounding_of(rest)
-    return _Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups), lost)
-
-
-def _rounding_of(addend: Expr) -> float:
-    """How far a float32 sum with ``addend`` may be off where the rest of the sum cancels it."""
-    return FLOAT32_STEPS * float(addend.tensor.abs().max()) if isinstance(addend, Const) else math.inf
-
-
-def _is_whole(e: Expr) -> bool:
-    if isinstance(e, Const):
-        return bool((e.tensor == e.tensor.round()).all())
-    return not ex.dtype_of(e).is_floating_point
-
-
-def _wide(e: Expr) -> Expr:
-    return ex.cast(e, torch.float64) if isinstance(e, Const) else e
-
-
-def _column_sums(weight: Weight) -> Expr:
-    """Sum of the codes of each column, ``(N,)``."""
-    dim = 1 if weight.transposed else 0
-    if isinstance(weight.codes, Const):
-        return Const(weight.codes.tensor.sum(dim=dim, dtype=torch.int64).to(torch.float64))
-    return Call(aten.sum.dim_IntList, (weight.codes, [dim]), {"dtype": torch.int32}, torch.int32, (weight.n,))
-
-
-def _row_scale(rows: list[Expr], x: Expr) -> Expr | None:
-    """The product of the row factors as a float32 vector ``(M,)``."""
-    if not rows:
-        return None
-    product = ex.cast(rows[0], torch.float32)
-    for factor in rows[1:]:
-        product = ex.mul(product, ex.cast(factor, torch.float32))
-    if ex.shape_of(product) != (1,):
-        return product
-    m = ex.shape_of(x)[-2]
-    if isinstance(m, int) and m == 1:
-        return product
-    ones = ex.apply(aten.new_ones.default, product, [_rows_size(x)], dtype=torch.float32, shape=(m,))
-    return ex.mul(product, ones)
-
-
-def _rows_size(x: Expr) -> object:
-    m = ex.shape_of(x)[-2]
-    return m if isinstance(m, int) else Call(aten.sym_size.int, (x, -2), {}, torch.int64, ())
-
-
-def _candidates(reading: Reading, p: _Product, chip: Chip, options: Options) -> Iterator[Candidate | Reject]:
+def _candidates(reading: Reading, p: Product, chip: Chip, options: Options) -> Iterator[Candidate | Reject]:
     integer_graph = reading.node.meta["val"].dtype == torch.int32
     for laid_out in weight_layouts(p.weight, chip, QMM, options, int4=False):
         c = p.composition
@@ -243,7 +83,7 @@ def _candidates(reading: Reading, p: _Product, chip: Chip, options: Options) -> 
 
 
 def _word_output(
-    reading: Reading, p: _Product, laid_out: LaidOut, chip: Chip, options: Options
+    reading: Reading, p: Product, laid_out: LaidOut, chip: Chip, options: Options
 ) -> Iterator[Candidate | Reject]:
     """float16 without per-token scales: the scale goes through the int64 word."""
     problem = _word_problem(p) or _bias_problem(p)
@@ -254,16 +94,16 @@ def _word_output(
 
 
 def _float_output(
-    reading: Reading, p: _Product, laid_out: LaidOut, chip: Chip, options: Options
+    reading: Reading, p: Product, laid_out: LaidOut, chip: Chip, options: Options
 ) -> Iterator[Candidate | Reject]:
     dtype = p.composition.dtype
     if p.acc_addend is not None and p.addend is not None:
         if p.rows is not None or dtype == torch.float32:
             return  # an integer bias is scaled by rows, a floating one is not; in float32 the sum would lose digits
-        correction = ex.mul(_wide_node(p.acc_addend), p.columns)
+        correction = ex.mul(wide_node(p.acc_addend), p.columns)
         if not isinstance(correction, Const):
             return  # the sum may cancel it, and nothing bounds what is lost then
-        merged = ex.add(_wide(p.addend), correction)
+        merged = ex.add(wide(p.addend), correction)
         p = replace(p, lost=p.lost + _rounding_of(correction))
         yield _emit(reading, p, laid_out, chip, options, dtype, bias=ex.cast(merged, torch.float32))
         return
@@ -276,12 +116,8 @@ def _float_output(
     yield _emit(reading, p, laid_out, chip, options, dtype, bias=own)
 
 
-def _wide_node(e: Expr) -> Expr:
-    return e if isinstance(e, Const) else ex.cast(e, torch.float32)
-
-
 def _int8_output(
-    reading: Reading, p: _Product, laid_out: LaidOut, chip: Chip, options: Options
+    reading: Reading, p: Product, laid_out: LaidOut, chip: Chip, options: Options
 ) -> Iterator[Candidate | Reject]:
     q = p.composition.requantize
     assert q is not None
@@ -327,7 +163,7 @@ def _int8_output(
     )
 
 
-def _word_problem(p: _Product) -> Reject | None:
+def _word_problem(p: Product) -> Reject | None:
     """A scale that the hardware's word can't hold."""
     if not isinstance(p.columns, Const):
         return None
@@ -341,7 +177,7 @@ def _word_problem(p: _Product) -> Reject | None:
     )
 
 
-def _bias_problem(p: _Product) -> Reject | None:
+def _bias_problem(p: Product) -> Reject | None:
     """A bias that does not fit the int32 accumulator beside the product."""
     return _overflow(_folded_bias(p, check=False), p.weight.k)
 
@@ -360,16 +196,16 @@ def _overflow(bias: Expr | None, k: int) -> Reject | None:
     )
 
 
-def _folded_bias(p: _Product, *, check: bool = True) -> Expr | None:
+def _folded_bias(p: Product, *, check: bool = True) -> Expr | None:
     """Everything that is added, as int32 in units of the accumulator: ``round(addend / scale) + acc_addend``."""
     total = p.acc_addend
     if p.addend is not None:
-        units = ex.div(_wide(p.addend), p.columns)
+        units = ex.div(wide(p.addend), p.columns)
         units = ex.apply(aten.round.default, units, dtype=ex.dtype_of(units), shape=ex.shape_of(units))
         if total is None:
             total = units
         elif ex.known(total, units):
-            total = ex.add(_wide(total), units)
+            total = ex.add(wide(total), units)
         else:  # integers, so that no digit is lost in float32
             total = ex.add(ex.cast(total, torch.int32), ex.cast(units, torch.int32))
     return _int32(total) if check else total
@@ -381,7 +217,7 @@ def _int32(e: Expr | None) -> Expr | None:
 
 def _emit(
     reading: Reading,
-    p: _Product,
+    p: Product,
     laid_out: LaidOut,
     chip: Chip,
     options: Options,
@@ -450,7 +286,7 @@ def _scale_word(scale: Expr, offset: float) -> Expr:
     return ex.apply(ops.trans_quant_param.default, *arguments, dtype=torch.int64, shape=shape)
 
 
-def _scaled_in_graph(acc: Expr, p: _Product) -> Expr:
+def _scaled_in_graph(acc: Expr, p: Product) -> Expr:
     value = ex.mul(ex.cast(acc, torch.float32), ex.named(ex.cast(p.columns, torch.float32), "scale"))
     if p.rows is not None:
         value = ex.mul(value, ex.reshape(p.rows, (-1, 1)))
@@ -468,7 +304,7 @@ def _as_codes(int8: Expr, c: Composition, shift: int) -> Expr:
     return ex.cast(more, c.dtype)
 
 
-def _numerics(p: _Product, word: bool, *, in_half: bool) -> Numerics:
+def _numerics(p: Product, word: bool, *, in_half: bool) -> Numerics:
     relative = FLOAT32_STEPS + (_FP19 if word else 0.0) + (2.0**-11 if in_half else 0.0)
     why, absolute = [], 0.0
     if word and p.addend is not None:
