@@ -28,7 +28,7 @@ from quantpass.composition import Composition
 from quantpass.expr import Const, Expr
 from quantpass.options import Options
 from quantpass.patterns.affine import Affine
-from quantpass.quant_product import Product, product_of, refusals, wide, wide_node
+from quantpass.quant_product import Product, product_of, refusals, rounding_of, wide, wide_node
 from quantpass.records import Numerics, Reject, Weight
 from quantpass.sites import Reading
 
@@ -104,7 +104,7 @@ def _float_output(
         if not isinstance(correction, Const):
             return  # the sum may cancel it, and nothing bounds what is lost then
         merged = ex.add(wide(p.addend), correction)
-        p = replace(p, lost=p.lost + _rounding_of(correction))
+        p = replace(p, lost=p.lost + rounding_of(correction))
         yield _emit(reading, p, laid_out, chip, options, dtype, bias=ex.cast(merged, torch.float32))
         return
     if p.acc_addend is not None:

@@ -128,11 +128,11 @@ def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | 
         whole = Const(acc_addend.tensor.round()) if isinstance(acc_addend, Const) else None
         rest = ex.mul(wide_node(acc_addend) if whole is None else ex.sub(acc_addend, whole), columns)
         addend = rest if addend is None else ex.add(wide(addend), rest)
-        acc_addend, lost = (None if whole is None or ex.is_all(whole, 0) else whole), _rounding_of(rest)
+        acc_addend, lost = (None if whole is None or ex.is_all(whole, 0) else whole), rounding_of(rest)
     return Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups), lost)
 
 
-def _rounding_of(addend: Expr) -> float:
+def rounding_of(addend: Expr) -> float:
     """How far a float32 sum with ``addend`` may be off where the rest of the sum cancels it."""
     return FLOAT32_STEPS * float(addend.tensor.abs().max()) if isinstance(addend, Const) else math.inf
 
