@@ -47,13 +47,14 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) ->
         prefixes = [p for p in prefixes if p.length >= len(reading.contraction.own)]
     rejects: list[Reject] = []
     not_nz: list[Reject] = []
+    nearest: dict[str, tuple[Reject, ...]] = {}
     for candidate in _candidates(reading, prefixes, chip, options):
         if isinstance(candidate, Reject):
             rejects.append(candidate)
             continue
         verdict = judge(candidate.call, chip, options.allow)
         if verdict.legal:
-            plan = _as_plan(candidate, reading, rejects, verdict.assumptions)
+            plan = _as_plan(candidate, reading, _why_not(rejects, nearest), verdict.assumptions)
             written = written_before(plan.value, plan.output, writes)
             if written is not None:
                 rejects.append(_written(written))
@@ -63,9 +64,17 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) ->
             return Planned(plan, candidate.numerics)
         if candidate.weight_format == "NZ":
             not_nz.extend(verdict.rejects)
-        if not any(r.rule.startswith(_family(candidate)) for r in rejects):
-            rejects.extend(verdict.rejects)
-    return Planned(None, None, tuple(dict.fromkeys(rejects)) or (_nothing_fits(reading),))
+        family = _family(candidate)
+        if family not in nearest or len(verdict.rejects) < len(nearest[family]):
+            nearest[family] = verdict.rejects
+    return Planned(None, None, _why_not(rejects, nearest) or (_nothing_fits(reading),))
+
+
+def _why_not(rejects: list[Reject], nearest: dict[str, tuple[Reject, ...]]) -> tuple[Reject, ...]:
+    """What stands against a site: reasons from planning, and what each operator's most nearly legal call breaks."""
+    planned = [family for family in nearest if any(r.rule.startswith(family) for r in rejects)]
+    broken = [r for family, found in nearest.items() if family not in planned for r in found]
+    return tuple(dict.fromkeys((*rejects, *broken)))
 
 
 def _nd_reason(plan: Plan, weight: Weight, not_nz: list[Reject], chip: Chip, options: Options) -> str:
@@ -121,7 +130,9 @@ def _nothing_fits(reading: Reading) -> Reject:
     )
 
 
-def _as_plan(candidate: Candidate, reading: Reading, passed_over: list[Reject], assumptions: tuple[str, ...]) -> Plan:
+def _as_plan(
+    candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...], assumptions: tuple[str, ...]
+) -> Plan:
     notes = [f"assumes {a}" for a in assumptions]
     if candidate.call.op != QMM and isinstance(reading.activation, Affine) and passed_over:
         notes.append(f"the activation's quantization stays in the graph: {passed_over[0].fact}")
