@@ -20,6 +20,7 @@ def schemes() -> Iterator[Scheme]:
     yield from _pt2e()
     yield from _aten()
     yield from _by_hand()
+    yield from _vendor()
 
 
 # -- torchao -------------------------------------------------------------------------------------------------------
@@ -266,3 +267,34 @@ def _by_hand() -> Iterator[Scheme]:
         lambda m, x: torch.bmm(x, (m.w.view(2, N // 2, K).to(x.dtype) * m.s.view(2, -1, 1)).transpose(1, 2)),
         maps=False,
     )
+
+
+# -- the vendor's own quantize operators ---------------------------------------------------------------------------
+
+
+def _vendor() -> Iterator[Scheme]:
+    import quantpass as qp
+
+    def add(name: str, forward: Any, dtype: torch.dtype = HALF) -> Scheme:
+        def build() -> Any:
+            qp.emulate_npu()
+            return _module(dtype, forward)
+
+        return Scheme("torch_npu", "torch", name, build)
+
+    def anti_quant(m: Any, x: torch.Tensor) -> torch.Tensor:
+        codes = m.w.t().contiguous()
+        return x @ torch.ops.npu.npu_anti_quant(codes, m.s.flatten().float(), offset=m.z.flatten().float())
+
+    def dynamic(m: Any, x: torch.Tensor) -> torch.Tensor:
+        codes, scale = torch.ops.npu.npu_dynamic_quant(x)
+        return linear(codes.to(x.dtype) * scale[..., None].to(x.dtype), m.w.to(x.dtype) * m.s, m.b)
+
+    def static(m: Any, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.full((1,), 0.03)
+        codes = torch.ops.npu.npu_quantize(x, scale, None, torch.qint8, -1, True)
+        return linear(codes.to(x.dtype) * 0.03, m.w.to(x.dtype) * m.s, m.b)
+
+    yield add("npu_anti_quant, then matmul", anti_quant)
+    yield add("npu_dynamic_quant, dequantized", dynamic)
+    yield add("npu_quantize, dequantized", static)
