@@ -119,9 +119,7 @@ class CompiledGraph:
         drop_casts_of_inputs(gm)
         index = {n: i for i, n in enumerate(placeholders)}
         seen = tuple(
-            (index[n], weakref.ref(tensors[index[n]]), _state(tensors[index[n]]))
-            for n in outcome.leaves
-            if n in index
+            (index[n], weakref.ref(tensors[index[n]]), _state(tensors[index[n]])) for n in outcome.leaves if n in index
         )
         return _Variant(seen, self._inner(gm, constants), tuple(constants))
 

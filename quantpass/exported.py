@@ -16,9 +16,7 @@ def program_values(program: ExportedProgram) -> dict[Node, torch.Tensor]:
     updated = set(program.graph_signature.buffers_to_mutate.values())
     updated |= set(program.graph_signature.parameters_to_mutate.values())
     specs = {
-        s.arg.name: s
-        for s in program.graph_signature.input_specs
-        if s.kind in _STATIC and s.target not in updated
+        s.arg.name: s for s in program.graph_signature.input_specs if s.kind in _STATIC and s.target not in updated
     }
     found: dict[Node, torch.Tensor] = {}
     for node in program.graph.find_nodes(op="placeholder"):

@@ -98,7 +98,7 @@ class Numerics:
     codes, ``|fused - graph| <= relative * S + of_x * sum_k |x_k| + absolute + half a unit of the output dtype``. For an
     int8 output the bound is on the codes, before rounding to the nearest.
 
-    ``of_x`` is there where a weight's zero point was rounded: a weight that is nearly zero changes by as much as others.
+    ``of_x`` is there where a weight's zero point was rounded: weights near zero change by as much as the others.
     """
 
     kind: str

@@ -271,7 +271,11 @@ class _Checker:
         unfused = node.name in self.left
         first = next((bound[n] for n in ("mat1", "batch1", "input", "self") if n in bound), None)
         for operand in (first, *(bound[n] for n in ("mat2", "batch2", "weight", "other") if n in bound)):
-            if any(s.numerics.of_x for s in self.sites) and isinstance(operand, torch.fx.Node) and self.native[operand].numel():
+            if (
+                any(s.numerics.of_x for s in self.sites)
+                and isinstance(operand, torch.fx.Node)
+                and self.native[operand].numel()
+            ):
                 x = _mag(self.values[operand])
                 most = max(float(x.sum(d).max()) for d in range(x.dim()))
                 self.absolute += max(s.numerics.of_x for s in self.sites) * most
@@ -280,11 +284,10 @@ class _Checker:
         if name in ("aten._weight_int8pack_mm", "aten._weight_int4pack_mm_for_cpu"):
             x, w = self.values[bound["self"]], self._packed(name, bound)
             return Value(x.v @ w, True, _mag(x) @ w.abs())
-        if not native.is_floating_point():
-            v = wide(native)
-        else:
-            v = self._run(node, lambda i: i.v, native)
-        absolute = {n: (abs(a) if n in ("alpha", "beta") and not isinstance(a, torch.fx.Node) else a) for n, a in bound.items()}
+        v = self._run(node, lambda i: i.v, native) if native.is_floating_point() else wide(native)
+        absolute = {
+            n: (abs(a) if n in ("alpha", "beta") and not isinstance(a, torch.fx.Node) else a) for n, a in bound.items()
+        }
         args, names = [], [a.name for a in node.target._schema.arguments]
         for n in names:
             args.append(map_arg(absolute[n], lambda i: _mag(self.values[i])))
@@ -344,6 +347,7 @@ class _Checker:
 
     def _run(self, node, pick, native):
         """The node on other values, floating dtypes among its arguments widened to float64."""
+
         def widen(a):
             return torch.float64 if isinstance(a, torch.dtype) and a.is_floating_point else a
 
@@ -370,7 +374,11 @@ class _Checker:
 
     def _count_rounding(self, node, native, name):
         base = name.split(".")[1] if name.count(".") else name
-        if node.name in self.left and native.is_floating_point() and base not in MOVES - {"_to_copy", "to", "convert_element_type"}:
+        if (
+            node.name in self.left
+            and native.is_floating_point()
+            and base not in MOVES - {"_to_copy", "to", "convert_element_type"}
+        ):
             self.rounding += HALF_UNIT[native.dtype]
             if native.dtype == torch.float16:
                 self.underflow += 2.0**-24
@@ -383,7 +391,11 @@ class _Checker:
             gain = max(1.0, float(value.mag.max()) / own) if own else 1.0
         # A fused result that other nodes go on with was rounded to its dtype.
         rounded = 0.0 if node.name in self.outputs else self.output_rounding
-        return value.mag.double() * (self.relative + self.rounding + rounded + 2.0**-23) + self.absolute * gain + self.underflow * 256
+        return (
+            value.mag.double() * (self.relative + self.rounding + rounded + 2.0**-23)
+            + self.absolute * gain
+            + self.underflow * 256
+        )
 
     def _compare(self, node, value, native, actual):
         if not isinstance(native, torch.Tensor):
@@ -438,5 +450,16 @@ def _holds_integers(t):
 MOVES = {
     *("view", "reshape", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "clone", "mT"),
     *("alias", "detach", "contiguous", "slice", "select", "flatten", "unflatten", "numpy_T", "swapaxes", "view_copy"),
-    *("lift_fresh", "lift_fresh_copy", "dropout", "_to_copy", "to", "convert_element_type", "cat", "index", "split", "flip"),
+    *(
+        "lift_fresh",
+        "lift_fresh_copy",
+        "dropout",
+        "_to_copy",
+        "to",
+        "convert_element_type",
+        "cat",
+        "index",
+        "split",
+        "flip",
+    ),
 }

@@ -364,7 +364,9 @@ def _torchao():
         return linear_t(x, dequantize(w, [1, K], s, z, torch.int8, -128, 127, F32))
 
     def of_x(x, w, s):
-        q = torch.ops.torchao.quantize_affine.default(x, [M, K], scalar(0.03), scalar(0, torch.int32), torch.int8, -128, 127)
+        q = torch.ops.torchao.quantize_affine.default(
+            x, [M, K], scalar(0.03), scalar(0, torch.int32), torch.int8, -128, 127
+        )
         real = dequantize(q, [M, K], scalar(0.03), None, torch.int8, -128, 127, F32)
         return linear_t(real, deq_weight(w, s))
 

@@ -16,8 +16,8 @@ from torch.fx import Node
 
 torchao = pytest.importorskip("torchao", reason="torchao is not installed (pip install 'quantpass[test]')")
 import torch.ao.quantization.fx._decomposed  # the quantized_decomposed operators
-
 from quantpass.patterns import default_dialects
+
 from quantpass.schema import arguments_of, bind, qualified_name
 from tests.oracle import Unsupported, copied, judge
 from tests.spellings import all_spellings, with_values
@@ -61,7 +61,16 @@ def test_every_operator_is_in_a_spelling():
 
 # -- values ----------------------------------------------------------------------------------------------------------
 
-DTYPES = (torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 
 
 def others(value, kind, optional):

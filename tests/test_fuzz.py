@@ -129,7 +129,9 @@ def _stored(d, codes, bits, layout):
 
 def activation(d):
     """A function of a float ``(..., K)`` that returns it quantized and dequantized (or as it is)."""
-    kind = d.one_of("float", "static", "static", "asymmetric", "uint8", "token", "tensor", "fake", "operator", "asymmetric token")
+    kind = d.one_of(
+        "float", "static", "static", "asymmetric", "uint8", "token", "tensor", "fake", "operator", "asymmetric token"
+    )
     if kind == "float":
         return kind, lambda x: x
     s, z = d.one_of(0.03, 0.0625, 0.11), d.int(-40, 40)
@@ -216,7 +218,9 @@ def matmul(d, rank):
 def epilogue(d, n, dtype):
     """What follows: any of scales, biases, ReLU, casts."""
     steps = []
-    for kind in [d.one_of("bias", "bias", "scale", "vector", "cast", "alpha", "row", "relu") for _ in range(d.int(0, 4))]:
+    for kind in [
+        d.one_of("bias", "bias", "scale", "vector", "cast", "alpha", "row", "relu") for _ in range(d.int(0, 4))
+    ]:
         if kind == "bias":
             b = d.floats(n, scale=3.0).to(d.one_of(dtype, dtype, torch.float32))
             steps.append(lambda y, b=b: y + b)
@@ -335,7 +339,12 @@ def integer_matmuls(draw):
         elif form == "out_dtype":
             acc = torch.ops.higher_order.out_dtype(torch.ops.aten.mm.default, torch.int32, q, w)
         else:
-            to = {"int32 mm": torch.int32, "float codes": torch.float32, "int8 mm": torch.int8, "int64 mm": torch.int64}[form]
+            to = {
+                "int32 mm": torch.int32,
+                "float codes": torch.float32,
+                "int8 mm": torch.int8,
+                "int64 mm": torch.int64,
+            }[form]
             acc = torch.mm(q.to(to), w.to(to))
         if correct:
             acc = acc - zero * w.sum(0, dtype=torch.int32)

@@ -12,7 +12,9 @@ import quantpass as qp
 from quantpass.dump import dump
 from tests.helpers import CHIPS
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install 'quantpass[test]')")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed (pip install 'quantpass[test]')"
+)
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TOKENS = torch.arange(12).reshape(2, 6) % 50

@@ -10,14 +10,14 @@ from tests.oracle import judge
 from tests.spellings import (
     F16,
     F32,
+    WS,
+    B,
     K,
     M,
     N,
-    W,
-    WS,
-    X,
-    B,
     Spelling,
+    W,
+    X,
     aten,
     codes,
     deq_codes,
@@ -226,7 +226,12 @@ def test_products_in_narrow_integers_wrap(dtype):
     judged = outcome(build, parameters=(W, WS))
     assert judged.verdict == "refused"
     assert judged.rules == {"read.matmul"}
-    wide = outcome(lambda x, w, s: aten.mul.Tensor(to(aten.mm.default(to(codes(x), torch.int32), to(aten.t.default(w), torch.int32)), F32), aten.t.default(s)), parameters=(W, WS))
+    wide = outcome(
+        lambda x, w, s: aten.mul.Tensor(
+            to(aten.mm.default(to(codes(x), torch.int32), to(aten.t.default(w), torch.int32)), F32), aten.t.default(s)
+        ),
+        parameters=(W, WS),
+    )
     assert wide.verdict == "fused"
 
 
@@ -317,7 +322,9 @@ def test_empty_and_single(sizes):
 
 
 def test_float64_is_refused():
-    judged = outcome(lambda x, w, s: linear_t(x, aten.mul.Tensor(to(w, torch.float64), s)), X.double(), (W, WS.double()))
+    judged = outcome(
+        lambda x, w, s: linear_t(x, aten.mul.Tensor(to(w, torch.float64), s)), X.double(), (W, WS.double())
+    )
     assert "wqmm.x.dtype" in judged.rules
 
 

@@ -7,7 +7,7 @@ from torch import nn
 import quantpass as qp
 from tests.helpers import WeightOnly, compiled, rules
 from tests.oracle import judge, traced
-from tests.spellings import F16, F32, K, N, W, WS, X, B
+from tests.spellings import F16, F32, WS, B, K, N, W, X
 
 linear = nn.functional.linear
 
