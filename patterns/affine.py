@@ -19,12 +19,13 @@ from torch.fx import Node
 
 from quantpass import expr as ex
 from quantpass.expr import Call, Expr, Recentred, Ref
-from quantpass.schema import ReaderTable, call_reader, op_name
+from quantpass.schema import ReaderTable, bind, call_reader, op_name
 from quantpass.static_values import StaticValues
 
 aten = torch.ops.aten
 
 _CODE_DTYPES = (torch.int8, torch.uint8)
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.view_copy.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,10 @@ class Affine:
 
 def _replayed(node: Node, codes: Expr) -> Expr:
     """The data movement of ``node`` applied to ``codes``."""
+    if node.target in _VIEWS:
+        # The copies before a view are not replayed, so the codes may lie in memory otherwise than its input did.
+        shape = tuple(node.meta["val"].shape)
+        return ex.apply(aten.reshape.default, codes, bind(node)["size"], dtype=ex.dtype_of(codes), shape=shape)
     arguments = (codes, *node.args[1:])
     return ex.apply(
         node.target, *arguments, dtype=ex.dtype_of(codes), shape=tuple(node.meta["val"].shape), **node.kwargs

@@ -211,7 +211,8 @@ def _from_line(values: StaticValues, cuts: list[Node], line: _Line, same: float)
     stored, stored_transposed = _stored_codes(values, cuts, codes)
     zero_point = None if bool((zero == 0).all()) else Const(zero)
     if zero_point is not None and scale.shape != zero.shape:
-        scale = scale.expand_as(zero)
+        scale, zero = (t.contiguous() for t in torch.broadcast_tensors(scale, zero))
+        zero_point = Const(zero)
     return Weight(
         stored, stored_transposed, k, n, Const(scale), zero_point, 0 if group == k else group, low, high, True,
         k_order=order, k_scale=k_scale,

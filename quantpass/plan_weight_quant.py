@@ -95,7 +95,7 @@ def _candidates(
     x, x_error, x_absolute = _activation(reading.x, weight, dtype, notes)
     scale = _scale(weight, c, notes)
     offset = None if weight.zero_point is None else conventions.antiquant_offset(weight.zero_point)
-    error, scale16, offset16 = _parameter_error(scale, offset, dtype)
+    error, of_x, scale16, offset16 = _parameter_error(scale, offset, dtype)
     if error > _WORST_PARAMETER:
         yield Reject(
             "wqmm.scale.value",
@@ -113,14 +113,14 @@ def _candidates(
             "leave the sum in float32, or run the model in bfloat16",
         )
         return
-    reasons = {f"scale rounded to {dtype}": error, f"bias rounded to {dtype}": bias_error}
+    reasons = {f"scale or zero point rounded to {dtype}": error, f"bias rounded to {dtype}": bias_error}
     if weight.k_scale is not None:
         reasons["x multiplied by the weight's scale along K"] = x_error
     if dtype != ex.dtype_of(reading.x):
         reasons["computed in float16, which overflows above 65504"] = x_error
     why = tuple(w for w, e in reasons.items() if e)
     relative = _WEIGHT_ROUNDING[dtype] + weight.k * 2.0**-24 + error + x_error
-    numerics = Numerics("bounded" if why else "exact", relative, bias_error + x_absolute, why)
+    numerics = Numerics("bounded" if why else "exact", relative, bias_error + x_absolute, why, of_x)
     m, n = rows_of(shape), weight.n
     for int4 in [True, False] if narrow is not None else [False]:
         for laid_out in weight_layouts(weight, chip, WQMM, options, int4=int4):
@@ -234,16 +234,19 @@ def _scale(weight: Weight, c: Composition, notes: Notes) -> Expr:
     return scale
 
 
-def _parameter_error(scale: Expr, offset: Expr | None, dtype: torch.dtype) -> tuple[float, Expr, Expr | None]:
-    """Scale and offset in the operator's dtype, and how much that changes the weight, relative to the weight."""
+def _parameter_error(scale: Expr, offset: Expr | None, dtype: torch.dtype) -> tuple[float, float, Expr, Expr | None]:
+    """Scale and offset in the operator's dtype, and what that changes: relative to the weight, and as a part of x."""
     offset = None if offset is None else ex.expanded(offset, ex.shape_of(scale))
     narrow = ex.cast(scale, dtype)
     narrow_offset = None if offset is None else ex.cast(offset, dtype)
-    error = _relative_change(scale, narrow, dtype)
+    error, of_x = _relative_change(scale, narrow, dtype), 0.0
     if offset is not None and narrow_offset is not None:
         error += _relative_change(offset, narrow_offset, dtype)
+        if isinstance(offset, Const) and isinstance(narrow_offset, Const) and isinstance(scale, Const):
+            moved = (narrow_offset.tensor.double() - offset.tensor.double()).abs()
+            of_x = float((moved * scale.tensor.double().abs()).max())
     named_offset = None if narrow_offset is None else ex.named(narrow_offset, "offset")
-    return error, ex.named(narrow, "scale"), named_offset
+    return error, of_x, ex.named(narrow, "scale"), named_offset
 
 
 def _relative_change(wide: Expr, narrow: Expr, dtype: torch.dtype) -> float:

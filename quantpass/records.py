@@ -95,14 +95,17 @@ class Numerics:
     ``bounded``: a parameter had to be rounded on the way; ``why`` names each change.
 
     With ``S = sum_k |x_k * w_kn| + |bias_n|`` and ``graph`` = the graph's formula in exact arithmetic on the same
-    codes, ``|fused - graph| <= relative * S + absolute + half a unit of the output dtype``. For an int8 output the
-    bound is on the codes, before rounding to the nearest.
+    codes, ``|fused - graph| <= relative * S + of_x * sum_k |x_k| + absolute + half a unit of the output dtype``. For an
+    int8 output the bound is on the codes, before rounding to the nearest.
+
+    ``of_x`` is there where a weight's zero point was rounded: weights near zero change by as much as the others.
     """
 
     kind: str
     relative: float = 0.0
     absolute: float = 0.0
     why: tuple[str, ...] = ()
+    of_x: float = 0.0
 
     def __str__(self) -> str:
         if self.kind == "exact":

@@ -269,12 +269,22 @@ class _Checker:
         bound = bind(node)
         k = self._inner_size(name, bound)
         unfused = node.name in self.left
+        first = next((bound[n] for n in ("mat1", "batch1", "input", "self") if n in bound), None)
+        for operand in (first, *(bound[n] for n in ("mat2", "batch2", "weight", "other") if n in bound)):
+            if (
+                any(s.numerics.of_x for s in self.sites)
+                and isinstance(operand, torch.fx.Node)
+                and self.native[operand].numel()
+            ):
+                x = _mag(self.values[operand])
+                most = max(float(x.sum(d).max()) for d in range(x.dim()))
+                self.absolute += max(s.numerics.of_x for s in self.sites) * most
         if unfused and native.is_floating_point():
             self.rounding += (k + 2) * HALF_UNIT[native.dtype]
         if name in ("aten._weight_int8pack_mm", "aten._weight_int4pack_mm_for_cpu"):
             x, w = self.values[bound["self"]], self._packed(name, bound)
             return Value(x.v @ w, True, _mag(x) @ w.abs())
-        v = wide(native) if not native.is_floating_point() else self._run(node, lambda i: i.v, native)
+        v = self._run(node, lambda i: i.v, native) if native.is_floating_point() else wide(native)
         absolute = {
             n: (abs(a) if n in ("alpha", "beta") and not isinstance(a, torch.fx.Node) else a) for n, a in bound.items()
         }

@@ -4,6 +4,7 @@ Each spelling is a function of an activation and of parameters. :func:`graph_of`
 parameters as attributes (their values known) or as inputs (nothing known but their shapes).
 """
 
+import importlib
 import operator
 from dataclasses import dataclass
 
@@ -322,6 +323,7 @@ def _fake_quantize():
 
 
 def _decomposed():
+    importlib.import_module("torch.ao.quantization.fx._decomposed")  # the operators
     qd = torch.ops.quantized_decomposed
     i8, u8 = torch.int8, torch.uint8
     number, whole = scalar(0.03, torch.float64), scalar(3, torch.int64)
@@ -358,6 +360,10 @@ def _decomposed():
 
 
 def _torchao():
+    try:
+        importlib.import_module("torchao")  # the operators
+    except ImportError:
+        return
     dequantize = torch.ops.torchao.dequantize_affine.default
 
     def rows(x, w, s, z):

@@ -78,6 +78,7 @@ def weight(d, n, k, dtype):
         zero = {"int": zero, "narrow int": zero.to(codes.dtype)}.get(zero_kind, zero.to(wide))
         zero = zero + 0.25 if zero_kind == "float" else zero
     spelling = d.one_of("sub, mul", "mul, sub", "div", "sub int")
+    moved = None if zero is None else zero.to(wide) * scale
     layout = d.one_of("nk", "nk", "kn", "cat", "slice", "twice transposed")
     stored, read = _stored(d, codes, bits, layout)
     cast_first = d.maybe()
@@ -91,7 +92,7 @@ def weight(d, n, k, dtype):
         else:
             w = w.to(wide) if cast_first or zero is not None else w
             if spelling == "mul, sub" and zero is not None:
-                w = w * scale - zero.to(wide) * scale
+                w = w * scale - moved
             else:
                 w = w if zero is None else w - zero
                 w = w / (1 / scale.float()).to(wide) if spelling == "div" else w * scale

@@ -433,3 +433,35 @@ def test_weight_changed_after_compiling(how):
         after = run(x)
         torch.testing.assert_close(after, model(x), rtol=1e-4, atol=1e-4)
         assert not torch.equal(before, after)
+
+
+def test_views_of_copied_codes():
+    """A copy makes a strided value contiguous; the codes without the copy can't be viewed that way."""
+    x = floats(3, 2, 4, K).transpose(0, 1)
+
+    def build(x, w, s):
+        real = aten.clone.default(deq_codes(codes(x)), memory_format=torch.contiguous_format)
+        return linear_t(aten.view.default(real, [24, K]), deq_weight(w, s))
+
+    assert outcome(build, x, (W, WS)).verdict == "fused"
+
+
+@pytest.mark.parametrize("shapes", [((N, 1), (1,)), ((1,), (N, 1)), ((N, 1), (N, 1)), ((1,), (1,))])
+def test_scale_and_shift_of_different_sizes(shapes):
+    def build(x, w, s, z):
+        return linear_t(x, aten.sub.Tensor(aten.mul.Tensor(to(w, F32), s), aten.mul.Tensor(s, z)))
+
+    assert outcome(build, parameters=(W, scales(*shapes[0]), floats(*shapes[1]))).verdict == "fused"
+
+
+def test_a_rounded_zero_point_counts_against_x():
+    """Weights near the zero point are small, what rounding the zero point changes is not."""
+    w = integers(N, K, low=100, high=103, dtype=torch.uint8)
+    zero = torch.full((N, 1), 101.03)
+
+    def build(x, w, s, z):
+        return aten.mm.default(x, aten.t.default(to(aten.mul.Tensor(aten.sub.Tensor(to(w, F32), z), s), F16)))
+
+    judged = outcome(build, X.half(), (w, WS, zero))
+    assert judged.verdict == "fused"
+    assert judged.report.sites[0].numerics.of_x > 0
