@@ -1,11 +1,13 @@
 """What is read of each tool, from the tool's own graphs; ``docs/coverage.md`` is the table of the same rows."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import quantpass as qp
+from quantpass.torch_internals import traced_as_on_npu
 from tests.coverage import elsewhere, here
 from tests.coverage.captured import capture, copied, load
 from tests.coverage.store import CAPTURES
@@ -53,15 +55,17 @@ def test_every_stored_site_has_a_verdict(scheme):
 FORMS = [s for s in here.schemes() if s.maps and not s.name.endswith("bfloat16") and s.tool in ("torchao", "by hand")]
 
 
-@pytest.mark.parametrize("table", ["inductor", "core"])
+@pytest.mark.parametrize("form", ["inductor", "core", "as on an NPU"])
 @pytest.mark.parametrize("scheme", FORMS, ids=lambda s: s.slug)
-def test_decomposed_graphs_are_read_as_well(scheme, table):
+def test_other_forms_of_a_graph_are_read_as_well(scheme, form):
+    """Decomposed by a table, or with ``matmul`` whole as NPU tensors leave it."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, args = scheme.build()
-    with torch.no_grad():
+    on_npu = form == "as on an NPU"
+    with torch.no_grad(), traced_as_on_npu() if on_npu else nullcontext():
         expected = model(*args)
-        backend = qp.backend(target="cpu", decompositions=table)
+        backend = qp.backend(target="cpu", decompositions="none" if on_npu else form)
         actual = torch.compile(model, backend=backend)(*args)
     backend.report.require()
     difference = (actual.double() - expected.double()).abs().max() / expected.double().abs().mean()
