@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import GraphModule, Node
 
+from quantpass.already_fused import already_fused
 from quantpass.dump import dump
 from quantpass.options import Options
 from quantpass.patterns import default_dialects
@@ -63,7 +64,7 @@ def explain_graph(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options:
     """The verdict on every site of a graph, without touching it."""
     planned, values = analyse(gm, leaves, options)
     sites = tuple(_site(r, p, options, fused=p.plan is not None) for r, p in planned)
-    return Outcome(sites, frozenset(values.read_leaves))
+    return Outcome((*sites, *already_fused(gm.graph, options)), frozenset(values.read_leaves))
 
 
 def fuse_graph(
@@ -85,7 +86,8 @@ def fuse_graph(
     """
     planned, values = analyse(gm, leaves, options)
     before = dump(gm) if keep_text else ""
-    sites = []
+    sites: list[Site] = []
+    own_calls = tuple(already_fused(gm.graph, options))
     rewriter = Rewriter(gm, add_constant) if any(p.plan for _, p in planned) else None
     for reading, p in planned:
         if p.plan is None or rewriter is None:
@@ -100,7 +102,7 @@ def fuse_graph(
             sites.append(_site(reading, Planned(None, None, (reject,)), options, fused=False))
     if rewriter is not None:
         rewriter.finish(values.mutated)
-    return Outcome(tuple(sites), frozenset(values.read_leaves), before)
+    return Outcome((*sites, *own_calls), frozenset(values.read_leaves), before)
 
 
 def _site(

@@ -1,0 +1,74 @@
+"""The vendor's fused matmuls that a graph already calls: left as they are, and judged like any other call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from quantpass.checking import spec_of_tensor
+from quantpass.chips.calls import QMM, WQMM, OpCall
+from quantpass.legality import Verdict, judge
+from quantpass.options import Options
+from quantpass.records import Numerics, Plan, Site, TensorSpec
+from quantpass.schema import bind, op_name
+from quantpass.sites import provenance
+
+_OPERATORS = {"npu::npu_quant_matmul": QMM, "npu::npu_weight_quant_batchmatmul": WQMM}
+
+_DTYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 15: torch.bfloat16}
+"""PyTorch's numbers of the dtypes that the operators return."""
+
+_WEIGHT = {QMM: "x2", WQMM: "weight"}
+
+
+def already_fused(graph: Graph, options: Options) -> Iterator[Site]:
+    """A site for each call, ``fused`` where the chip takes it; the graph is not touched."""
+    for node in graph.nodes:
+        op = _OPERATORS.get(node.target._schema.name) if isinstance(node.target, OpOverload) else None
+        if node.op == "call_function" and op is not None:
+            yield _site(node, OpCall(op, options.mode, _arguments(node)), options)
+
+
+def _arguments(node: Node) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for name, value in bind(node).items():
+        fake = value.meta.get("val") if isinstance(value, Node) else None
+        arguments[name] = spec_of_tensor(fake) if isinstance(fake, torch.Tensor) else value
+    number = arguments.get("output_dtype")
+    if isinstance(number, int):
+        arguments["output_dtype"] = _DTYPES.get(number, number)
+    return arguments
+
+
+def _site(node: Node, call: OpCall, options: Options) -> Site:
+    verdict, call, weight_format = _judged(call, options)
+    name, source = provenance(node)
+    notes = () if weight_format == "ND" else ("legal with the weight in FRACTAL_NZ, which the graph does not say",)
+    plan = Plan(call.op, node, None, ("called by the model itself",), dict(call.args), weight_format, notes)
+    return Site(
+        name=name,
+        source=source,
+        op=op_name(node),
+        target=options.chip.name,
+        fused=verdict.legal,
+        plan=plan if verdict.legal else None,
+        rejects=verdict.rejects,
+        numerics=Numerics("exact") if verdict.legal else None,
+        reading=f"a call of {call.op}",
+    )
+
+
+def _judged(call: OpCall, options: Options) -> tuple[Verdict, OpCall, str]:
+    """The verdict on the call; a weight's format is not part of a graph, so either may make it legal."""
+    verdict = judge(call, options.chip, options.allow)
+    weight = call.tensor(_WEIGHT[call.op])
+    if verdict.legal or weight is None:
+        return verdict, call, "ND"
+    in_nz = TensorSpec(weight.dtype, weight.shape, "NZ", weight.transposed)
+    other = call.replaced(**{_WEIGHT[call.op]: in_nz})
+    found = judge(other, options.chip, options.allow)
+    return (found, other, "NZ") if found.legal else (verdict, call, "ND")
