@@ -32,7 +32,8 @@ def test_faults_are_noticed(name, fault, monkeypatch):
         for attribute, tensor in list(gm.named_buffers()):
             used = any(n.op == "get_attr" and n.target == attribute and n.users for n in gm.graph.nodes)
             if what in attribute and used and "word" not in attribute:
-                broken += [] if torch.equal(change(tensor.clone()), tensor) else [attribute]
+                if not torch.equal(change(tensor.clone()), tensor):
+                    broken.append(attribute)
                 setattr(gm, attribute, change(tensor.clone()))
         return report
 
