@@ -31,8 +31,9 @@ class Options:
             ``"aclnn"`` (``torch.ops.npu.*``: on an NPU, or on a CPU after :func:`quantpass.emulate_npu`).
         inner: what compiles the rest of the graph: None or ``"eager"``, ``"inductor"``, or a function
             ``(graph_module, example_inputs) -> callable``.
-        numerics: ``"strict"`` keeps the integer codes that the graph's own quantize operators produce; ``"vendor"`` may
-            replace them by the vendor's.
+        numerics: ``"strict"`` keeps the integer codes that the graph's own quantize operators produce, and after an
+            integer matmul the graph's own roundings; ``"vendor"`` lets the operator take in the whole epilogue, which
+            rounds once where the graph rounds several times.
         mode: which of a chip's rules hold: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn). None, the
             default, becomes ``"eager"`` with ``lowering="aclnn"`` and ``"graph"`` otherwise.
         nz: ``"auto"`` lays weights out in FRACTAL_NZ where the chip wants it, ``"never"`` leaves them in ND.
