@@ -131,6 +131,12 @@ def _cloned(args):
     ]
 
 
+def _is_random(node):
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    return bind(node).get("train", True) is not False
+
+
 def _shape(t):
     return tuple(t.shape) if isinstance(t, torch.Tensor) else None
 
@@ -200,7 +206,9 @@ class _Checker:
             return Value(native)
         if any(i.low is not None for i in inputs):
             return self._interval(node, native)
-        if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+        if _is_random(node):
+            if any(i.mag is not None for i in inputs):
+                raise Unsupported(f"{name} at random")
             return Value(wide(native), True)
         if name in CONTRACTIONS:
             return self._contraction(node, name, native, inputs)
@@ -338,6 +346,10 @@ class _Checker:
             else:
                 ends.append(self._run(node, end, native))
         ends = [e if not native.is_floating_point() else e.double() for e in ends]
+        if any(bool(e.isnan().any()) for e in ends) or any(
+            bool(torch.isinf(wide(self.native[i])).any()) for i in node.all_input_nodes
+        ):
+            raise Unsupported("values that are not finite")
         if native.is_floating_point() and op_name(node).split(".")[1] in ("add", "sub", "mul", "div"):
             sizes = [float(self.native[i].abs().max()) for i in node.all_input_nodes if self.native[i].numel()]
             largest = max([float(ends[1].abs().max()) if ends[1].numel() else 0.0, *sizes])
