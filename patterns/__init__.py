@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from quantpass.patterns import (
-    affine,
+    arithmetic,
     ascend,
     aten_packed,
     bitsandbytes,
@@ -76,7 +76,7 @@ def default_dialects(more: tuple[Dialect, ...] = ()) -> Dialects:
     return Dialects(
         movements=movement.movement_table(),
         integers=integers.bounds_table().merged(*(d.integers for d in dialects)),
-        arithmetic=affine.arithmetic_table(),
+        arithmetic=arithmetic.arithmetic_table(),
         dequantizers=ReaderTable({}, leading=2).merged(*(d.dequantizers for d in dialects)),
         recentre=ReaderTable({}, leading=1).merged(*(d.recentre for d in dialects)),
         contractions=ReaderTable(contractions.contractions(), leading=1).merged(*(d.contractions for d in dialects)),
