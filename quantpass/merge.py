@@ -20,19 +20,23 @@ _PLAIN_NAMES = frozenset(
 )
 
 
-def duplicates(roots: Iterable[Node], keep: Collection[Node]) -> Iterator[tuple[Node, Node]]:
+def duplicates(
+    roots: Iterable[Node], written_to: Collection[Node], results: Collection[Node]
+) -> Iterator[tuple[Node, Node]]:
     """Pairs ``(later, earlier)`` of nodes with equal values, inputs before users.
 
     Args:
         roots: fused nodes.
-        keep: nodes that are to stay (written to in place, or results of the graph).
+        written_to: nodes that the graph writes to in place: what reads one may find another value each time.
+        results: results of the graph, which stay tensors of their own.
     """
     first: dict[Any, Node] = {}
     same: dict[Node, Node] = {}
     for node in _leading_up_to(roots):
-        key = _key(node, same)
-        earlier = first.setdefault(key, node)
-        if earlier is not node and node not in keep and earlier not in keep:
+        if node in results or any(n in written_to for n in (node, *node.all_input_nodes)):
+            continue
+        earlier = first.setdefault(_key(node, same), node)
+        if earlier is not node:
             same[node] = earlier
             yield node, earlier
 

@@ -108,8 +108,8 @@ class Rewriter:
         Returns:
             How many nodes were merged into an equal one.
         """
-        keep = {*written_to, *self._graph.output_node().all_input_nodes}
-        pairs = list(duplicates((n for n in self._fused if not n._erased), keep))
+        results = set(self._graph.output_node().all_input_nodes)
+        pairs = list(duplicates((n for n in self._fused if not n._erased), written_to, results))
         for later, earlier in pairs:
             later.replace_all_uses_with(earlier)
         for later, _ in reversed(pairs):

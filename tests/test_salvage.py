@@ -180,3 +180,29 @@ def test_different_quantizations_stay_apart():
     _, _, report = fused(Two(), rows())
     before, after = report.graphs[0]
     assert before.count("aten.round(") == after.count("aten.round(") == 2
+
+
+def test_the_same_quantization_before_and_after_a_write_is_not_one():
+    """Two nodes that look alike read different values: the graph writes to their input in between."""
+    model = StaticW8A8(K, N)
+
+    def both(x):
+        x = x * 2
+        first = model(x)
+        x.add_(1)
+        return first, model(x)
+
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        gm = make_fx(both, tracing_mode="fake", _allow_non_fake_inputs=True)(rows())
+        (write,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add_.Tensor)
+        write.replace_all_uses_with(write.args[0])  # both quantizations read the very same node
+        gm.recompile()
+        expected = gm(rows())
+        report = qp.fuse(gm, target="cpu")
+        actual = gm(rows())
+    assert report.total == 2
+    assert not torch.equal(*expected)
+    for a, e in zip(actual, expected, strict=True):
+        close(a, e)
