@@ -23,12 +23,10 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
+from quantpass.ir import DTYPE_NUMBERS
 from quantpass.torch_internals import real_tensors
 
 ops, aten = torch.ops.quantpass, torch.ops.aten
-
-DTYPE_NUMBERS = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.bfloat16: 15}
-"""PyTorch's numbers of the dtypes that ``npu_quant_matmul`` gives."""
 
 _WORD_RESULTS = (torch.int8, torch.float16)
 

@@ -11,6 +11,7 @@ from torch.fx import Graph, Node
 
 from quantpass.checking import spec_of_tensor
 from quantpass.chips.calls import QMM, WQMM, OpCall
+from quantpass.ir import DTYPE_NUMBERS
 from quantpass.legality import Verdict, judge
 from quantpass.options import Options
 from quantpass.records import Numerics, Plan, Site, TensorSpec
@@ -19,8 +20,7 @@ from quantpass.sites import provenance
 
 _OPERATORS = {"npu::npu_quant_matmul": QMM, "npu::npu_weight_quant_batchmatmul": WQMM}
 
-_DTYPES = {1: torch.int8, 3: torch.int32, 5: torch.float16, 15: torch.bfloat16}
-"""PyTorch's numbers of the dtypes that the operators return."""
+_DTYPES = {number: dtype for dtype, number in DTYPE_NUMBERS.items()}
 
 _WEIGHT = {QMM: "x2", WQMM: "weight"}
 

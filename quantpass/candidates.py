@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ ops = torch.ops.quantpass
 HALF_OPT_IN = "numerics.float16"
 """What a user names in ``allow`` to have float32 sites computed in float16."""
 
+_CAST = "weight in FRACTAL_NZ"
 AT_EVERY_CALL = "weight cast to FRACTAL_NZ at every call: it is not known when compiling"
 
 FLOAT32_STEPS = 2.0**-22
@@ -66,7 +67,6 @@ class Candidate:
     weight_format: str
     numerics: Numerics
     fixups: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
     int8_codes: Expr | None = None
 
 
@@ -77,8 +77,12 @@ def weight_layouts(weight: Weight, chip: Chip, op: str, options: Options, *, int
         layouts = (*(x for x in layouts if x.format == "ND"), WeightLayout("ND", None, "FRACTAL_NZ was switched off"))
     # A weight that is not known when compiling would be re-tiled at every call: only where nothing else is legal.
     later = () if isinstance(weight.codes, Const) else tuple(x for x in layouts if x.format == "NZ")
+    stored: dict[bool, LaidOut | None] = {}
     for layout in (*(x for x in layouts if x not in later), *later):
-        laid_out = _lay_out(weight, layout, int4, options)
+        transposed = weight.transposed if layout.transposed is None else layout.transposed
+        if transposed not in stored:
+            stored[transposed] = _stored(weight, transposed, int4)
+        laid_out = _in_format(stored[transposed], layout.format, options)
         if laid_out is not None:
             yield laid_out
 
@@ -93,8 +97,8 @@ def no_layout(family: str, chip: Chip) -> Reject:
     )
 
 
-def _lay_out(weight: Weight, layout: WeightLayout, int4: bool, options: Options) -> LaidOut | None:
-    transposed = weight.transposed if layout.transposed is None else layout.transposed
+def _stored(weight: Weight, transposed: bool, int4: bool) -> LaidOut | None:
+    """``weight`` in ND, stored ``(N, K)`` where ``transposed``; None where it can't be packed."""
     codes, fixups = weight.codes, []
     if transposed != weight.transposed:
         codes = _turned(codes)
@@ -105,15 +109,18 @@ def _lay_out(weight: Weight, layout: WeightLayout, int4: bool, options: Options)
             return None
         codes = Const(ops.pack_int4(codes.tensor), label=codes.label)
         fixups.append("weight packed as int4")
-    if layout.format == "NZ":
-        if len(ex.shape_of(codes)) > 2:
-            return None
-        known = isinstance(codes, Const)
-        if not known and (options.mode != "graph" or options.lowering == "aclnn"):
-            return None  # the cast of a tensor that is computed can only be part of a GE graph
-        codes = Call(ops.format_cast.default, (codes, NZ), {}, ex.dtype_of(codes), ex.shape_of(codes))
-        fixups.append("weight in FRACTAL_NZ" if known else AT_EVERY_CALL)
-    return LaidOut(codes, transposed, layout.format, tuple(fixups))
+    return LaidOut(codes, transposed, "ND", tuple(fixups))
+
+
+def _in_format(stored: LaidOut | None, name: str, options: Options) -> LaidOut | None:
+    if stored is None or name != "NZ":
+        return stored
+    codes = stored.expr
+    known = isinstance(codes, Const)
+    if len(ex.shape_of(codes)) > 2 or (not known and (options.mode != "graph" or options.lowering == "aclnn")):
+        return None  # no batches; and the cast of a tensor that is computed can only be part of a GE graph
+    cast = Call(ops.format_cast.default, (codes, NZ), {}, ex.dtype_of(codes), ex.shape_of(codes))
+    return replace(stored, expr=cast, format="NZ", fixups=(*stored.fixups, _CAST if known else AT_EVERY_CALL))
 
 
 def _turned(codes: Expr) -> Expr:

@@ -7,7 +7,7 @@ values are known (everything folds) and one that is only a placeholder (the arit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,25 @@ def shape_of(e: Expr) -> tuple[Any, ...]:
 def scalar(value: float | int) -> Const:
     """A number as a float64 (or int64) constant without dimensions."""
     return Const(torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64))
+
+
+def leaves_of(e: Any) -> Iterator[Any]:
+    """What an expression is made of: its :class:`Const`, :class:`Ref`, :class:`Size` and bare nodes, each once."""
+    todo, seen = [e], set()
+    while todo:
+        e = todo.pop()
+        if id(e) in seen:
+            continue
+        seen.add(id(e))
+        if isinstance(e, Call):
+            todo.extend((*e.args, *e.kwargs.values()))
+        elif isinstance(e, Recentred):
+            yield Ref(e.node)
+            todo.append(e.otherwise)
+        elif isinstance(e, list | tuple):
+            todo.extend(e)
+        elif isinstance(e, Const | Ref | Size | Node):
+            yield e
 
 
 def known(*es: Expr | None) -> bool:

@@ -103,15 +103,16 @@ def run_pass(gm: GraphModule, config: Any, options: Options, door: str) -> Repor
     outcome = fuse_graph(gm, constants.given, options, constants.add)
     graphs = ((outcome.before, dump(gm)),)
     notes = tuple(_gains(gm, outcome, door))
-    if gm.graph.find_nodes(op="call_function", target=ops.weight_quant_matmul.default):
-        turn_off_view_optimize(config)
+    turn_off_view_optimize(gm, config)
     if options.lowering == "aclnn":
         lower_to_aclnn(gm)
     return Report(outcome.sites, (options.chip.name,), options.mode, graphs, (), notes)
 
 
-def turn_off_view_optimize(config: Any) -> None:
-    """What torchair itself does for a graph that holds a weight-quant matmul before passes run."""
+def turn_off_view_optimize(gm: GraphModule, config: Any) -> None:
+    """What torchair itself does for a graph that holds a weight-quant matmul, but before passes have run."""
+    if not gm.graph.find_nodes(op="call_function", target=ops.weight_quant_matmul.default):
+        return
     experimental = getattr(config, "experimental_config", None)
     if experimental is not None and hasattr(experimental, "enable_view_optimize"):
         experimental.enable_view_optimize = False

@@ -40,6 +40,9 @@ LIBRARY.define("trans_quant_param(Tensor scale, Tensor? offset=None, int round_m
 LIBRARY.define("format_cast(Tensor x, int acl_format) -> Tensor", tags=_PURE)
 LIBRARY.define("pack_int4(Tensor codes) -> Tensor", tags=_PURE)
 
+DTYPE_NUMBERS = {torch.int8: 1, torch.int32: 3, torch.float16: 5, torch.bfloat16: 15}
+"""PyTorch's numbers of the dtypes that the vendor's ``output_dtype`` can ask for."""
+
 OUTPUT_DTYPES = (torch.int8, torch.float16, torch.bfloat16, torch.int32, torch.float32)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
 from quantpass.backend import refuse_training, report_of
 from quantpass.compiled import CompiledGraph
+from quantpass.hooks import turn_off_view_optimize
 from quantpass.lowering.leftovers import expand_leftovers
 from quantpass.options import Options
 from quantpass.report import Report
@@ -62,18 +62,13 @@ def compile_for_npu(
 
 
 def make_torchair_compiler(config: Any) -> GraphCompiler:
-    """torchair's compiler for one ``CompilerConfig``, with what it asks of passes that create its operators.
-
-    ``enable_view_optimize`` is turned off where a weight-quant matmul was created: torchair does so for its own
-    operator, but looks at the graph before passes ran.
-    """
+    """torchair's compiler for one ``CompilerConfig``, with what it asks of passes that create its operators."""
     import torchair
 
     compiler = torchair.get_compiler(config)
 
     def compile_graph(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        if gm.graph.find_nodes(op="call_function", target=torch.ops.quantpass.weight_quant_matmul.default):
-            config.experimental_config.enable_view_optimize = False
+        turn_off_view_optimize(gm, config)
         return compiler(gm, inputs)  # type: ignore[no-any-return]
 
     return compile_graph

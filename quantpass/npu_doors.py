@@ -83,8 +83,7 @@ class _FusingCompiler:
             for tensor in inputs[given:]:  # prepared constants keep their address, as parameters do
                 if isinstance(tensor, torch.Tensor):
                     tensor._torchair_is_parameter = True  # type: ignore[attr-defined]
-            if graph.graph.find_nodes(op="call_function", target=torch.ops.quantpass.weight_quant_matmul.default):
-                turn_off_view_optimize(backend.config)
+            turn_off_view_optimize(graph, backend.config)
             expand_leftovers(graph)
             return self._compiler(graph, inputs)  # type: ignore[no-any-return]
 

@@ -47,7 +47,8 @@ def quant_matmul_candidates(
     if rejects:
         yield from rejects
         return
-    if not any(True for _ in weight_layouts(weight, chip, QMM, options, int4=False)):
+    layouts = tuple(weight_layouts(weight, chip, QMM, options, int4=False))
+    if not layouts:
         yield no_layout("qmm", chip)
         return
     for composition in reversed(compositions):
@@ -58,12 +59,14 @@ def quant_matmul_candidates(
         if problem is not None:
             yield problem
         elif product is not None:
-            yield from _candidates(reading, product, chip, options)
+            yield from _candidates(reading, product, layouts, chip, options)
 
 
-def _candidates(reading: Reading, p: Product, chip: Chip, options: Options) -> Iterator[Candidate | Reject]:
+def _candidates(
+    reading: Reading, p: Product, layouts: tuple[LaidOut, ...], chip: Chip, options: Options
+) -> Iterator[Candidate | Reject]:
     integer_graph = reading.node.meta["val"].dtype == torch.int32
-    for laid_out in weight_layouts(p.weight, chip, QMM, options, int4=False):
+    for laid_out in layouts:
         c = p.composition
         if c.requantize is not None:
             yield from _int8_output(reading, p, laid_out, chip, options)
@@ -275,9 +278,7 @@ def _emit(
     if word and p.addend is not None:
         fixups.append("bias rounded to int32")
     numerics = _numerics(p, word, in_half=in_half)
-    return Candidate(
-        OpCall(QMM, options.mode, specs), c, value, laid_out.format, numerics, tuple(fixups), (), int8_codes
-    )
+    return Candidate(OpCall(QMM, options.mode, specs), c, value, laid_out.format, numerics, tuple(fixups), int8_codes)
 
 
 def _scale_word(scale: Expr, offset: float) -> Expr:
@@ -299,8 +300,8 @@ def _as_codes(int8: Expr, c: Composition, shift: int) -> Expr:
     """int8 results as the codes that the graph had: uint8, or integers in a float tensor."""
     if not shift:
         return ex.cast(int8, c.dtype)
-    wide = ex.cast(int8, torch.int32)
-    more = ex.apply(aten.add.Scalar, wide, shift, dtype=torch.int32, shape=ex.shape_of(wide))
+    whole = ex.cast(int8, torch.int32)
+    more = ex.apply(aten.add.Scalar, whole, shift, dtype=torch.int32, shape=ex.shape_of(whole))
     return ex.cast(more, c.dtype)
 
 

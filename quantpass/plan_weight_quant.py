@@ -13,6 +13,7 @@ from quantpass import expr as ex
 from quantpass.candidates import (
     HALF_OPT_IN,
     Candidate,
+    LaidOut,
     Notes,
     aten,
     call_op,
@@ -61,10 +62,13 @@ def weight_quant_candidates(
             "a matrix: npu_weight_quant_batchmatmul takes no batches of weights",
         )
         return
-    if not any(True for _ in weight_layouts(weight, chip, WQMM, options, int4=False)):
+    narrow = _as_int4(weight)
+    weight = weight if narrow is None else narrow
+    packed = [] if narrow is None else [*weight_layouts(weight, chip, WQMM, options, int4=True)]
+    layouts = [*packed, *weight_layouts(weight, chip, WQMM, options, int4=False)]
+    if not layouts:
         yield no_layout("wqmm", chip)
         return
-    narrow = _as_int4(weight)
     dtypes = [ex.dtype_of(x)]
     if dtypes == [torch.float32] and HALF_OPT_IN in options.allow:
         dtypes.append(torch.float16)
@@ -72,7 +76,7 @@ def weight_quant_candidates(
         for composition in reversed(compositions):
             fits = composition.complete and not composition.rows and composition.requantize is None
             if fits and composition.dtype == ex.dtype_of(x):
-                yield from _candidates(reading, narrow, composition, dtype, chip, options)
+                yield from _candidates(reading, weight, layouts, composition, dtype, chip, options)
     if dtypes == [torch.float32] and chip.rules:
         yield Reject(
             HALF_OPT_IN,
@@ -83,15 +87,21 @@ def weight_quant_candidates(
 
 
 def _candidates(
-    reading: Reading, narrow: Weight | None, c: Composition, dtype: torch.dtype, chip: Chip, options: Options
+    reading: Reading,
+    weight: Weight,
+    layouts: list[LaidOut],
+    c: Composition,
+    dtype: torch.dtype,
+    chip: Chip,
+    options: Options,
 ) -> Iterator[Candidate | Reject]:
     """Candidates for one epilogue.
 
-    ``narrow`` is the weight with int4 codes where it has such; ``dtype`` is what the operator computes in.
+    ``weight`` has int4 codes where it can; ``layouts`` are the ways to lay it out, best first; ``dtype`` is what the
+    operator computes in.
     """
-    assert reading.x is not None and isinstance(reading.weight, Weight)
+    assert reading.x is not None
     shape, notes = ex.shape_of(reading.x), Notes()
-    weight = reading.weight if narrow is None else narrow
     x, x_error, x_absolute = _activation(reading.x, weight, dtype, notes)
     scale = _scale(weight, c, notes)
     offset = None if weight.zero_point is None else conventions.antiquant_offset(weight.zero_point)
@@ -122,35 +132,34 @@ def _candidates(
     relative = _WEIGHT_ROUNDING[dtype] + weight.k * 2.0**-24 + error + x_error
     numerics = Numerics("bounded" if why else "exact", relative, bias_error + x_absolute, why, of_x)
     m, n = rows_of(shape), weight.n
-    for int4 in [True, False] if narrow is not None else [False]:
-        for laid_out in weight_layouts(weight, chip, WQMM, options, int4=int4):
-            arguments = {
-                "x": x,
-                "weight": laid_out.expr,
-                "antiquant_scale": scale16,
-                "antiquant_offset": offset16,
-                "bias": bias,
-                "antiquant_group_size": weight.group_size,
-                "transpose_weight": laid_out.transposed,
-                "saturate": chip.saturates,
-            }
-            specs = {
-                "x": spec_of(x, (m, weight.k)),
-                "weight": laid_out.spec,
-                "antiquant_scale": spec_of(scale16),
-                "antiquant_offset": spec_of(offset16),
-                "bias": spec_of(bias),
-                "antiquant_group_size": weight.group_size,
-            }
-            value = ex.cast(call_op(ops.weight_quant_matmul.default, arguments, dtype, (m, n)), c.dtype)
-            yield Candidate(
-                OpCall(WQMM, options.mode, specs),
-                c,
-                in_output_form(value, reading, c),
-                laid_out.format,
-                numerics,
-                (*notes.fixups, *laid_out.fixups),
-            )
+    for laid_out in layouts:
+        arguments = {
+            "x": x,
+            "weight": laid_out.expr,
+            "antiquant_scale": scale16,
+            "antiquant_offset": offset16,
+            "bias": bias,
+            "antiquant_group_size": weight.group_size,
+            "transpose_weight": laid_out.transposed,
+            "saturate": chip.saturates,
+        }
+        specs = {
+            "x": spec_of(x, (m, weight.k)),
+            "weight": laid_out.spec,
+            "antiquant_scale": spec_of(scale16),
+            "antiquant_offset": spec_of(offset16),
+            "bias": spec_of(bias),
+            "antiquant_group_size": weight.group_size,
+        }
+        value = ex.cast(call_op(ops.weight_quant_matmul.default, arguments, dtype, (m, n)), c.dtype)
+        yield Candidate(
+            OpCall(WQMM, options.mode, specs),
+            c,
+            in_output_form(value, reading, c),
+            laid_out.format,
+            numerics,
+            (*notes.fixups, *laid_out.fixups),
+        )
 
 
 def _as_int4(weight: Weight) -> Weight | None:

@@ -143,7 +143,7 @@ def _as_plan(
         fixups=candidate.fixups,
         call=dict(candidate.call.args),
         weight_format=candidate.weight_format,
-        notes=(*candidate.notes, *notes),
+        notes=tuple(notes),
         int8_codes=candidate.int8_codes,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from quantpass.expr import Call, Const, Expr, Recentred, Ref
+from quantpass.expr import Const, Expr, Ref, leaves_of
 from quantpass.records import Plan, Reject
 
 _ENTER, _EXIT, _KEY = "air.scope_enter.default", "air.scope_exit.default", "_user_stream_label"
@@ -58,16 +58,8 @@ def stream_reject(plan: Plan, labels: dict[Node, str]) -> Reject | None:
 
 
 def _inputs(e: Expr | None) -> set[Node]:
-    """The graph nodes that an expression reads."""
-    if isinstance(e, Ref | Recentred):
-        return {e.node}
-    if isinstance(e, Const):
-        return {e.origin} if e.origin is not None else set()
-    if isinstance(e, Call):
-        return {
-            n
-            for a in (*e.args, *e.kwargs.values())
-            if isinstance(a, Ref | Recentred | Const | Call)
-            for n in _inputs(a)
-        }
-    return set()
+    """The graph nodes whose values an expression reads; not those that it only asks for a size."""
+    nodes = (
+        leaf.node if isinstance(leaf, Ref) else leaf.origin for leaf in leaves_of(e) if isinstance(leaf, Ref | Const)
+    )
+    return {n for n in nodes if n is not None}

@@ -13,7 +13,7 @@ from typing import Any
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from quantpass.expr import Call, Const, Recentred, Ref, Size
+from quantpass.expr import Const, leaves_of
 from quantpass.torch_internals import checks_guards
 
 
@@ -47,22 +47,9 @@ def written_before(value: Any, output: Node, writes: Writes) -> Node | None:
 
 
 def _nodes_of(e: Any) -> Iterator[Node]:
-    todo, seen = [e], set()
-    while todo:
-        e = todo.pop()
-        if id(e) in seen:
-            continue
-        seen.add(id(e))
-        if isinstance(e, Node):
-            yield e
-        elif isinstance(e, Ref | Size):
-            yield e.node
-        elif isinstance(e, Const) and e.origin is not None:
-            yield e.origin
-        elif isinstance(e, Recentred):
-            yield e.node
-            todo.append(e.otherwise)
-        elif isinstance(e, Call):
-            todo.extend((*e.args, *e.kwargs.values()))
-        elif isinstance(e, list | tuple):
-            todo.extend(e)
+    for leaf in leaves_of(e):
+        if isinstance(leaf, Const):
+            if leaf.origin is not None:
+                yield leaf.origin
+        else:
+            yield leaf if isinstance(leaf, Node) else leaf.node

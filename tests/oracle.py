@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx import Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 import quantpass as qp
+from quantpass.compiled import copied
 from quantpass.schema import bind, op_name
 from quantpass.torch_internals import fill_in_values
 
@@ -64,15 +65,6 @@ def traced(f, *args):
     """``f`` as an ATen graph; tensors that ``f`` closes over become attributes, so their values are known."""
     with torch.no_grad():
         return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
-
-
-def copied(gm):
-    """The same graph over the same attributes, metadata included."""
-    graph = Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    for old, new in zip(gm.graph.nodes, graph.nodes, strict=True):
-        new.meta = dict(old.meta)
-    return GraphModule(gm, graph)
 
 
 class _Recorder(Interpreter):

@@ -6,7 +6,6 @@ that made it is not installed. Weights are attributes of the graph module, as af
 
 from __future__ import annotations
 
-import builtins
 import operator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +144,7 @@ def _encode(a: Any) -> Any:
     if isinstance(a, torch._ops.OpOverload):
         return {"op": f"{a._schema.name}.{a._overloadname}"}
     if isinstance(a, list | tuple):
-        return {builtins.type(a).__name__ if type(a) is tuple else "list": [_encode(x) for x in a]}
+        return {"tuple" if isinstance(a, tuple) else "list": [_encode(x) for x in a]}
     if isinstance(a, dict):
         return {"dict": {k: _encode(v) for k, v in a.items()}}
     if a is None or isinstance(a, bool | int | float | str):
@@ -239,13 +238,3 @@ def run(c: Captured, graph: GraphModule) -> tuple[Any, ...]:
     """The results of ``graph`` on the inputs of ``c``."""
     with torch.no_grad():
         return tuple(o for o in graph(*c.inputs) if isinstance(o, torch.Tensor))
-
-
-def copied(gm: GraphModule) -> GraphModule:
-    """A copy that can be rewritten."""
-    graph = Graph()
-    env: dict[Node, Node] = {}
-    for node in gm.graph.nodes:
-        env[node] = graph.node_copy(node, lambda n: env[n])
-        env[node].meta = dict(node.meta)
-    return GraphModule(gm, graph)
