@@ -8,10 +8,10 @@ there, the GE graph that torchair would compile.
 """
 
 import torch
-from quantpass.lowering.standin_cann import StandinError
 from torch import nn
 
 import quantpass as qp
+from quantpass.lowering.standin_cann import StandinError
 
 CHIPS = ("ascend310p", "ascend910b", "ascend910_93")
 

@@ -9,13 +9,13 @@ import logging
 import sys
 
 import torch
-from quantpass.lowering.ge_graph import first_difference
-from quantpass.lowering.standin_cann import StandinError
-from quantpass.lowering.standin_process import TorchairProcess
 from tabulate import tabulate
 from torch import nn
 
 import quantpass as qp
+from quantpass.lowering.ge_graph import first_difference
+from quantpass.lowering.standin_cann import StandinError
+from quantpass.lowering.standin_process import TorchairProcess
 
 logging.getLogger("quantpass").setLevel(logging.ERROR)
 

@@ -14,10 +14,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from quantpass.lowering import quantizers
 from torch.library import Library
 
 from quantpass.ir import require
+from quantpass.lowering import quantizers
 
 ops = torch.ops.quantpass
 

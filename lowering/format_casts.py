@@ -17,12 +17,12 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from quantpass.lowering.fractal_nz import nz_bytes
-from quantpass.lowering.int4 import unpack_int4
 from torch.fx import GraphModule, Node
 
 from quantpass.constants import Constants
 from quantpass.ir import NZ
+from quantpass.lowering.fractal_nz import nz_bytes
+from quantpass.lowering.int4 import unpack_int4
 from quantpass.records import WeightFormat
 from quantpass.torch_internals import real_tensors
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from quantpass.chips import chip_named
 from quantpass.lowering.ge_constants import constant_tensor
 from quantpass.lowering.ge_graph import GeGraph, GeOp
 from quantpass.lowering.ge_kernels import Kernel, kernels
-
-from quantpass.chips import chip_named
 
 
 def interpret(

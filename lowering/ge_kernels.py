@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from quantpass.lowering.ge_constants import dtype_name, dtype_named
 from quantpass.lowering.int4 import pack_int4, unpack_int4
 from quantpass.lowering.quant_matmul import quant_matmul

@@ -14,11 +14,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+
+from quantpass.ir import ND
 from quantpass.lowering.fx_parcel import TensorValue, unpack
 from quantpass.lowering.ge_graph import GeGraph, from_proto
 from quantpass.lowering.standin_process import Reply, Request
-
-from quantpass.ir import ND
 
 _NEEDED = ("torch.ao.quantization.fx._decomposed",)
 """Modules that define operators a graph may hold."""
@@ -102,6 +102,7 @@ def _dtype_enum() -> dict[str, int]:
 def serve(connection: Connection) -> None:
     """Answer requests until ``None`` comes."""
     import torch_npu  # noqa: F401
+
     from quantpass.lowering.ge_converters import register_converters
     from quantpass.lowering.standin_device import install
 

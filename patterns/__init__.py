@@ -24,7 +24,6 @@ from quantpass.patterns import (
     torchao_affine,
 )
 from quantpass.patterns.dialect import Dialect
-
 from quantpass.schema import ReaderTable
 
 __all__ = ["Dialect", "Dialects", "default_dialects"]

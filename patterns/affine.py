@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from quantpass.patterns.integers import IntegerReader, Range, fits, integer_span
-from quantpass.patterns.movement import Movement, movement_of
-from quantpass.patterns.terms import Term, same_shape, same_size, term_of, wide
 from torch.fx import Node
 
 from quantpass import expr as ex
 from quantpass.expr import Call, Expr, Recentred, Ref
+from quantpass.patterns.integers import IntegerReader, Range, fits, integer_span
+from quantpass.patterns.movement import Movement, movement_of
+from quantpass.patterns.terms import Term, same_shape, same_size, term_of, wide
 from quantpass.schema import ReaderTable, bind, call_reader, op_name
 from quantpass.static_values import StaticValues
 

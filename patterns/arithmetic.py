@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from quantpass.patterns.affine import Affine, AffineReader, NotAffine
-from quantpass.patterns.terms import same_shape
 from torch.fx import Node
 
+from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.terms import same_shape
 from quantpass.schema import ReaderTable
 
 aten = torch.ops.aten

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.fx import Node
+
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
-from torch.fx import Node
 
 
 def dialect() -> Dialect:

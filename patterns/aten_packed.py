@@ -8,12 +8,12 @@ layout of its own and computes with ``(codes - 8) * scale + zero``; running the 
 from __future__ import annotations
 
 import torch
-from quantpass.patterns.affine import AffineReader, NotAffine
-from quantpass.patterns.contractions import Contraction, NoContraction, Own
-from quantpass.patterns.dialect import Dialect
 from torch.fx import Node
 
 from quantpass.expr import Const
+from quantpass.patterns.affine import AffineReader, NotAffine
+from quantpass.patterns.contractions import Contraction, NoContraction, Own
+from quantpass.patterns.dialect import Dialect
 from quantpass.records import Weight
 from quantpass.schema import op_name
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.fx import Node
+
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, Own
 from quantpass.patterns.dialect import Dialect
-from torch.fx import Node
-
 from quantpass.schema import op_name
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from quantpass.patterns.affine import AffineReader, reciprocal
-from quantpass.patterns.contractions import Contraction, Own
-from quantpass.patterns.terms import Term, same_shape, same_size, wide
 from torch.fx import Node
 
 from quantpass import expr as ex
+from quantpass.patterns.affine import AffineReader, reciprocal
+from quantpass.patterns.contractions import Contraction, Own
+from quantpass.patterns.terms import Term, same_shape, same_size, wide
 from quantpass.schema import ReaderTable, call_reader
 
 aten = torch.ops.aten

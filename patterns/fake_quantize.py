@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from quantpass.patterns.affine import Affine, AffineReader, NotAffine
-from quantpass.patterns.dialect import Dialect
-from quantpass.patterns.terms import Term, wide
 from torch.fx import Node
 
 from quantpass import expr as ex
 from quantpass.expr import Expr
+from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.dialect import Dialect
+from quantpass.patterns.terms import Term, wide
 
 aten = torch.ops.aten
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quantpass.patterns.movement import movement_of
 from torch.fx import Node
 
+from quantpass.patterns.movement import movement_of
 from quantpass.schema import ReaderTable, call_reader
 from quantpass.static_values import StaticValues
 

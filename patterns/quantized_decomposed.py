@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from quantpass.patterns.affine import Affine, AffineReader, NotAffine
-from quantpass.patterns.dialect import Dialect
-from quantpass.patterns.epilogues import Step
 from torch.fx import Node
 
 from quantpass.expr import Call, Recentred
+from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.dialect import Dialect
+from quantpass.patterns.epilogues import Step
 
 
 def dialect() -> Dialect:

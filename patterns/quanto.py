@@ -8,10 +8,10 @@ activation's scale too.
 from __future__ import annotations
 
 import torch
-from quantpass.patterns.contractions import Contraction, NoContraction, Own
-from quantpass.patterns.dialect import Dialect
 from torch.fx import Node
 
+from quantpass.patterns.contractions import Contraction, NoContraction, Own
+from quantpass.patterns.dialect import Dialect
 from quantpass.schema import op_name
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from quantpass.patterns.movement import Movement
 from torch.fx import Node
 
 from quantpass import expr as ex
 from quantpass.expr import Const, Expr
+from quantpass.patterns.movement import Movement
 from quantpass.static_values import StaticValues
 from quantpass.torch_internals import statically_true
 

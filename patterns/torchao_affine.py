@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.fx import Node
+
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
 from quantpass.patterns.terms import Term, is_one, same_size
-from torch.fx import Node
-
 from quantpass.schema import op_name
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from quantpass.patterns.affine import Affine, AffineReader, NotAffine
-from quantpass.patterns.terms import Term
-from quantpass.patterns.weights_by_value import TOLERANCE, Operand, weight_by_value
 from torch.fx import Node
 
 from quantpass import expr as ex
 from quantpass.expr import Call, Const, Expr, Recentred, Ref
+from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.terms import Term
+from quantpass.patterns.weights_by_value import TOLERANCE, Operand, weight_by_value
 from quantpass.records import Weight
 from quantpass.static_values import StaticValues
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from quantpass.patterns.affine import NotAffine
 from torch.fx import Node
 
 from quantpass.expr import Const, Expr
+from quantpass.patterns.affine import NotAffine
 from quantpass.records import Weight
 from quantpass.static_values import StaticValues
 

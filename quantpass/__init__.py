@@ -1,5 +1,13 @@
 """quantpass: fuse dequantize -> matmul -> (quantize) in FX graphs into Ascend's quantized matmul operators."""
 
+from pathlib import Path as _Path
+
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "patterns" / "dialect.py").is_file():
+    # A checkout: patterns/ and lowering/ lie beside this folder and are its subpackages, whatever else is installed.
+    __path__.append(str(_root))
+del _Path, _root
+
 from quantpass import ir as _ir
 from quantpass import nn
 from quantpass.backend import backend

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+
 from quantpass.lowering.standin_cann import StandinError, ensure_standins
 from quantpass.lowering.standin_process import TorchairProcess
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from expecttest import TestCase
-from quantpass.lowering.aclnn import lower_to_aclnn
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import quantpass as qp
 from quantpass.dump import dump
+from quantpass.lowering.aclnn import lower_to_aclnn
 from tests.helpers import CHIPS, IntegerW8A8, StaticW8A8, WeightOnly, assert_close, compiled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,7 +258,7 @@ def test_what_can_not_run_there_is_refused(call, message):
 
 def test_without_the_vendors_operators_the_error_says_what_to_install():
     code = """
-        import conftest, torch, quantpass as qp
+        import torch, quantpass as qp
         from tests.helpers import WeightOnly
         with torch.no_grad():
             torch.compile(WeightOnly(), backend=qp.backend(target="ascend910b", lowering="aclnn"))(torch.randn(4, 64).half())

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from quantpass.lowering.emulation import SCHEMAS
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(code, *, fails_with=None, path=()):
-    preamble = "import conftest, torch, quantpass as qp\n"
+    preamble = "import torch, quantpass as qp\n"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     done = subprocess.run(
         [sys.executable, "-c", preamble + textwrap.dedent(code)],

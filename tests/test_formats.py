@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quantpass.lowering import format_casts
-from quantpass.lowering.fractal_nz import nz_bytes, to_fractal_nz
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import quantpass as qp
+from quantpass.lowering import format_casts
+from quantpass.lowering.fractal_nz import nz_bytes, to_fractal_nz
 from tests.helpers import IntegerW8A8, StaticW8A8, WeightOnly, assert_close, compiled
 
 X = torch.randn(4, 64).half()

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+import quantpass as qp
 from quantpass.lowering.ge_constants import constant_tensor
 from quantpass.lowering.ge_graph import GeConstant, GeGraph, GeOp, GeTensor, first_difference, same_up_to_names
 from quantpass.lowering.ge_interpreter import interpret
-
-import quantpass as qp
 
 F32 = GeTensor("y", "FLOAT", (2, 2))
 

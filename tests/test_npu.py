@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from quantpass.lowering import standin_cann
 from torch import nn
 
+from quantpass.lowering import standin_cann
 from quantpass.npu import compile_for_npu
 from quantpass.options import make_options
 from tests.helpers import StaticW8A8, WeightOnly

@@ -196,7 +196,7 @@ def test_the_hook_is_a_plain_function_whose_disassembly_names_the_settings():
 
 def test_its_disassembly_is_the_same_in_every_process():
     code = """
-        import conftest, dis, quantpass as qp
+        import dis, quantpass as qp
         options = qp.npugraph_ex_options(target="ascend910b", allow=("qmm.310p.pertoken",))
         dis.dis(options["post_grad_custom_pre_pass"])
     """
@@ -416,7 +416,7 @@ def test_bad_input(door, error, message):
 
 def test_without_torch_npu_the_error_says_what_to_install():
     code = """
-        import conftest, sys, quantpass as qp
+        import sys, quantpass as qp
         assert not {"torch_npu", "torchair"} & set(sys.modules), "importing quantpass does not load them"
         sys.modules["torch_npu"] = None
         qp.npu_backend(target="ascend910b")

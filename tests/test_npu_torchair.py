@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from quantpass.lowering.standin_cann import StandinError, child_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow  # each starts a process that imports torch_npu
 
 PREAMBLE = """
-import conftest, json, types, warnings
+import json, types, warnings
 import torch
 import quantpass as qp
 from quantpass.lowering.standin_device import install

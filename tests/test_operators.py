@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quantpass.lowering.fractal_nz import from_fractal_nz, nz_bytes, pack_int4_nz, tile_columns, to_fractal_nz
 from quantpass.lowering.int4 import pack_int4, unpack_int4
 from quantpass.lowering.quantizers import npu_anti_quant, npu_dynamic_quant, npu_quantize

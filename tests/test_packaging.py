@@ -1,6 +1,7 @@
 """The package as it is installed: from a wheel, editable, and from a bare checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -87,9 +88,19 @@ def test_installed_package_works_from_anywhere(tmp_path):
 
 
 @pytest.mark.slow
-def test_bare_checkout_works():
-    places = run(WITHOUT_EDITABLE + "import conftest\n" + USE, ROOT)
+@pytest.mark.parametrize("installed", ["", WITHOUT_EDITABLE], ids=["beside an editable install", "alone"])
+def test_bare_checkout_works(installed):
+    places = run(installed + USE, ROOT)
     assert places == [str(ROOT / p / "__init__.py") for p in ("quantpass", "patterns", "lowering")]
+
+
+@pytest.mark.slow
+def test_a_second_checkout_uses_its_own_folders(tmp_path):
+    """Also where this one is installed editable: a test run in a clone has to test the clone."""
+    for folder in ("quantpass", "patterns", "lowering"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    places = run(USE, tmp_path)
+    assert places == [str(tmp_path / p / "__init__.py") for p in ("quantpass", "patterns", "lowering")]
 
 
 def test_the_name_registered_with_dynamo():

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from expecttest import TestCase
-from quantpass.lowering.standin_process import PreviewError
 from torch import nn
 
 import quantpass as qp
 from quantpass.cli import main
+from quantpass.lowering.standin_process import PreviewError
 from tests.helpers import CHIPS, IntegerW8A8, StaticW8A8, WeightOnly, assert_close
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKER = """
 import re
 import sys
-import conftest, torch
+import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import nn

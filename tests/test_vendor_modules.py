@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 from expecttest import TestCase
-from quantpass.lowering.standin_cann import child_environment
 
 import quantpass as qp
+from quantpass.lowering.standin_cann import child_environment
 from tests.schemes import all_schemes
 
 SCHEMES = {scheme.name: scheme for scheme in all_schemes()}

@@ -8,15 +8,16 @@ import os
 import sys
 
 import torch
+
 from quantpass.lowering.standin_device import SOC_NAMES, install
 
 
 def main(path):
     install(SOC_NAMES["ascend910b"])
     import torch_npu.contrib.module as vendor
-    from quantpass.lowering.standin_process import TorchairProcess
 
     import quantpass as qp
+    from quantpass.lowering.standin_process import TorchairProcess
     from tests.schemes import K, N, all_schemes
 
     qp.emulate_npu()
