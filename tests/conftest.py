@@ -9,6 +9,8 @@ import torch
 from quantpass.lowering.standin_cann import StandinError, ensure_standins
 from quantpass.lowering.standin_process import TorchairProcess
 
+pytest_plugins = ["tests.skips"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
