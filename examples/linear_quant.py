@@ -52,6 +52,7 @@ def compiled():
     model, x1, output = int8_input()
     report = qp.explain(model, (x1,), target="ascend310p")
     print(report)
+    report.require(fused=1)
     fast = torch.compile(model, backend="quantpass", options={"target": "ascend310p"}, dynamic=False)
     assert torch.equal(fast(x1), output)
 

@@ -52,6 +52,7 @@ def compiled():
     model = module(torch.bfloat16)
     model.quant_scale.data = torch.ops.npu.npu_trans_quant_param(torch.rand(1, 256), torch.randn(1, 256))
     model.quant_offset.data = torch.randn(1, 256)
+    print(qp.explain(model, (x,), target="ascend910b"))
     fast = torch.compile(model, backend="quantpass", options={"target": "ascend910b"}, dynamic=False)
     output = fast(x)
     assert torch.equal(output, model(x))

@@ -1,4 +1,4 @@
-"""The vendor's fused matmuls that a graph already calls: left as they are, and judged like any other call."""
+"""Fused matmuls that a graph already calls, the vendor's and quantpass's own: left as they are, and judged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from quantpass.checking import spec_of_tensor
+from quantpass.checking import logical, spec_of_tensor
 from quantpass.chips.calls import QMM, WQMM, OpCall
 from quantpass.ir import DTYPE_NUMBERS
 from quantpass.legality import Verdict, judge
@@ -18,7 +18,15 @@ from quantpass.records import Numerics, Plan, Site, TensorSpec
 from quantpass.schema import bind, op_name
 from quantpass.sites import provenance
 
-_OPERATORS = {"npu::npu_quant_matmul": QMM, "npu::npu_weight_quant_batchmatmul": WQMM}
+_OPERATORS = {
+    "npu::npu_quant_matmul": QMM,
+    "npu::npu_weight_quant_batchmatmul": WQMM,
+    "quantpass::quant_matmul": QMM,
+    "quantpass::weight_quant_matmul": WQMM,
+}
+
+_OWN_FLAGS = frozenset(("transpose_x1", "transpose_x2", "transpose_x", "transpose_weight", "template", "saturate"))
+"""What quantpass's operators say by flags, and the vendor's by strides or by the chip."""
 
 _DTYPES = {number: dtype for dtype, number in DTYPE_NUMBERS.items()}
 
@@ -26,18 +34,25 @@ _WEIGHT = {QMM: "x2", WQMM: "weight"}
 
 
 def already_fused(graph: Graph, options: Options) -> Iterator[Site]:
-    """A site for each call, ``fused`` where the chip takes it; the graph is not touched."""
+    """A site for each call, ``fused`` where the chip takes it; the graph is not touched.
+
+    Calls that the pass itself has put there are not the model's.
+    """
     for node in graph.nodes:
         op = _OPERATORS.get(node.target._schema.name) if isinstance(node.target, OpOverload) else None
-        if node.op == "call_function" and op is not None:
+        if node.op == "call_function" and op is not None and "quantpass" not in node.meta:
             yield _site(node, OpCall(op, options.mode, _arguments(node)), options)
 
 
 def _arguments(node: Node) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
-    for name, value in bind(node).items():
+    bound = bind(node)
+    swapped = {name for name in bound if bound.get(f"transpose_{name}") is True}
+    for name, value in bound.items():
         fake = value.meta.get("val") if isinstance(value, Node) else None
-        arguments[name] = spec_of_tensor(fake) if isinstance(fake, torch.Tensor) else value
+        spec = spec_of_tensor(fake) if isinstance(fake, torch.Tensor) else None
+        if name not in _OWN_FLAGS:
+            arguments[name] = value if spec is None else logical(spec) if name in swapped else spec
     number = arguments.get("output_dtype")
     if isinstance(number, int):
         arguments["output_dtype"] = _DTYPES.get(number, number)

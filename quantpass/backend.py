@@ -49,7 +49,7 @@ def backend(target: str | None = None, **options: Any) -> Backend:
         TypeError: an option that does not exist.
         ValueError: a value that is not accepted.
     """
-    return Backend(make_options({"target": target, **options}))
+    return Backend(make_options({"target": target, **options}, "backend"))
 
 
 def dynamo_backend(
@@ -58,7 +58,7 @@ def dynamo_backend(
     """What ``torch.compile(backend="quantpass", options={...})`` calls."""
     if mode is not None:
         raise ValueError(f"torch.compile(mode={mode!r}) is Inductor's; give options={{'inner': 'inductor'}} instead")
-    return compile_graph(gm, example_inputs, make_options(options or {}))
+    return compile_graph(gm, example_inputs, make_options(options or {}, "torch.compile(backend='quantpass')"))
 
 
 def compile_graph(

@@ -21,9 +21,6 @@ from quantpass.sites import Reading
 aten = torch.ops.aten
 ops = torch.ops.quantpass
 
-HALF_OPT_IN = "numerics.float16"
-"""What a user names in ``allow`` to have float32 sites computed in float16."""
-
 _CAST = "weight in FRACTAL_NZ"
 AT_EVERY_CALL = "weight cast to FRACTAL_NZ at every call: it is not known when compiling"
 

@@ -12,7 +12,7 @@ import torch
 from quantpass.chips import chip_named
 from quantpass.chips.calls import QMM, WQMM, OpCall
 from quantpass.chips.companions import ANTI_QUANT, DYNAMIC_QUANT, FORMAT_CAST, INT4PACK, QUANTIZE, TQP
-from quantpass.legality import Verdict, judge
+from quantpass.legality import Verdict, checked_allow, judge
 from quantpass.records import TensorSpec
 
 ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -66,8 +66,8 @@ def check_op(op: str, *, target: str, mode: str = "graph", allow: tuple[str, ...
         A verdict with *every* rule that is broken, what symbolic sizes must satisfy, and the nearest legal call.
 
     Raises:
-        TypeError: an argument that the operator does not have, or a tensor that is none.
-        ValueError: an unknown operator, target or mode.
+        TypeError: an argument that the operator does not have, a tensor that is none, or an ``allow`` that is one text.
+        ValueError: an unknown operator, target or mode, or a rule in ``allow`` that does not exist or can't be lifted.
     """
     name = _operator(op)
     if mode not in ("graph", "eager"):
@@ -75,7 +75,7 @@ def check_op(op: str, *, target: str, mode: str = "graph", allow: tuple[str, ...
     chip = chip_named(target)
     given = {k: _argument(name, k, v) for k, v in arguments.items()}
     call = _as_operator(OpCall(name, mode, given))
-    return judge(call, chip, allow)
+    return judge(call, chip, checked_allow(allow))
 
 
 def _operator(op: str) -> str:
@@ -123,20 +123,21 @@ def _as_operator(call: OpCall) -> OpCall:
             args["scale"] = TensorSpec(torch.int64, scale.shape)
         module_input = args.pop("input", None)  # the vendor's forward names it x, the document x1
         args["x1"] = module_input if args.get("x1") is None else args["x1"]
-        args["x2"] = _swapped(args.pop("weight", None))
+        args["x2"] = logical(args.pop("weight", None))
         return OpCall(QMM, call.mode, args)
     if call.op == "LinearWeightQuant":
         args = dict(call.args)
-        args["weight"] = _swapped(args.get("weight"))
+        args["weight"] = logical(args.get("weight"))
         for name in ("antiquant_scale", "antiquant_offset"):
             spec = args.get(name)
             if isinstance(spec, TensorSpec) and spec.rank == 2:
-                args[name] = _swapped(spec)
+                args[name] = logical(spec)
         return OpCall(WQMM, call.mode, args)
     return call
 
 
-def _swapped(spec: Any) -> Any:
+def logical(spec: Any) -> Any:
+    """A stored matrix's description as that of its transposed view; anything else as it is."""
     if not isinstance(spec, TensorSpec) or spec.rank < 2:
         return spec
     shape = (*spec.shape[:-2], spec.shape[-1], spec.shape[-2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,21 @@ from quantpass.preview import GePreview, preview_ge
 from quantpass.records import TensorSpec
 from quantpass.version import __version__
 
+_PATH = click.Path(path_type=Path)
+
+
+def _writable(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """``path``, looked at before the work starts: its folder has to be there and to let files be made in it."""
+    del context
+    if path is None or str(path) == "-":
+        return path
+    name = parameter.opts[0]
+    if not path.parent.is_dir():
+        raise click.BadParameter(f"{path}: there is no folder {path.parent}", param_hint=name)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise click.BadParameter(f"{path} can't be written", param_hint=name)
+    return path
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="quantpass")
@@ -34,8 +50,10 @@ def main() -> None:
 @click.option("--target", "-t", multiple=True, help="Chip or SoC name; repeat for several. Default: all three.")
 @click.option("--mode", type=click.Choice(["graph", "eager"]), default="graph", help="Whose rules: GE graphs or aclnn.")
 @click.option("--dynamic", is_flag=True, help="Capture with dynamic shapes.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the report as JSON.")
-@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Also write the report as an HTML page.")
+@click.option(
+    "--json", "json_path", type=_PATH, callback=_writable, help="Also write the report as JSON; - prints it instead."
+)
+@click.option("--html", "html_path", type=_PATH, callback=_writable, help="Also write the report as an HTML page.")
 @click.option("--require-all", is_flag=True, help="Exit with status 1 unless every quantized matmul is fused.")
 def explain(
     factory: str,
@@ -55,9 +73,12 @@ def explain(
         report = doors.explain(model, args, target=list(target) or None, mode=mode, dynamic=dynamic or None)
     except (TypeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo(str(report))
-    if json_path is not None:
-        report.to_json(json_path)
+    if json_path is not None and str(json_path) == "-":
+        click.echo(report.to_json())
+    else:
+        click.echo(str(report))
+        if json_path is not None:
+            report.to_json(json_path)
     if html_path is not None:
         report.to_html(html_path)
     if require_all and (report.fused < report.total or not report.total):
@@ -92,7 +113,7 @@ def check_op(op: str, arguments: tuple[str, ...], target: str, mode: str, allow:
 @main.command()
 @click.argument("factory", metavar="MODULE:FACTORY")
 @click.option("--target", "-t", required=True, help="Chip or SoC name, e.g. ascend310p.")
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write torchair's GraphDef there, as text.")
+@click.option("--output", "-o", type=_PATH, callback=_writable, help="Write torchair's GraphDef there, as text.")
 @click.option("--no-fuse", is_flag=True, help="The graph that the model has without quantpass.")
 @click.option("--diff", "show_diff", is_flag=True, help="Show what fusing changed.")
 @click.option("--run", "check", is_flag=True, help="Also interpret the graph and compare with the model's FX graph.")

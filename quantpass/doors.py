@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from quantpass.carry_out import carry_out
 from quantpass.chips import CHIPS
+from quantpass.compiled import copied
 from quantpass.constants import Constants, ModuleConstants
 from quantpass.dump import diff_text, dump
 from quantpass.exported import ProgramConstants, program_values
@@ -24,6 +25,7 @@ from quantpass.torch_internals import (
     attribute_values,
     compile_isolated,
     compile_with_aot,
+    decomposition_table,
     fill_in_values,
 )
 
@@ -42,7 +44,8 @@ def explain(
     The model is captured as ``torch.compile`` would (and runs once, unfused, on ``args``).
 
     Args:
-        model: a module or function; an ``ExportedProgram`` or a ``GraphModule`` needs no ``args``.
+        model: a module or function; an ``ExportedProgram`` or a ``GraphModule`` needs no ``args``. A program's own
+            graph is looked at, with or without ``args``.
         args: positional inputs.
         kwargs: keyword inputs.
         target: one target or several; None for all three chips of the module documents.
@@ -50,17 +53,39 @@ def explain(
         options: as for :func:`quantpass.backend`.
 
     Raises:
-        TypeError: ``args`` is not a tuple or list, or an option that does not exist.
+        TypeError: ``model`` can't be called, ``args`` is not a tuple or list, or an option that does not exist or that
+            ``explain`` does not take.
         ValueError: a value that is not accepted.
     """
+    check_call("explain", model, args)
     targets = _targets(target)
-    settings = [make_options({"target": t, **options}) for t in targets]
+    by_chip: dict[str, Options] = {}  # two names of one chip are one target
+    for made in [make_options({"target": t, **options}, "explain") for t in targets]:
+        by_chip.setdefault(made.chip.name, made)
+    settings = list(by_chip.values())
     names = [s.chip.name for s in settings]
-    if isinstance(model, ExportedProgram | GraphModule) and not args and not kwargs:
+    if isinstance(model, ExportedProgram) or (isinstance(model, GraphModule) and not args and not kwargs):
+        if settings[0].decompositions != "none":
+            raise TypeError(
+                "decompositions are for what is captured here: call run_decompositions() on the program first"
+            )
         found = [_explain_graph(model, settings)]
     else:
         found = _explain_model(model, args, kwargs or {}, settings, dynamic)
     return merged(found, names, settings[0].mode)
+
+
+def check_call(door: str, model: Any, args: Any) -> None:
+    """Raise ``TypeError`` where a door is given something that it can't call."""
+    if not isinstance(model, ExportedProgram) and not callable(model):
+        raise TypeError(
+            f"{door}: the model is {model!r}; give a module, a function, an ExportedProgram or a GraphModule"
+            if model is None
+            else f"{door}: the model is a {type(model).__name__}, which can't be called; give a module, a function, an "
+            "ExportedProgram or a GraphModule"
+        )
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"args is a {type(args).__name__}; give the model's inputs as a tuple, e.g. args=(x,)")
 
 
 def _targets(target: str | Sequence[str] | None) -> list[str]:
@@ -79,8 +104,6 @@ def _explain_model(
     settings: list[Options],
     dynamic: bool | None,
 ) -> list[Report]:
-    if not isinstance(args, tuple | list):
-        raise TypeError(f"args is a {type(args).__name__}; give the model's inputs as a tuple, e.g. args=(x,)")
     found: list[Report] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -90,7 +113,7 @@ def _explain_model(
             found.append(_verdicts(aot, leaves, settings))
             return aot.forward
 
-        return compile_with_aot(gm, example_inputs, look)
+        return compile_with_aot(gm, example_inputs, look, decomposition_table(settings[0].decompositions))
 
     with torch.no_grad():
         compile_isolated(model, capture, dynamic)(*args, **kwargs)
@@ -98,10 +121,12 @@ def _explain_model(
 
 
 def _explain_graph(model: ExportedProgram | GraphModule, settings: list[Options]) -> Report:
-    gm = model.graph_module if isinstance(model, ExportedProgram) else model
+    given = model.graph_module if isinstance(model, ExportedProgram) else model
+    gm = copied(given)
     fill_in_values(gm)
+    copy_of = dict(zip(given.graph.nodes, gm.graph.nodes, strict=True))
     leaves = program_values(model) if isinstance(model, ExportedProgram) else {}
-    return _verdicts(gm, leaves | attribute_values(gm), settings)
+    return _verdicts(gm, {copy_of[n]: t for n, t in leaves.items()} | attribute_values(gm), settings)
 
 
 def _verdicts(gm: GraphModule, leaves: dict[Node, torch.Tensor], settings: list[Options]) -> Report:
@@ -126,7 +151,7 @@ def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **o
         TypeError: ``graph`` is neither, or an option that does not exist.
         ValueError: the graph's nodes carry no shapes, or a value that is not accepted.
     """
-    settings = make_options({"target": target, **options})
+    settings = make_options({"target": target, **options}, "fuse")
     constants: Constants
     if isinstance(graph, ExportedProgram):
         gm, leaves = graph.graph_module, program_values(graph)

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from quantpass.chips import CHIPS, liftable_rules
 from quantpass.chips.calls import OpCall
 from quantpass.chips.requirements import Finding
 from quantpass.chips.rules import Chip, Rule
 from quantpass.records import Reject, TensorSpec
+
+HALF_OPT_IN = "numerics.float16"
+"""What a user names in ``allow`` to have float32 sites computed in float16."""
+
+
+def checked_allow(allow: Any) -> tuple[str, ...]:
+    """``allow`` as a tuple of rules that exist and can be lifted, on whichever chip.
+
+    Raises:
+        TypeError: it is one text, or holds something that is none.
+        ValueError: a rule that does not exist, or one that can't be lifted; the message names the nearest that can.
+    """
+    if not isinstance(allow, tuple | list | set | frozenset) or not all(isinstance(a, str) for a in allow):
+        raise TypeError(f"allow is {allow!r}; give a tuple of rule ids, e.g. allow=('qmm.310p.pertoken',)")
+    liftable = (*liftable_rules(), HALF_OPT_IN)
+    firm = {r.id for c in CHIPS.values() for r in c.rules}
+    for name in allow:
+        if name in liftable:
+            continue
+        near = difflib.get_close_matches(name, liftable, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        if name in firm or name.rpartition(".")[0] in firm:
+            what = "is a rule about which documents and code agree, and can't be lifted"
+        else:
+            what = "is no rule that can be lifted"
+        raise ValueError(f"allow: {name!r} {what}. Those that can: {', '.join(liftable)}.{meant}")
+    return tuple(sorted(allow)) if isinstance(allow, set | frozenset) else tuple(allow)
 
 
 @dataclass(frozen=True, slots=True)

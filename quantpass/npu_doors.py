@@ -116,7 +116,7 @@ def npu_backend(
         target: chip or SoC name; None asks the NPU.
         custom_decompositions: as for ``torchair.get_npu_backend``.
         options: fields of :class:`quantpass.options.Options` other than ``lowering``, ``mode`` and ``inner``, which
-            follow from ``compiler_config``.
+            follow from ``compiler_config``, and ``decompositions``.
 
     Returns:
         The backend; its ``report`` tells what was fused and how each weight is stored.
@@ -279,22 +279,14 @@ def _register_ge_converters(options: Options) -> None:
     register_converters(batch_matmul_v4=options.chip.name == "ascend950")
 
 
-_OWN = ("lowering", "mode", "inner")
-
-
-def _chosen(door: str, target: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    taken = [name for name in _OWN if name in options]
-    if taken:
-        raise TypeError(f"{door} sets {', '.join(taken)} itself, from torchair's mode; leave it out")
-    make_options({"target": target, **options})
+def _chosen(door: str, target: str | None, options: dict[str, Any]) -> Options:
+    made = make_options({"target": target, **options}, door)
     # The name is asked for now, so that a compile cache never mixes two chips.
-    return {"target": device_target() if target is None else target, **options}
+    return replace(made, target=device_target()) if target is None else made
 
 
-def _settings(chosen: dict[str, Any], *, captured: bool, aclnn: bool) -> Options:
-    return make_options(
-        {**chosen, "lowering": "aclnn" if aclnn else "reference", "mode": "eager" if captured else "graph"}
-    )
+def _settings(chosen: Options, *, captured: bool, aclnn: bool) -> Options:
+    return replace(chosen, lowering="aclnn" if aclnn else "reference", mode="eager" if captured else "graph")
 
 
 def _is_captured(config: Any) -> bool:

@@ -6,10 +6,12 @@ import difflib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
-from quantpass.chips import chip_named
+from quantpass.chips import chip_named, chip_of_device
 from quantpass.chips.rules import Chip
+from quantpass.legality import checked_allow
 from quantpass.patterns import Dialect
 from quantpass.version import __version__
 
@@ -78,9 +80,7 @@ class Options:
                 INNERS,
                 extra=" Also accepted: None, or a function (graph_module, example_inputs) -> callable.",
             )
-        if isinstance(self.allow, str) or not all(isinstance(a, str) for a in self.allow):
-            raise TypeError(f"allow is {self.allow!r}; give a tuple of rule ids, e.g. allow=('qmm.310p.pertoken',)")
-        object.__setattr__(self, "allow", tuple(self.allow))
+        object.__setattr__(self, "allow", checked_allow(self.allow))
         if not isinstance(self.dialects, tuple | list) or not all(isinstance(d, Dialect) for d in self.dialects):
             raise TypeError(f"dialects is {self.dialects!r}; give a tuple of quantpass.patterns.Dialect")
         object.__setattr__(self, "dialects", tuple(self.dialects))
@@ -102,24 +102,60 @@ class Options:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def make_options(given: Mapping[str, Any]) -> Options:
-    """Options from keyword arguments.
+_BACKENDS = ("backend", "torch.compile(backend='quantpass')")
+_NPU_DOORS = ("npu_backend", "register", "npugraph_ex_options")
+
+_TORCHAIRS = ("lowering", "mode", "inner")
+
+_TAKEN_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "lowering": (*_BACKENDS, "explain", "fuse", "verify"),
+        "mode": (*_BACKENDS, "explain", "fuse", "verify", "preview_ge"),
+        "inner": _BACKENDS,
+        "decompositions": (*_BACKENDS, "explain", "verify"),
+        "on_report": (*_BACKENDS, *_NPU_DOORS, "preview_ge"),
+    }
+)
+"""Options that not every door carries out, and the doors that do."""
+
+_WHY: Mapping[tuple[str, str], str] = MappingProxyType(
+    {
+        **{(d, n): f": {d} sets {n} itself, from torchair's mode" for d in _NPU_DOORS for n in _TORCHAIRS},
+        ("npu_backend", "decompositions"): ": it has custom_decompositions, as torchair.get_npu_backend does",
+        ("fuse", "decompositions"): ": it takes the graph as it is; call run_decompositions() on the program first",
+        **{(d, "on_report"): ": the report is returned" for d in ("explain", "fuse", "verify")},
+    }
+)
+"""Why a door does not take one of them, where there is more to say."""
+
+
+def make_options(given: Mapping[str, Any], door: str = "backend") -> Options:
+    """Options from the keyword arguments of a door.
 
     Raises:
-        TypeError: an argument that does not exist; the message names the nearest one that does.
+        TypeError: an argument that does not exist (the message names the nearest one that does), or one that ``door``
+            would not carry out (the message names the doors that do).
         ValueError: a value that is not accepted.
     """
     names = [f.name for f in fields(Options)]
+    accepted = [n for n in names if door in _TAKEN_BY.get(n, (door,))]
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
+            near = difflib.get_close_matches(str(name), accepted, n=1)
             meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"unknown option {name!r}. Accepted: {', '.join(names)}.{meant}")
+            raise TypeError(f"unknown option {name!r}. Accepted: {', '.join(accepted)}.{meant}")
+        if name not in accepted:
+            why = _WHY.get((door, name), "")
+            takers = ", ".join(_TAKEN_BY[name])
+            raise TypeError(
+                f"{door} does not take the option {name!r}{why}. Taken by: {takers}. "
+                f"{door} takes: {', '.join(accepted)}."
+            )
     return Options(**given)
 
 
 def device_target() -> str:
-    """The name of the NPU in this machine.
+    """The name of the NPU in this machine; that of its family where the NPU is newer than the names known here.
 
     Raises:
         ValueError: there is none to ask.
@@ -127,12 +163,14 @@ def device_target() -> str:
     try:
         import torch_npu
 
-        return str(torch_npu.npu.get_device_name())
+        name = str(torch_npu.npu.get_device_name())
     except Exception as error:
         raise ValueError(
             "target is None, which asks the NPU for its name, and no NPU can be asked here "
             f"({type(error).__name__}: {error}). Name one: target='ascend310p', 'ascend910b', 'ascend910_93' or 'cpu'."
         ) from error
+    chip = chip_of_device(name)
+    return name if name in chip.soc_names else chip.name
 
 
 def _one_of(name: str, value: Any, accepted: tuple[str, ...], extra: str = "") -> None:

@@ -11,7 +11,6 @@ from quantpass import conventions
 from quantpass import expr as ex
 from quantpass.candidates import (
     FLOAT32_STEPS,
-    HALF_OPT_IN,
     Candidate,
     LaidOut,
     aten,
@@ -26,6 +25,7 @@ from quantpass.chips.calls import QMM, OpCall
 from quantpass.chips.rules import Chip
 from quantpass.composition import Composition
 from quantpass.expr import Const, Expr
+from quantpass.legality import HALF_OPT_IN
 from quantpass.options import Options
 from quantpass.patterns.affine import Affine
 from quantpass.quant_product import Product, product_of, refusals, rounding_of, wide, wide_node

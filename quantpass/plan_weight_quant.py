@@ -11,7 +11,6 @@ import torch
 from quantpass import conventions
 from quantpass import expr as ex
 from quantpass.candidates import (
-    HALF_OPT_IN,
     Candidate,
     LaidOut,
     Notes,
@@ -29,6 +28,7 @@ from quantpass.chips.calls import WQMM, OpCall
 from quantpass.chips.rules import Chip
 from quantpass.composition import Composition
 from quantpass.expr import Const, Expr
+from quantpass.legality import HALF_OPT_IN
 from quantpass.options import Options
 from quantpass.patterns.weights_by_value import shifted_by_group
 from quantpass.records import Numerics, Reject, Weight

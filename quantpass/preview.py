@@ -133,7 +133,7 @@ def preview_ge(
     """
     if not isinstance(args, tuple | list):
         raise TypeError(f"args is a {type(args).__name__}; give the model's inputs as a tuple, e.g. args=(x,)")
-    settings = make_options({"target": target, **options})
+    settings = make_options({"target": target, **options}, "preview_ge")
     chip, soc_name = settings.chip, soc_name_of(target, settings.chip)
     captured, reports = _capture(model, args, kwargs or {}, settings, fuse)
     if process is not None:
@@ -148,7 +148,7 @@ def soc_name_of(target: str, chip: Chip) -> str:
     """The SoC name to pretend to be: the target itself where it is one, else one of the family."""
     if chip.name not in SOC_NAMES:
         raise ValueError(f"target is {target!r}; a GE preview takes one of {', '.join(SOC_NAMES)}, or a SoC name")
-    return target if target.startswith("Ascend") else SOC_NAMES[chip.name]
+    return target if target in chip.soc_names else SOC_NAMES[chip.name]
 
 
 def _capture(

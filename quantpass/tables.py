@@ -14,8 +14,16 @@ from quantpass.chips.rules import Chip, Rule
 
 def chip_overview(style: str = "simple") -> str:
     """One line a chip."""
-    rows = [[c.name, c.title, ", ".join(f"{p}*" for p in c.soc_prefixes) or "-", len(c.rules)] for c in CHIPS.values()]
+    rows = [[c.name, c.title, _device_names(c), len(c.rules)] for c in CHIPS.values()]
     return tabulate(rows, headers=["target", "product", "device names", "rules"], tablefmt=style)
+
+
+def _device_names(chip: Chip) -> str:
+    """A family's SoC names, shortened to what follows the common part."""
+    if not chip.soc_names:
+        return "-"
+    first, last = chip.soc_names[0], chip.soc_names[-1]
+    return f"{first} ... {last}" if len(chip.soc_names) > 6 else ", ".join(chip.soc_names)
 
 
 def chip_tables(chip: Chip, style: str = "simple") -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from tabulate import tabulate
 from torch.fx import GraphModule, Interpreter, Node
 
 from quantpass.compiled import copied
+from quantpass.doors import check_call
 from quantpass.options import Options, make_options
 from quantpass.pipeline import fuse_graph
 from quantpass.records import Numerics
@@ -102,9 +103,8 @@ def verify(
         TypeError: ``args`` is not a tuple or list, or an option that does not exist.
         ValueError: a value that is not accepted.
     """
-    if not isinstance(args, tuple | list):
-        raise TypeError(f"args is a {type(args).__name__}; give the model's inputs as a tuple, e.g. args=(x,)")
-    settings = make_options({"target": target, **options})
+    check_call("verify", model, args)
+    settings = make_options({"target": target, **options}, "verify")
     measured = _Measured()
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -1,5 +1,9 @@
-"""Models that call the vendor's operators themselves: nothing is rewritten, every call gets a verdict."""
+"""Models that call fused operators themselves: nothing is rewritten, every call gets a verdict."""
 
+import importlib.util
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
@@ -57,3 +61,73 @@ def test_a_call_that_a_chip_refuses_is_found_before_the_device_does():
     report = qp.explain(program, target=["ascend310p", "ascend910b"])
     assert [s.fused for s in report.sites] == [False, False]
     assert any("bias" in r.fact for r in report.sites[0].rejects)
+
+
+def own(bits, granularity="channel", op="quant"):
+    linear = nn.Linear(K, N, dtype=torch.float16)
+    if op == "weight":
+        size = 64 if granularity == "group" else 0
+        module = qp.nn.LinearWeightQuant.from_linear(linear, bits=bits, granularity=granularity, group_size=size)
+        return module, torch.randn(4, K).half()
+    module = qp.nn.LinearQuant.from_linear(linear, input_scale=0.01, bits=bits, granularity=granularity)
+    x = torch.randint(-8, 8, (4, K), dtype=torch.int8)
+    return module, torch.ops.quantpass.pack_int4(x) if bits == 4 else x
+
+
+@pytest.mark.parametrize("op", ["quant", "weight"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_modules_of_quantpass_nn_are_matmuls_with_a_verdict(op, bits, granularity):
+    """The operator's transposition flag describes the same call as the vendor's strided view."""
+    module, x = own(bits, granularity, op)
+    report = qp.explain(module, (x,), target=["ascend310p", "ascend910b", "cpu"])
+    assert report.total == 3
+    assert report.sites[0].op == f"quantpass.{'weight_' * (op == 'weight')}quant_matmul"
+    on_310p, on_910b, on_cpu = report.sites
+    assert on_910b.fused
+    assert on_cpu.fused
+    weight = on_910b.plan.call["x2" if op == "quant" else "weight"]
+    assert weight.transposed
+    assert weight.shape[-1] == N
+    assert on_310p.fused == (bits == 8)
+    if bits == 4:
+        assert any(r.rule.startswith(f"{'w' * (op == 'weight')}qmm.310p.dtypes") for r in on_310p.rejects)
+
+
+def test_a_group_that_a_chip_refuses_is_told_of_a_module_too():
+    module, x = own(8, "group", "weight")
+    report = qp.explain(module, (x,), target=["ascend310p", "ascend910b"])
+    assert [s.fused for s in report.sites] == [False, True]
+    assert "wqmm.310p.group" in {r.rule for r in report.sites[0].rejects}
+
+
+def test_what_the_pass_put_into_a_graph_is_not_the_models_own_call():
+    from tests.helpers import WeightOnly
+
+    called = qp.nn.LinearWeightQuant.from_linear(nn.Linear(N, 64, dtype=torch.float16))
+    program = torch.export.export(nn.Sequential(WeightOnly(K, N), called), (Y,))
+    first, again = qp.fuse(program, target="cpu"), qp.fuse(program, target="cpu")
+    assert [s.plan.fixups == ("called by the model itself",) for s in first.sites] == [False, True]
+    assert [s.plan.fixups for s in again.sites] == [("called by the model itself",)]
+
+
+Y = torch.randn(4, K, generator=torch.Generator().manual_seed(2)).half()
+
+
+def example(name):
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_examples_reports_show_their_matmuls(capsys):
+    example("linear_quant").compiled()
+    printed = capsys.readouterr().out
+    assert "ascend310p: 1 of 1 quantized matmuls fused" in printed
+    assert "quantpass.quant_matmul" in printed
+    example("linear_weight_quant").compiled()
+    printed = capsys.readouterr().out
+    assert "ascend910b: 1 of 1 quantized matmuls fused" in printed
+    assert "quantpass.weight_quant_matmul" in printed

@@ -1,6 +1,7 @@
 """explain, fuse, diff, Report and the command line."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -74,6 +75,43 @@ def test_report_as_text_json_and_html(tmp_path):
     assert all("helpers.py" in s["source"] for s in data["sites"])
     report.to_html(tmp_path / "r.html")
     assert "npu_weight_quant_batchmatmul" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("level", ["export", "functional", "make_fx"])
+def test_explain_leaves_the_callers_graph_alone(level):
+    """Nodes, code and meta of a graph are as they were, also where shapes had to be found first."""
+    program = torch.export.export(WeightOnly(), (X,))
+    if level == "functional":
+        program = program.run_decompositions({})
+    given = program if level != "make_fx" else program.module()
+    gm = given if level == "make_fx" else given.graph_module
+    if level == "make_fx":
+        for node in gm.graph.nodes:
+            if node.op != "placeholder":
+                node.meta.clear()
+    attributes = dict(gm.named_buffers()), dict(gm.named_parameters())
+    before = [(n, n.name, n.args, n.kwargs, dict(n.meta)) for n in gm.graph.nodes]
+    report = qp.explain(given, target=["ascend310p", "ascend910b"])
+    assert (report.fused, report.total) == (2, 2)
+    after = [(n, n.name, n.args, n.kwargs, dict(n.meta)) for n in gm.graph.nodes]
+    assert [b[:4] for b in before] == [a[:4] for a in after]
+    for (*_, meta), (*_, now) in zip(before, after, strict=True):
+        assert list(meta) == list(now)
+        assert all(meta[k] is now[k] for k in meta)
+    assert [list(a) for a in (dict(gm.named_buffers()), dict(gm.named_parameters()))] == [list(a) for a in attributes]
+    assert qp.fuse(given, target="cpu").fused == 1, "the graph is still one to be fused"
+
+
+def test_explain_takes_a_program_with_or_without_inputs():
+    program = torch.export.export(WeightOnly(), (X,))
+    assert str(qp.explain(program, (X,))) == str(qp.explain(program))
+
+
+@pytest.mark.parametrize("model", [None, 3, "model", [WeightOnly()]])
+@pytest.mark.parametrize("door", [qp.explain, qp.verify])
+def test_what_can_not_be_called(door, model):
+    with pytest.raises(TypeError, match="give a module, a function, an ExportedProgram or a GraphModule"):
+        door(model, (X,), target="cpu")
 
 
 def test_require():
@@ -204,6 +242,37 @@ def test_command_line_errors(arguments, message):
     run = CliRunner().invoke(main, ["explain", *arguments])
     assert run.exit_code != 0
     assert message in " ".join(run.output.split())
+
+
+@pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize("option", ["--json", "--html"])
+@pytest.mark.parametrize("path", ["no/such/dir/x", ".", "r.json/x"])
+def test_a_path_that_can_not_be_written_is_found_before_the_work(option, path, monkeypatch):
+    from quantpass import cli
+
+    open("r.json", "w").close()
+    monkeypatch.setattr(cli, "load_factory", lambda text: pytest.fail("the model was built"))
+    run = CliRunner().invoke(main, ["explain", "factories:small", option, path])
+    assert run.exit_code == 2
+    assert run.exception is None or isinstance(run.exception, SystemExit)
+    (error,) = [line for line in run.output.splitlines() if line.startswith("Error")]
+    assert option in error
+    assert path in error
+
+
+@pytest.mark.usefixtures("factories")
+def test_json_to_standard_output():
+    run = CliRunner().invoke(main, ["explain", "factories:small", "-t", "ascend310p", "--json", "-"])
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.output)["fused"] == 1
+    assert not os.path.exists("-")
+
+
+@pytest.mark.usefixtures("factories")
+def test_two_targets_in_one_option():
+    run = CliRunner().invoke(main, ["explain", "factories:small", "-t", "Ascend910B3,Ascend310P3"])
+    assert run.exit_code != 0
+    assert "-t repeated on the command line" in run.output
 
 
 def test_rewrite_is_whole_or_not_at_all(monkeypatch, caplog):

@@ -190,7 +190,12 @@ def test_the_hook_is_a_plain_function_whose_disassembly_names_the_settings():
     same = hook_text()
     assert hook_text() == same
     assert hook_text(on_report=print) == same, "who is told changes nothing in the graph"
-    others = [hook_text("ascend310p"), hook_text(numerics="vendor"), hook_text(nz="never"), hook_text(allow=("a.b",))]
+    others = [
+        hook_text("ascend310p"),
+        hook_text(numerics="vendor"),
+        hook_text(nz="never"),
+        hook_text(allow=("qmm.310p.pertoken",)),
+    ]
     assert len({same, *others}) == 5
 
 
@@ -402,7 +407,11 @@ def test_npugraph_ex_modes_that_skip_passes_are_told(given, caplog):
         (lambda: qp.register({}, target="ascend910b"), TypeError, "give a torchair.CompilerConfig"),
         (lambda: qp.register(Config(), target="ascend"), ValueError, "unknown target 'ascend'"),
         (lambda: qp.register(Config(), target="ascend910b", numeric="x"), TypeError, "Did you mean 'numerics'"),
-        (lambda: qp.register(Config(), target="ascend910b", lowering="aclnn"), TypeError, "sets lowering itself"),
+        (
+            lambda: qp.register(Config(), target="ascend910b", lowering="aclnn"),
+            TypeError,
+            "register sets lowering itself",
+        ),
         (lambda: qp.register(Config()), ValueError, "Name one: target="),
         (lambda: qp.npugraph_ex_options(), ValueError, "Name one: target="),
         (lambda: qp.npugraph_ex_options("cpu"), ValueError, "target 'cpu'"),

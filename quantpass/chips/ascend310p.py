@@ -11,6 +11,7 @@ ASCEND310P = Chip(
     name="ascend310p",
     title="Atlas inference series (310P)",
     soc_prefixes=("Ascend310P",),
+    soc_names=tuple(f"Ascend310P{i}" for i in (1, 2, 3, 4, 5, 7)),
     rules=(
         *quant_matmul.rules(quant_matmul.ROWS_310P, "310p", quant_matmul.HINT_310P),
         *quant_matmul.LAYOUT_310P,

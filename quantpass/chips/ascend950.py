@@ -10,6 +10,31 @@ ASCEND950 = replace(
     name="ascend950",
     title="Ascend 950",
     soc_prefixes=("Ascend950",),
+    soc_names=(
+        *(f"Ascend950PR_{v}" for v in ["950z", "9579", "957b", "957bx", "957c", "957d", "9589", "958b", "9599"]),
+        *(
+            f"Ascend950DT_{v}"
+            for v in [
+                "950x",
+                "950y",
+                "9571",
+                "9572",
+                "9573",
+                "9574",
+                "9575",
+                "9576",
+                "9577",
+                "9578",
+                "9581",
+                "9582",
+                "9582x",
+            ]
+        ),
+        *(
+            f"Ascend950DT_{v}"
+            for v in ["9583", "9584", "9585", "9586", "9587", "9588", "9591", "9592", "9595", "9596", "95A1", "95A2"]
+        ),
+    ),
     rules=(
         *quant_matmul.rules(quant_matmul.ROWS_A5, "a5", quant_matmul.HINT_A2),
         *quant_matmul.INT4_A2,

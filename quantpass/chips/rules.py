@@ -66,6 +66,7 @@ class Chip:
         name: quantpass's name, e.g. ``"ascend310p"``.
         title: the vendor's product name.
         soc_prefixes: what ``torch_npu.npu.get_device_name()`` starts with on it.
+        soc_names: the whole names that torch_npu 2.13.0 knows (``c10_npu::SocVersion``).
         rules: its legality rows.
         layouts: operator to the weight layouts worth trying in graph mode, best first.
         eager_layouts: the same for eager mode.
@@ -79,6 +80,7 @@ class Chip:
     layouts: dict[str, tuple[WeightLayout, ...]] = field(default_factory=dict)
     eager_layouts: dict[str, tuple[WeightLayout, ...]] = field(default_factory=dict)
     saturates: bool = False
+    soc_names: tuple[str, ...] = ()
 
     def rules_of(self, op: str) -> tuple[Rule, ...]:
         return tuple(r for r in self.rules if r.op == op)

@@ -1,0 +1,142 @@
+"""Names and options: a typo is an error with the nearest name, and no door takes what it does not carry out."""
+
+import pytest
+import torch
+
+import quantpass as qp
+from quantpass.chips import CHIPS, chip_named, chip_of_device, liftable_rules
+from quantpass.lowering.standin_device import SOC_NAMES
+from quantpass.options import Options, make_options
+from tests.helpers import WeightOnly
+
+X = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).half()
+
+
+@pytest.mark.parametrize(
+    ("target", "meant"),
+    [
+        ("Ascend910Bfoobar", "ascend910b"),
+        ("Ascend310P33", "Ascend310P3"),
+        ("ascend910b3", "Ascend910B3"),
+        (" ascend910b ", "ascend910b"),
+        ("ASCEND310P", "ascend310p"),
+        ("ascend310", "ascend310p"),
+        ("CPU", "cpu"),
+        ("Ascend910_9392x", "Ascend910_9392"),
+        ("Ascend910_93-92", "Ascend910_9392"),
+        ("Ascend950PR_9599 ", "Ascend950PR_9599"),
+    ],
+)
+def test_a_mistyped_chip_is_an_error_with_the_nearest_name(target, meant):
+    with pytest.raises(ValueError, match=f"Did you mean '{meant}'"):
+        qp.explain(WeightOnly(), (X,), target=target)
+    with pytest.raises(ValueError, match=f"Did you mean '{meant}'"):
+        qp.check_op("npu_quant_matmul", target=target)
+
+
+@pytest.mark.parametrize("both", ["Ascend910B3,Ascend310P3", "ascend910b ascend310p", "ascend910b; cpu"])
+def test_two_chips_in_one_text(both):
+    with pytest.raises(ValueError, match=r"names several chips in one text.*-t repeated"):
+        qp.backend(target=both)
+
+
+def test_every_soc_name_is_the_chip_of_one_family():
+    names = [name for chip in CHIPS.values() for name in chip.soc_names]
+    assert len(set(names)) == len(names) > 40
+    for chip in CHIPS.values():
+        assert all(chip_named(name) is chip and chip_of_device(name) is chip for name in chip.soc_names)
+    for family, name in SOC_NAMES.items():
+        assert chip_named(name).name == family
+
+
+def test_a_device_that_is_newer_than_the_names_goes_by_its_family():
+    assert chip_of_device("Ascend910B9").name == "ascend910b"
+    assert chip_of_device("Ascend910_9399").name == "ascend910_93"
+    with pytest.raises(ValueError, match="unknown target"):
+        chip_of_device("Ascend310B4")
+
+
+def test_two_names_of_one_chip_are_one_target():
+    report = qp.explain(WeightOnly(), (X,), target=["Ascend310P1", "ascend310p", "ascend910b", "Ascend310P3"])
+    assert report.targets == ("ascend310p", "ascend910b")
+    assert [s.target for s in report.sites] == ["ascend310p", "ascend910b"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("wqmm.310.group", "is no rule that can be lifted.*Did you mean 'wqmm.310p.group'"),
+        ("numerics.float61", "is no rule that can be lifted.*Did you mean 'numerics.float16'"),
+        ("read.weight", "is no rule that can be lifted"),
+        ("", "is no rule that can be lifted"),
+        ("qmm.k.range", "is a rule about which documents and code agree, and can't be lifted"),
+        ("qmm.310p.dtypes.bias", "is a rule about which documents and code agree, and can't be lifted"),
+    ],
+)
+def test_a_rule_that_can_not_be_lifted(rule, message):
+    asked = [
+        lambda: qp.backend(target="ascend310p", allow=("qmm.310p.pertoken", rule)),
+        lambda: qp.explain(WeightOnly(), (X,), allow=[rule]),
+        lambda: qp.check_op("npu_quant_matmul", target="ascend310p", allow=(rule,)),
+    ]
+    for ask in asked:
+        with pytest.raises(ValueError, match=message):
+            ask()
+
+
+@pytest.mark.parametrize("allow", ["qmm.310p.pertoken", 3, (3,), None])
+def test_allow_is_a_tuple_of_names(allow):
+    with pytest.raises(TypeError, match="give a tuple of rule ids"):
+        qp.check_op("npu_quant_matmul", target="ascend310p", allow=allow)
+    with pytest.raises(TypeError, match="give a tuple of rule ids"):
+        qp.backend(target="ascend310p", allow=allow)
+
+
+def test_every_rule_that_a_refusal_offers_to_lift_is_accepted():
+    for rule, chips in liftable_rules().items():
+        for chip in chips:
+            assert make_options({"target": chip, "allow": (rule,)}).allow == (rule,)
+    assert Options(target="cpu", allow=("numerics.float16",)).allow == ("numerics.float16",)
+
+
+def model_doors():
+    program = torch.export.export(WeightOnly(), (X,))
+    return {
+        "explain": lambda **o: qp.explain(WeightOnly(), (X,), target="cpu", **o),
+        "fuse": lambda **o: qp.fuse(program, target="cpu", **o),
+        "verify": lambda **o: qp.verify(WeightOnly(), (X,), target="cpu", **o),
+        "preview_ge": lambda **o: qp.preview_ge(WeightOnly(), (X,), target="ascend310p", **o),
+        "npu_backend": lambda **o: qp.npu_backend(target="ascend310p", **o),
+        "npugraph_ex_options": lambda **o: qp.npugraph_ex_options(target="ascend310p", **o),
+    }
+
+
+@pytest.mark.parametrize(
+    ("door", "option"),
+    [
+        *((d, "inner") for d in model_doors()),
+        *((d, "on_report") for d in ("explain", "fuse", "verify")),
+        *((d, "decompositions") for d in ("fuse", "preview_ge", "npu_backend", "npugraph_ex_options")),
+        *((d, "lowering") for d in ("preview_ge", "npu_backend", "npugraph_ex_options")),
+        *((d, "mode") for d in ("npu_backend", "npugraph_ex_options")),
+    ],
+)
+def test_an_option_that_a_door_would_ignore_is_refused_by_it(door, option):
+    value = {"inner": "eager", "on_report": print, "decompositions": "core", "lowering": "reference", "mode": "graph"}
+    with pytest.raises(TypeError, match=f"{door} does not take the option '{option}'.*Taken by: backend") as error:
+        model_doors()[door](**{option: value[option]})
+    assert f"{option}," not in str(error.value).partition(f"{door} takes: ")[2]
+
+
+def test_a_mistyped_option_names_one_that_the_door_takes():
+    with pytest.raises(TypeError, match="Did you mean 'numerics'"):
+        qp.fuse(torch.export.export(WeightOnly(), (X,)), target="cpu", numeric="strict")
+
+
+def test_explain_carries_decompositions_out():
+    """The matmul's operator in the report says at which level the graph was read."""
+    plain = qp.explain(WeightOnly(bias=False), (X[None],), target="cpu")
+    core = qp.explain(WeightOnly(bias=False), (X[None],), target="cpu", decompositions="core")
+    assert plain.fused == core.fused == 1
+    with pytest.raises(TypeError, match="run_decompositions"):
+        qp.explain(torch.export.export(WeightOnly(), (X,)), target="cpu", decompositions="core")
