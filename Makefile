@@ -9,7 +9,10 @@ PIP_ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q install $(PIP_ARGS)
 RUN = QUANTPASS_TORCH_NPU=$(abspath $(VENV))/torch_npu $(VENV)/bin/python
 
-.PHONY: help demo test test-fast lint format docs coverage bench clean
+SAMPLE ?= 300
+SEED ?= 0
+
+.PHONY: help demo test test-fast mutants lint format docs coverage bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,6 +43,9 @@ test: $(VENV)/test.stamp $(VENV)/torch_npu.stamp ## all tests
 
 test-fast: $(VENV)/test.stamp $(VENV)/torch_npu.stamp ## the tests that take seconds
 	$(RUN) -m pytest -n auto -m "not slow"
+
+mutants: $(VENV)/test.stamp $(VENV)/mutants.stamp $(VENV)/torch_npu.stamp ## edit the pass's code in SAMPLE places: do the fast tests notice?
+	OMP_NUM_THREADS=1 $(RUN) -m tests.mutants.run --sample $(SAMPLE) --seed $(SEED)
 
 lint: $(VENV)/lint.stamp $(VENV)/test.stamp ## ruff, and mypy on the built wheel
 	$(VENV)/bin/ruff check .

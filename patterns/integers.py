@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from quantpass.patterns.movement import movement_of
 from quantpass.schema import ReaderTable, call_reader
-from quantpass.static_values import StaticValues
+from quantpass.static_values import StaticValues, as_dtype
 
 aten = torch.ops.aten
 
@@ -82,12 +82,15 @@ class IntegerReader:
                 return Bounds(*integer_span(fake.dtype), whole=True)
         return found or Bounds()
 
-    def clamped(self, value: Any, low: Any, high: Any) -> Bounds | None:
+    def clamped(self, node: Node, value: Any, low: Any, high: Any) -> Bounds | None:
         inner = self.bounds(value)
         lo = -math.inf if low is None else self.values.uniform(low)
         hi = math.inf if high is None else self.values.uniform(high)
         if lo is None or hi is None or lo > hi:
             return None
+        dtype = node.meta["val"].dtype
+        if dtype.is_floating_point:  # 257 is no bfloat16: elements are clamped to what it becomes there
+            lo, hi = as_dtype(lo, dtype), as_dtype(hi, dtype)
         whole = inner.whole and all(float(b).is_integer() or math.isinf(b) for b in (lo, hi))
         return Bounds(min(max(inner.low, lo), hi), max(min(inner.high, hi), lo), whole)
 
@@ -126,28 +129,23 @@ def _round(reader: IntegerReader, node: Node, *, self: Any) -> Bounds:
 
 
 def _clamp(reader: IntegerReader, node: Node, *, self: Any, min: Any, max: Any) -> Bounds | None:
-    del node
-    return reader.clamped(self, min, max)
+    return reader.clamped(node, self, min, max)
 
 
 def _clamp_min(reader: IntegerReader, node: Node, *, self: Any, min: Any) -> Bounds | None:
-    del node
-    return reader.clamped(self, min, None)
+    return reader.clamped(node, self, min, None)
 
 
 def _clamp_max(reader: IntegerReader, node: Node, *, self: Any, max: Any) -> Bounds | None:
-    del node
-    return reader.clamped(self, None, max)
+    return reader.clamped(node, self, None, max)
 
 
 def _minimum(reader: IntegerReader, node: Node, *, self: Any, other: Any) -> Bounds | None:
-    del node
-    return reader.clamped(self, None, other) or reader.clamped(other, None, self)
+    return reader.clamped(node, self, None, other) or reader.clamped(node, other, None, self)
 
 
 def _maximum(reader: IntegerReader, node: Node, *, self: Any, other: Any) -> Bounds | None:
-    del node
-    return reader.clamped(self, other, None) or reader.clamped(other, self, None)
+    return reader.clamped(node, self, other, None) or reader.clamped(node, other, self, None)
 
 
 def _add(reader: IntegerReader, node: Node, *, self: Any, other: Any, alpha: Any) -> Bounds | None:

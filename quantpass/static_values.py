@@ -145,7 +145,7 @@ class StaticValues:
                 fill = arguments["fill_value"]
                 if isinstance(fill, Node) or "val" not in node.meta or node.meta["val"].dtype == torch.bool:
                     return None
-                return _as_dtype(fill, node.meta["val"].dtype)
+                return as_dtype(fill, node.meta["val"].dtype)
             if name in _KEEPS_UNIFORM and node.target is not aten.view.dtype:
                 return self._uniform_of_view(node, arguments)
         if self.is_static(node):
@@ -161,7 +161,7 @@ class StaticValues:
         inner = self.uniform(source)
         if inner is None or "val" not in node.meta:
             return inner
-        return _as_dtype(inner, node.meta["val"].dtype)
+        return as_dtype(inner, node.meta["val"].dtype)
 
     def _evaluate(self, node: Node, replaced: Mapping[Node, torch.Tensor], wide: torch.dtype | None) -> Any:
         if wide is None and node in self._kept:
@@ -226,7 +226,7 @@ def _storage(t: torch.Tensor) -> Any:
     return t.untyped_storage().data_ptr() or id(t)
 
 
-def _as_dtype(number: float, dtype: torch.dtype) -> float:
+def as_dtype(number: float, dtype: torch.dtype) -> float:
     """What becomes of ``number`` in a tensor of ``dtype``: a one-element tensor says so."""
     return torch.tensor(number, dtype=torch.float64).to(dtype).item()
 

@@ -1,0 +1,1 @@
+"""Mutation testing of the pass's own code: `make mutants`."""

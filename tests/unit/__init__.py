@@ -1,0 +1,1 @@
+"""Tests of one module each, beside the end-to-end ones."""

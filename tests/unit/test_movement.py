@@ -1,0 +1,120 @@
+"""Data movement: what each operator does to the dimensions of its input, compared with what it does to numbers."""
+
+import pytest
+import torch
+
+from quantpass.patterns.movement import Movement, movement_of
+from tests.unit.graphs import Traced
+
+aten = torch.ops.aten
+
+PERMUTATIONS = {
+    "t": (lambda x: aten.t(x), (3, 4)),
+    "numpy_T": (lambda x: aten.numpy_T(x), (2, 3, 4)),
+    "mT": (lambda x: aten.mT(x), (2, 3, 4)),
+    "mT of a matrix": (lambda x: aten.mT(x), (3, 4)),
+    "transpose": (lambda x: aten.transpose(x, 0, 2), (2, 3, 4)),
+    "transpose from the end": (lambda x: aten.transpose(x, -1, 0), (2, 3, 4)),
+    "swapaxes": (lambda x: aten.swapaxes(x, 0, 1), (2, 3, 4)),
+    "permute": (lambda x: aten.permute(x, [2, 0, 1]), (2, 3, 4)),
+    "permute from the end": (lambda x: aten.permute(x, [-1, -3, -2]), (2, 3, 4)),
+}
+RESHAPES = {
+    "view": lambda x: aten.view(x, [6, 4]),
+    "unsqueeze": lambda x: aten.unsqueeze(x, 1),
+    "squeeze": lambda x: aten.squeeze(x),
+    "squeeze one": lambda x: aten.squeeze(x, 0),
+    "squeeze several": lambda x: aten.squeeze(x, [0]),
+    "unsafe view": lambda x: aten._unsafe_view(x, [24]),
+    "view copy": lambda x: aten.view_copy(x, [24]),
+}
+COPIES = {
+    "alias": lambda x: aten.alias(x),
+    "detach": lambda x: aten.detach(x),
+    "clone": lambda x: aten.clone(x),
+    "lift": lambda x: aten.lift_fresh_copy(x),
+}
+
+
+def traced_one(function, *inputs, **options):
+    """The movement of the node that ``function`` is, where tracing keeps it whole."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = inputs[0]
+    node = function(_Maker(graph, x))
+    node.meta["val"] = function(inputs[0])
+    return movement_of(Traced(lambda a: a, inputs[0]).dialects.movements, node), node.meta["val"], x
+
+
+class _Maker:
+    """Stands for ``x`` in calls of ``torch.ops.aten``: makes the node instead of the tensor."""
+
+    def __init__(self, graph, node):
+        self.graph, self.node = graph, node
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        packet_args = tuple(self.node if a is self else a for a in args)
+        overload = function
+        if isinstance(function, torch._ops.OpOverloadPacket):
+            real = [a.meta["val"] if isinstance(a, torch.fx.Node) else a for a in packet_args]
+            overload = _overload_of(function, real)
+        return self.graph.call_function(overload, packet_args, kwargs or {})
+
+
+def _overload_of(packet, args):
+    for name in packet.overloads():
+        overload = getattr(packet, name)
+        try:
+            overload(*args)
+        except (RuntimeError, TypeError):
+            continue
+        return overload
+    raise AssertionError(packet)
+
+
+@pytest.mark.parametrize("name", PERMUTATIONS)
+def test_permutations(name):
+    function, shape = PERMUTATIONS[name]
+    x = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    movement, result, source = traced_one(function, x)
+    assert movement.kind == "permute" and movement.source is source
+    assert torch.equal(x.permute(movement.order), result)
+
+
+@pytest.mark.parametrize("name", RESHAPES)
+def test_reshapes_keep_the_order(name):
+    x = torch.arange(24.0).reshape(1, 6, 4)
+    movement, result, source = traced_one(RESHAPES[name], x)
+    assert (movement.kind, movement.source) == ("reshape", source)
+    assert torch.equal(result.flatten(), x.flatten())
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_are_the_same(name):
+    movement, _, source = traced_one(COPIES[name], torch.ones(2, 3))
+    assert movement == Movement("same", source)
+
+
+def test_expand():
+    movement, _, source = traced_one(lambda x: aten.expand(x, [2, 3]), torch.ones(1, 3))
+    assert movement == Movement("expand", source)
+
+
+@pytest.mark.parametrize(
+    ("p", "train", "moves"), [(0.5, False, True), (0.0, True, True), (0.0, False, True), (0.5, True, False)]
+)
+def test_dropout_only_where_it_drops_nothing(p, train, moves):
+    movement, _, source = traced_one(lambda x: aten.dropout(x, p, train), torch.ones(2, 3))
+    assert movement == (Movement("same", source) if moves else None)
+
+
+def test_arithmetic_moves_nothing():
+    t = Traced(lambda x: x + 1, torch.ones(2))
+    assert movement_of(t.dialects.movements, t.result) is None
+    assert movement_of(t.dialects.movements, t.inputs[0]) is None
+
+
+def test_a_view_of_a_number_is_no_movement_of_a_node():
+    graph = torch.fx.Graph()
+    node = graph.call_function(aten.clone.default, (3.0,))
+    assert movement_of(Traced(lambda a: a, torch.ones(1)).dialects.movements, node) is None
