@@ -15,8 +15,9 @@ from torch.fx import Node
 from quantpass import expr as ex
 from quantpass.expr import Call, Const, Expr, Recentred, Ref
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.proof import FLOAT32, is_rebuilt
 from quantpass.patterns.terms import Term
-from quantpass.patterns.weights_by_value import TOLERANCE, Operand, weight_by_value
+from quantpass.patterns.weights_by_value import Operand, weight_by_value
 from quantpass.records import Weight
 from quantpass.static_values import StaticValues
 
@@ -190,22 +191,15 @@ def _is_proved(values: StaticValues, operand: Operand, weight: Weight) -> bool:
     codes, scale, zero = (_evaluated(values, e) for e in (weight.codes, weight.scale, weight.zero_point))
     if codes is None or scale is None or (zero is None) != (weight.zero_point is None):
         return False
-    claimed = (codes.t() if weight.transposed else codes).double()
-    if zero is not None:
-        claimed = claimed - zero
-    claimed = claimed * scale
-    slack = TOLERANCE * scale.abs()
     actual = operand.kn(values.widened(operand.node).double())
-    if claimed.shape != actual.shape or not bool(torch.isfinite(actual).all()):
+    if not bool(torch.isfinite(actual).all()):
         return False
-    if bool(((actual - claimed).abs() <= slack).all()):
+    if is_rebuilt(weight, codes, scale, zero, actual, same=FLOAT32):
         return True
     # An operator that rounds to codes by itself may round otherwise in float64: then what the graph computes counts,
     # up to the rounding of its dtype.
-    computed = values.value(operand.node)
-    rounding = torch.finfo(computed.dtype).eps / 2 if computed.is_floating_point() else 0.0
-    computed = operand.kn(computed.double())
-    return bool(((computed - claimed).abs() <= slack + rounding * computed.abs()).all())
+    computed = operand.kn(values.value(operand.node))
+    return is_rebuilt(weight, codes, scale, zero, computed, same=FLOAT32, rounding=computed.dtype)
 
 
 def _evaluated(values: StaticValues, e: Expr | None) -> torch.Tensor | None:

@@ -13,19 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from quantpass.expr import Const, Expr
+from quantpass.expr import Const
 from quantpass.patterns.affine import NotAffine
+from quantpass.patterns.proof import FLOAT32, FLOAT64, TOLERANCE, is_rebuilt, rows_at_a_time
 from quantpass.records import Weight
 from quantpass.static_values import StaticValues
 
 aten = torch.ops.aten
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-TOLERANCE = 1e-3
-"""How far from an integer a recovered code may be, in codes; float64 evaluation leaves about 1e-10."""
-
-_SAME = (1e-9, 1e-6)
-"""Relative differences below which two scales are one: in float64, and where an operator computes in float32 inside."""
+_SAME = (FLOAT64, FLOAT32)
+"""What two scales may differ by and still be one, the strictest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +78,12 @@ def weight_by_value(values: StaticValues, operand: Operand) -> Weight | NotAffin
         return NotAffine("it is empty or holds values that are not finite", quantized=True)
     if not node.meta["val"].dtype.is_floating_point:
         plain = _Line(actual, torch.ones_like(actual), torch.zeros_like(actual))
-        return _from_line(values, [node], plain, _SAME[0])
+        return _from_line(values, [node], plain, actual, FLOAT64)
     problem = NotAffine("its value is not a linear function of its codes", quantized=True, rule="read.weight.nonlinear")
     for same in _SAME:
         for cuts in _integer_cuts(node, full.numel()):
             line = _probe(values, operand, cuts, actual, same)
-            found = problem if line is None else _from_line(values, cuts, line, same)
+            found = problem if line is None else _from_line(values, cuts, line, actual, same)
             if isinstance(found, Weight):
                 return found
             problem = found
@@ -157,18 +155,19 @@ def _probe(values: StaticValues, operand: Operand, cuts: list[Node], actual: tor
             at.append(operand.kn(values.widened(operand.node, replaced)))
         except (RuntimeError, IndexError):
             return None
-    slope, intercept = at[1] - at[0], at[0]
-    steepest = slope.abs().max()
-    if not bool(torch.isfinite(at[2]).all()) or steepest == 0:
-        return None
-    if (at[2] - intercept - 2 * slope).abs().max() > same * (steepest + intercept.abs().max()):
-        return None
-    flat = slope == 0
-    codes = torch.where(flat, 0.0, (actual - intercept) / torch.where(flat, 1.0, slope))
-    whole = codes.round()
-    if (codes - whole).abs().max() > TOLERANCE or bool((actual != intercept)[flat].any()):
-        return None
-    return _Line(whole, slope, intercept)
+    intercept = at[0]
+    slope, codes = torch.empty_like(actual), torch.empty_like(actual)
+    for rows in rows_at_a_time(*actual.shape):
+        start, step = intercept[rows], at[1][rows] - intercept[rows]
+        flat = step == 0
+        straight = (at[2][rows] - start - 2 * step).abs() <= same * (step.abs() + start.abs())
+        exact = torch.where(flat, 0.0, (actual[rows] - start) / torch.where(flat, 1.0, step))
+        whole = exact.round()
+        near = ((exact - whole).abs() <= TOLERANCE) & (~flat | (actual[rows] == start))
+        if not bool((straight & near).all()):
+            return None
+        slope[rows], codes[rows] = step, whole
+    return None if not bool(slope.any()) else _Line(codes, slope, intercept)
 
 
 def _filled(cut: Node, code: int) -> torch.Tensor:
@@ -179,7 +178,10 @@ def _filled(cut: Node, code: int) -> torch.Tensor:
 # -- from a line to a weight ---------------------------------------------------------------------------------------
 
 
-def _from_line(values: StaticValues, cuts: list[Node], line: _Line, same: float) -> Weight | NotAffine:
+def _from_line(
+    values: StaticValues, cuts: list[Node], line: _Line, actual: torch.Tensor, same: float
+) -> Weight | NotAffine:
+    """The weight that the operators take, put together again and compared with the operand: the last step."""
     k, n = line.codes.shape
     flat = line.slope == 0
     zero = torch.where(flat, 0.0, -line.intercept / torch.where(flat, 1.0, line.slope))
@@ -187,21 +189,16 @@ def _from_line(values: StaticValues, cuts: list[Node], line: _Line, same: float)
         return NotAffine("a column has the scale 0 but not the value 0", quantized=True)
     codes, slope = line.codes, line.slope
     order = k_scale = None
-    group = _group_size(slope, zero, same=same)
+    group = _group_size(slope, zero, same)
     if group is None:
         order, group = _act_order(slope, zero)
         if order is not None:
             codes, slope, zero = codes[order], slope[order], zero[order]
     if group is None:
         k_scale, slope = _split_off_k(slope, same)
-        group = _group_size(slope, zero, same=same) if k_scale is not None else None
+        group = _group_size(slope, zero, same) if k_scale is not None else None
     if group is None:
-        return NotAffine(
-            "its scale or zero point varies along K without regular groups",
-            quantized=True,
-            hint="the operators take a scale for each column of N, or for each group of rows of K",
-            rule="read.weight.along_k",
-        )
+        return _varies_along_k()
     scale, zero = (_per_group(t, group) for t in (slope, zero))
     shifted = _into_int8(codes, zero, group)
     if shifted is None:
@@ -213,20 +210,37 @@ def _from_line(values: StaticValues, cuts: list[Node], line: _Line, same: float)
     if zero_point is not None and scale.shape != zero.shape:
         scale, zero = (t.contiguous() for t in torch.broadcast_tensors(scale, zero))
         zero_point = Const(zero)
-    return Weight(
+    weight = Weight(
         stored, stored_transposed, k, n, Const(scale), zero_point, 0 if group == k else group, low, high, True,
         k_order=order, k_scale=k_scale,
     )  # fmt: skip
+    offsets = None if zero_point is None else zero_point.tensor
+    proved = is_rebuilt(weight, stored.tensor, scale, offsets, actual, same=same, slope=line.slope)
+    return weight if proved else _varies_along_k()
 
 
-def _group_size(*parameters: torch.Tensor, same: float) -> int | None:
+def _varies_along_k() -> NotAffine:
+    return NotAffine(
+        "its scale or zero point varies along K without regular groups",
+        quantized=True,
+        hint="the operators take a scale for each column of N, or for each group of rows of K",
+        rule="read.weight.along_k",
+    )
+
+
+def _group_size(slope: torch.Tensor, zero: torch.Tensor, same: float) -> int | None:
     """The largest group of rows within which nothing changes; None where every row would be its own group."""
-    k = parameters[0].shape[0]
-    group = k
-    for p in parameters:
-        changes = ((p[1:] - p[:-1]).abs() > same * p.abs().max()).any(dim=1).nonzero().flatten() + 1
-        for change in changes.tolist():
-            group = math.gcd(group, change)
+    k, n = slope.shape
+    changed = torch.zeros(max(k - 1, 0), dtype=torch.bool)
+    for rows in rows_at_a_time(k - 1, n):
+        after = slice(rows.start + 1, rows.stop + 1)
+        offsets = torch.maximum(zero[after].abs(), zero[rows].abs()) + 1
+        steps = torch.maximum(slope[after].abs(), slope[rows].abs())
+        # A step is the difference of two values that hold the offset as well.
+        kept = (slope[after] - slope[rows]).abs() <= same * steps * offsets
+        kept &= (zero[after] - zero[rows]).abs() <= same * offsets
+        changed[rows] = ~kept.all(dim=1)
+    group = math.gcd(k, *(changed.nonzero().flatten() + 1).tolist())
     return group if group > 1 or k == 1 else None
 
 
@@ -252,8 +266,9 @@ def _split_off_k(slope: torch.Tensor, same: float) -> tuple[torch.Tensor | None,
     column = int(slope[pivot].abs().argmax())
     of_k = slope[:, column] / slope[pivot, column]
     rest = slope[pivot].expand_as(slope)
-    if bool(((of_k[:, None] * rest - slope).abs() > same * slope.abs().max()).any()):
-        return None, slope
+    for rows in rows_at_a_time(*slope.shape):
+        if not bool(((of_k[rows, None] * rest[rows] - slope[rows]).abs() <= same * slope[rows].abs()).all()):
+            return None, slope
     return of_k, rest
 
 
@@ -263,7 +278,7 @@ def _per_group(parameter: torch.Tensor, group: int) -> torch.Tensor:
     if rows.shape[0] > 1:
         return rows.contiguous()
     row = rows[0]
-    if bool(((row - row[0]).abs() <= 1e-12 * row.abs().max()).all()):
+    if bool(((row - row[0]).abs() <= 1e-12 * row[0].abs()).all()):
         return row[:1].clone()
     return row.contiguous()
 
@@ -299,7 +314,7 @@ def shifted_by_group(
     return moved, (zero - shift).reshape(-1, n) if k // group > 1 else (zero - shift).reshape(n)
 
 
-def _stored_codes(values: StaticValues, cuts: list[Node], codes: torch.Tensor) -> tuple[Expr, bool]:
+def _stored_codes(values: StaticValues, cuts: list[Node], codes: torch.Tensor) -> tuple[Const, bool]:
     """The graph's own int8 tensor where it holds exactly these codes, else a new one stored ``(N, K)``."""
     leaf = cuts[0]
     while leaf.op == "call_function" and len(leaf.all_input_nodes) == 1:

@@ -30,6 +30,7 @@ from quantpass.composition import Composition
 from quantpass.expr import Const, Expr
 from quantpass.legality import HALF_OPT_IN
 from quantpass.options import Options
+from quantpass.patterns.proof import FLOAT64
 from quantpass.patterns.weights_by_value import shifted_by_group
 from quantpass.records import Numerics, Reject, Weight
 from quantpass.sites import Reading
@@ -177,12 +178,17 @@ def _as_int4(weight: Weight) -> Weight | None:
         return None
     if weight.high - weight.low <= 15:
         shift = weight.low + 8
-        moved, zero_point = (codes - shift).to(torch.int8), zero.tensor.expand_as(weight.scale.tensor) - shift
+        wide = zero.tensor.double().expand_as(weight.scale.tensor)
+        moved, zero_point = (codes - shift).to(torch.int8), wide - shift
+        if not bool(((zero_point + shift - wide).abs() <= FLOAT64).all()):
+            return None  # so far from the codes that a step of one is lost
     else:
         shifted = shifted_by_group(codes.double(), zero.tensor.double(), group, bits=4)
         if shifted is None:
             return None
         moved, zero_point = shifted
+        if not bool((zero_point.abs() < 1 / FLOAT64).all()):
+            return None
     stored = moved.t().contiguous() if weight.transposed else moved.contiguous()
     scale = Const(weight.scale.tensor.expand_as(zero_point).contiguous(), label=weight.scale.label)
     return replace(
