@@ -186,9 +186,9 @@ def ledger(gm: GraphModule, constants: Constants, nd_reasons: Mapping[str, str])
             rows[source] = _with_site(row, site)
             continue
         fake = source.meta["val"]
-        shape = tuple(int(s) for s in fake.shape)
-        size = fake.numel() * fake.element_size()
-        padded = nz_bytes(shape, fake.dtype, packed_int4=fake.dtype == torch.int32) if is_cast else size
+        shape = tuple(s if isinstance(s, int) else -1 for s in fake.shape)
+        size = fake.numel() * fake.element_size() if -1 not in shape else 0
+        padded = nz_bytes(shape, fake.dtype, packed_int4=fake.dtype == torch.int32) if is_cast and size else size
         same, _ = aliases(source, constants.given)
         rows[source] = WeightFormat(
             tensor=source.name,

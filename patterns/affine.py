@@ -18,9 +18,11 @@ from quantpass import expr as ex
 from quantpass.expr import Call, Expr, Recentred, Ref
 from quantpass.patterns.integers import IntegerReader, Range, fits, integer_span
 from quantpass.patterns.movement import Movement, movement_of
-from quantpass.patterns.terms import Term, same_shape, same_size, term_of, wide
-from quantpass.schema import ReaderTable, bind, call_reader, op_name
+from quantpass.patterns.node_memo import NodeMemo
+from quantpass.patterns.terms import Term, term_of, wide
+from quantpass.schema import ReaderTable, bind, call_reader, op_name, positional
 from quantpass.static_values import StaticValues
+from quantpass.symbolic import broadcast_shape, elements, same_shape, same_size
 
 aten = torch.ops.aten
 
@@ -99,14 +101,12 @@ class Affine:
 
 def _replayed(node: Node, codes: Expr) -> Expr:
     """The data movement of ``node`` applied to ``codes``."""
+    shape = tuple(node.meta["val"].shape)
     if node.target in _VIEWS:
         # The copies before a view are not replayed, so the codes may lie in memory otherwise than its input did.
-        shape = tuple(node.meta["val"].shape)
         return ex.apply(aten.reshape.default, codes, bind(node)["size"], dtype=ex.dtype_of(codes), shape=shape)
-    arguments = (codes, *node.args[1:])
-    return ex.apply(
-        node.target, *arguments, dtype=ex.dtype_of(codes), shape=tuple(node.meta["val"].shape), **node.kwargs
-    )
+    args, kwargs = positional(node, self=codes)
+    return ex.apply(node.target, *args, dtype=ex.dtype_of(codes), shape=shape, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +149,12 @@ class AffineReader:
         self._dequantizers = dequantizers
         self._recentre = recentre
         self._integers = IntegerReader(values, movements, integers)
-        self._memo: dict[Node, Affine | NotAffine] = {}
+        self._memo = NodeMemo(self._read)
         self.weights: dict[Any, Any] = {}
 
     def read(self, node: Node) -> Affine | NotAffine:
         """Read the value of ``node``."""
-        if node not in self._memo:
-            self._memo[node] = NotAffine("the value depends on itself")
-            self._memo[node] = self._read(node)
-        return self._memo[node]
+        return self._memo(node)
 
     def movement(self, node: Node) -> Movement | None:
         return movement_of(self._movements, node)
@@ -197,8 +194,10 @@ class AffineReader:
         return Affine(int8 or recentred(node), (held[0] - 128, held[1] - 128), (), down, shape)
 
     def _read_call(self, node: Node) -> Affine | NotAffine | None:
-        if node.target is operator.getitem and node.args[1] == 0 and isinstance(node.args[0], Node):
-            several = node.args[0]
+        if node.target is operator.getitem:
+            several, index = node.args
+            if index != 0 or not isinstance(several, Node):
+                return None
             reader = self._dequantizers.get(several.target)  # type: ignore[call-overload]
             return None if reader is None else call_reader(reader, several, self, node)
         for table in (self._dequantizers, self._arithmetic):
@@ -269,10 +268,7 @@ class AffineReader:
         if not isinstance(operand, Node) or not isinstance(operand.meta.get("val"), torch.Tensor):
             return self.term(operand, shape)
         aligned = (*shape[:-1], 1) if rows else (1,) * (len(shape) - 1) + (shape[-1],)
-        numel: Any = 1
-        for size in aligned:
-            numel = numel * size
-        if not same_size(operand.meta["val"].numel(), numel):
+        if not same_size(operand.meta["val"].numel(), elements(aligned)):
             return None
         return Term(self.values.expr(operand), aligned)
 
@@ -351,5 +347,5 @@ def broadcast(a: Term, b: Term, op: Callable[[Expr, Expr], Expr]) -> Term | None
     shapes = (a.shape, b.shape)
     if not all(isinstance(s, int) for shape in shapes for s in shape):
         return None
-    shape = tuple(torch.broadcast_shapes(*shapes))
+    shape = broadcast_shape(*shapes)
     return Term(op(ex.reshape(wide(a.expr), a.shape), ex.reshape(wide(b.expr), b.shape)), shape)

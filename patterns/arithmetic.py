@@ -8,8 +8,8 @@ import torch
 from torch.fx import Node
 
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
-from quantpass.patterns.terms import same_shape
 from quantpass.schema import ReaderTable
+from quantpass.symbolic import same_shape
 
 aten = torch.ops.aten
 

@@ -15,8 +15,9 @@ from torch.fx import Node
 from quantpass import expr as ex
 from quantpass.patterns.affine import AffineReader, reciprocal
 from quantpass.patterns.contractions import Contraction, Own
-from quantpass.patterns.terms import Term, same_shape, same_size, wide
+from quantpass.patterns.terms import Term, wide
 from quantpass.schema import ReaderTable, call_reader
+from quantpass.symbolic import same_shape, same_size
 
 aten = torch.ops.aten
 

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from quantpass.patterns.movement import movement_of
+from quantpass.patterns.node_memo import NodeMemo
 from quantpass.schema import ReaderTable, call_reader
 from quantpass.static_values import StaticValues, as_dtype
 
@@ -53,7 +54,7 @@ class IntegerReader:
         self.values = values
         self._movements = movements
         self._table = table
-        self._memo: dict[Node, Bounds] = {}
+        self._memo = NodeMemo(self._find)
 
     def integer_range(self, node: Any) -> Range | None:
         """Bounds of a node whose elements are integers, None where they might not be. A bound may be infinite."""
@@ -61,11 +62,7 @@ class IntegerReader:
         return (bounds.low, bounds.high) if bounds.whole else None
 
     def bounds(self, node: Any) -> Bounds:
-        if not isinstance(node, Node):
-            return Bounds()
-        if node not in self._memo:
-            self._memo[node] = self._find(node)
-        return self._memo[node]
+        return self._memo(node) if isinstance(node, Node) else Bounds()
 
     def _find(self, node: Node) -> Bounds:
         found = None

@@ -17,22 +17,9 @@ from quantpass import expr as ex
 from quantpass.expr import Const, Expr
 from quantpass.patterns.movement import Movement
 from quantpass.static_values import StaticValues
-from quantpass.torch_internals import statically_true
+from quantpass.symbolic import is_one, same_size
 
 aten = torch.ops.aten
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """True where two sizes are known to be equal."""
-    return a is b or statically_true(a == b) is True
-
-
-def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
-
-
-def is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
 
 
 @dataclass(frozen=True, slots=True)

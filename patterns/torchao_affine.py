@@ -12,8 +12,9 @@ from torch.fx import Node
 
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
-from quantpass.patterns.terms import Term, is_one, same_size
+from quantpass.patterns.terms import Term
 from quantpass.schema import op_name
+from quantpass.symbolic import is_one, same_size
 
 
 def dialect() -> Dialect:

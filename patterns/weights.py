@@ -20,6 +20,7 @@ from quantpass.patterns.terms import Term
 from quantpass.patterns.weights_by_value import Operand, weight_by_value
 from quantpass.records import Weight
 from quantpass.static_values import StaticValues
+from quantpass.symbolic import elements, has_no_elements, is_one, same_shape, same_size
 
 aten = torch.ops.aten
 
@@ -46,7 +47,7 @@ def read_weight(
 
 
 def _read(reader: AffineReader, operand: Operand) -> Weight | NotAffine:
-    if 0 in operand.node.meta["val"].shape:
+    if has_no_elements(operand.node.meta["val"].shape):
         return NotAffine("it has no elements")
     affine = reader.read(operand.node)
     weight = affine if isinstance(affine, NotAffine) else _from_affine(reader.values, affine, operand)
@@ -77,16 +78,13 @@ def _matrix_node(node: Node) -> Node:
         if not repeats or not isinstance(source, Node):
             break
         before, after = source.meta["val"], node.meta["val"]
-        same_matrix = before.dim() >= 2 and tuple(before.shape[-2:]) == tuple(after.shape[-2:])
-        repeated = node.target is aten.expand.default or before.shape[:-2].numel() == after.shape[:-2].numel()
-        if not same_matrix or not repeated or _lead(before) not in (1, _lead(after)):
+        same_matrix = before.dim() >= 2 and same_shape(before.shape[-2:], after.shape[-2:])
+        leads = elements(before.shape[:-2]), elements(after.shape[:-2])
+        repeated = node.target is aten.expand.default or same_size(*leads)
+        if not same_matrix or not repeated or not (is_one(leads[0]) or same_size(*leads)):
             break
         node = source
     return node
-
-
-def _lead(fake: torch.Tensor) -> int:
-    return fake.shape[:-2].numel()
 
 
 # -- symbolic ------------------------------------------------------------------------------------------------------
@@ -160,7 +158,7 @@ def _along_n(terms: list[Term], transposed: bool, *, one: bool) -> Expr | None:
 
 def _same_size_as(vector: Expr, other: Expr) -> Expr:
     size = ex.shape_of(other)
-    if ex.shape_of(vector) == size or size == (1,):
+    if same_shape(ex.shape_of(vector), size) or size == (1,):
         return vector
     return ex.apply(aten.expand.default, vector, list(size), dtype=ex.dtype_of(vector), shape=size)
 
@@ -175,7 +173,7 @@ def _storage(codes: Expr, transposed: bool) -> tuple[Expr, bool]:
         aten.mT.default,
     ):
         inner = codes.args[0]
-        if ex.shape_of(inner) != tuple(reversed(codes.shape)) or (
+        if not same_shape(ex.shape_of(inner), codes.shape[::-1]) or (
             codes.target is aten.permute.default and list(codes.args[1]) in ([0, 1], [-2, -1])
         ):
             break

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from quantpass.schema import bind
+from quantpass.symbolic import broadcast_shape, elements, same_shape
+
 aten = torch.ops.aten
 
 
@@ -145,9 +148,7 @@ def _resolved(shape: tuple[Any, ...], source: tuple[Any, ...]) -> tuple[Any, ...
     for s in shape:
         if not (isinstance(s, int) and s == -1):
             rest = rest * (s.size if isinstance(s, Size) else s)
-    numel: Any = 1
-    for s in source:
-        numel = numel * s
+    numel = elements(source)
     return tuple(numel // rest if isinstance(s, int) and s == -1 else s for s in shape)
 
 
@@ -182,26 +183,26 @@ def permute(e: Expr, order: Sequence[int]) -> Expr:
         return Const(e.tensor.permute(order), label=e.label)
     shape = tuple(shape_of(e)[d] for d in order)
     if isinstance(e, Ref):
-        inner = _order_of(e.node, len(order))
-        if inner is not None and tuple(inner[d] for d in order) == tuple(range(len(order))):
-            return Ref(e.node.args[0])  # type: ignore[arg-type]  # put back into its first order
+        source, inner = _permuted_from(e.node, len(order))
+        if source is not None and tuple(inner[d] for d in order) == tuple(range(len(order))):
+            return Ref(source)  # put back into its first order
     return Call(aten.permute.default, (e, list(order)), {}, dtype_of(e), shape)
 
 
-def _order_of(node: Node, rank: int) -> tuple[int, ...] | None:
-    """The order into which a permuting node puts the dimensions of its input."""
-    if node.op != "call_function" or not isinstance(node.args[0] if node.args else None, Node):
-        return None
-    if node.target is aten.permute.default:
-        return tuple(int(d) % rank for d in node.args[1])  # type: ignore[union-attr,arg-type]
+def _permuted_from(node: Node, rank: int) -> tuple[Node | None, tuple[int, ...]]:
+    """What a permuting node permutes, and the order into which it puts those dimensions; None where it permutes not."""
+    if node.target not in (aten.permute.default, aten.t.default, aten.transpose.int):
+        return None, ()
+    bound = bind(node)
     order = list(range(rank))
-    if node.target is aten.t.default and rank == 2:
-        return (1, 0)
-    if node.target is aten.transpose.int:
-        a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+    if node.target is aten.permute.default:
+        order = [int(d) % rank for d in bound["dims"]]
+    elif node.target is aten.transpose.int:
+        a, b = int(bound["dim0"]) % rank, int(bound["dim1"]) % rank
         order[a], order[b] = order[b], order[a]
-        return tuple(order)
-    return None
+    else:
+        order.reverse()
+    return bound["self"], tuple(order)
 
 
 def _binary(target: Any, a: Expr, b: Expr) -> Expr:
@@ -209,11 +210,11 @@ def _binary(target: Any, a: Expr, b: Expr) -> Expr:
         return Const(target(a.tensor, b.tensor))
     dtype = _common_dtype(a, b)
     a, b = cast(a, dtype), cast(b, dtype)
-    shape = tuple(torch.broadcast_shapes(shape_of(a), shape_of(b)))
+    shape = broadcast_shape(shape_of(a), shape_of(b))
     if target in (aten.mul.Tensor, aten.add.Tensor) and isinstance(a, Const):
         a, b = b, a
     # One number goes into the graph as a number, not as a tensor of one element.
-    number = isinstance(b, Const) and b.origin is None and b.tensor.numel() == 1 and shape == shape_of(a)
+    number = isinstance(b, Const) and b.origin is None and b.tensor.numel() == 1 and same_shape(shape, shape_of(a))
     if number and isinstance(b, Const) and b.tensor.item() == 1 and target in (aten.mul.Tensor, aten.div.Tensor):
         return a
     return Call(target, (a, b.tensor.item() if number and isinstance(b, Const) else b), {}, dtype, shape)
@@ -276,7 +277,7 @@ def named(e: Expr, label: str) -> Expr:
 def expanded(e: Expr, shape: Sequence[Any]) -> Expr:
     """``e`` repeated to ``shape``."""
     shape = tuple(shape)
-    if shape_of(e) == shape:
+    if same_shape(shape_of(e), shape):
         return e
     return apply(aten.expand.default, e, list(shape), dtype=dtype_of(e), shape=shape)
 

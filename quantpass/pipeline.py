@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.fx import GraphModule, Node
 
 from quantpass.already_fused import already_fused
+from quantpass.boundary import failed, guarded, must_raise
 from quantpass.dump import dump
 from quantpass.options import Options
 from quantpass.patterns import default_dialects
@@ -20,7 +22,7 @@ from quantpass.sites import Reading, find_sites, matmul_name
 from quantpass.static_values import StaticValues
 from quantpass.streams import stream_labels, stream_reject
 from quantpass.torch_internals import real_tensors
-from quantpass.writes import writes_of
+from quantpass.writes import Writes, writes_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +54,21 @@ def analyse(
         readings = find_sites(gm.graph, values, default_dialects(options.dialects))
         writes = writes_of(gm.graph, values.mutated)
         labels = stream_labels(gm.graph)
-        return [(r, _on_one_stream(plan_site(r, options.chip, options, writes), labels)) for r in readings], values
+        return [(r, _planned(r, options, writes, labels)) for r in readings], values
 
 
-def _on_one_stream(planned: Planned, labels: dict[Node, str]) -> Planned:
+def _planned(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str]) -> Planned:
+    return guarded(partial(_plan, reading, options, writes, labels), _refused, f"planning {reading.name}")
+
+
+def _plan(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str]) -> Planned:
+    planned = plan_site(reading, options.chip, options, writes)
     reject = stream_reject(planned.plan, labels) if planned.plan is not None else None
-    return planned if reject is None else Planned(None, None, (reject,))
+    return planned if reject is None else _refused(reject)
+
+
+def _refused(reject: Reject) -> Planned:
+    return Planned(None, None, (reject,))
 
 
 def explain_graph(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Outcome:
@@ -97,9 +108,11 @@ def fuse_graph(
             old, new = rewriter.apply(p.plan, reading.name, reading.node)
             sites.append(_site(reading, p, options, fused=True, before=old, after=new))
         except RewriteError as error:
+            if must_raise():
+                raise
             logger.exception("a plan could not be carried out; the site stays as it was")
-            reject = Reject("rewrite.failed", str(error), "a plan that fits the graph", "please report this graph")
-            sites.append(_site(reading, Planned(None, None, (reject,)), options, fused=False))
+            reject = failed("rewrite.failed", f"rewriting {reading.name}", error)
+            sites.append(_site(reading, _refused(reject), options, fused=False))
     if rewriter is not None:
         rewriter.finish(values.mutated)
     return Outcome((*sites, *own_calls), frozenset(values.read_leaves), before)

@@ -31,6 +31,7 @@ from quantpass.patterns.affine import Affine
 from quantpass.quant_product import Product, product_of, refusals, rounding_of, wide, wide_node
 from quantpass.records import Numerics, Reject, Weight
 from quantpass.sites import Reading
+from quantpass.symbolic import broadcast_shape
 
 _FP19 = 2.0**-10
 _INT32 = 2**31 - 1
@@ -261,7 +262,7 @@ def _emit(
         "output_dtype": out,
     }
     fixups = [*p.fixups, *laid_out.fixups]
-    lead = torch.broadcast_shapes(tuple(batch), ex.shape_of(laid_out.expr)[:-2])
+    lead = broadcast_shape(batch, ex.shape_of(laid_out.expr)[:-2])
     value: Expr = call_op(ops.quant_matmul.default, arguments, out, (*lead, m, n))
     int8_codes = None
     if float_epilogue:

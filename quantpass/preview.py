@@ -20,6 +20,7 @@ from quantpass.npu import compile_for_npu
 from quantpass.options import Options, make_options
 from quantpass.report import Report
 from quantpass.torch_internals import compile_isolated, traced_as_on_npu
+from quantpass.writes import written_arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,14 +184,8 @@ def _capture(
 def _written_inputs(gm: GraphModule) -> set[int]:
     """The positions of inputs that the graph writes to."""
     position = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    written = set()
-    for node in gm.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None:
-            for given, argument in zip(node.args, schema.arguments, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write and given in position:
-                    written.add(position[given])
-    return written
+    written = {given for node in gm.graph.nodes for given in written_arguments(node)}
+    return {position[given] for given in written if given in position}
 
 
 def _converted(captured: list[_Captured], soc_name: str, process: TorchairProcess) -> tuple[PreviewedGraph, ...]:

@@ -15,6 +15,7 @@ from quantpass.composition import Composition
 from quantpass.expr import Call, Const, Expr
 from quantpass.patterns.affine import Affine
 from quantpass.records import Reject, Weight
+from quantpass.symbolic import same_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | 
         x = flattened(codes)
         notes.did("x flattened to 2-D")
     columns, rows, lost = ex.mul(weight.scale, c.columns), list(c.rows), 0.0
-    if len(ex.shape_of(weight.codes)) > 2 and any(ex.shape_of(r) != (1,) for r in rows):
+    if len(ex.shape_of(weight.codes)) > 2 and not all(same_shape(ex.shape_of(r), (1,)) for r in rows):
         return None  # pertoken_scale has no batch dimension
     for factor in activation.factors:
         if factor.kind == "scalar" and factor.constant is not None:
@@ -163,7 +164,7 @@ def _row_scale(rows: list[Expr], x: Expr) -> Expr | None:
     product = ex.cast(rows[0], torch.float32)
     for factor in rows[1:]:
         product = ex.mul(product, ex.cast(factor, torch.float32))
-    if ex.shape_of(product) != (1,):
+    if not same_shape(ex.shape_of(product), (1,)):
         return product
     m = ex.shape_of(x)[-2]
     if isinstance(m, int) and m == 1:

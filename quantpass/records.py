@@ -187,7 +187,7 @@ class WeightFormat:
         tensor: the graph's name of it.
         sites: the fused sites that read it.
         dtype: its element type.
-        shape: its stored shape.
+        shape: its stored shape; -1 for a size that only the run knows, and then both numbers of bytes are 0.
         format: ``"NZ"`` (FRACTAL_NZ) or ``"ND"``.
         bytes_before: its size in ND.
         bytes_after: its size in ``format``, padding included.

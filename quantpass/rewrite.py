@@ -5,7 +5,7 @@ A site is rewritten whole or not at all: if anything fails on the way, every nod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,41 @@ from quantpass.dump import describe_node
 from quantpass.expr import Call, Const, Expr, Recentred, Ref, Size
 from quantpass.merge import duplicates
 from quantpass.records import Plan
-from quantpass.torch_internals import FakeTensorMode, contiguous_fake, fake_mode_of, real_tensors
+from quantpass.torch_internals import FakeTensorMode, contiguous_fake, fake_mode_of, known_contiguous, real_tensors
 
 aten = torch.ops.aten
 
-_TO_ASK = (aten.sym_size.int, aten.transpose.int, aten.permute.default, aten.expand.default, aten.t.default)
-"""Operators whose result is no contiguous tensor."""
+_KEEPS_CONTIGUOUS = (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim)
+"""Views whose result is contiguous where their input is."""
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node", "custom")
 
 
 class RewriteError(RuntimeError):
     """A plan could not be carried out; the graph is as it was."""
+
+
+def _inner_calls(e: Call, made: Container[int]) -> Iterator[Call]:
+    """``e`` and the calls among its arguments that are not in ``made`` yet, innermost first."""
+    stack: list[tuple[Any, bool]] = [(e, False)]
+    while stack:
+        top, ready = stack.pop()
+        if isinstance(top, list | tuple):
+            stack.extend((a, False) for a in reversed(top))
+        elif isinstance(top, Recentred):
+            stack.append((top.otherwise, False))
+        elif isinstance(top, Call) and id(top) not in made:
+            if ready:
+                yield top
+            else:
+                stack.append((top, True))
+                stack.extend((a, False) for a in reversed((*top.args, *top.kwargs.values())))
+
+
+def _is_contiguous(target: Any, shape: tuple[Any, ...], inputs: Sequence[torch.Tensor]) -> bool:
+    """True where a result of this shape is known to be contiguous without asking the operator."""
+    moves = target is aten.sym_size.int or (target.is_view and target not in _KEEPS_CONTIGUOUS)
+    return not moves and all(isinstance(s, int) for s in shape) and all(known_contiguous(i) for i in inputs)
 
 
 class Rewriter:
@@ -87,7 +110,7 @@ class Rewriter:
                 self._graph.erase_node(node)
             self._made, self._sizes = made, sizes
             self._int8_twins.pop(plan.output, None)
-            raise RewriteError(f"{site_name}: {error}") from error
+            raise RewriteError(f"{site_name}: {type(error).__name__}: {error}") from error
         for node in self._new:
             node.meta.update({k: like.meta[k] for k in _PROVENANCE if k in like.meta})
             node.meta["quantpass"] = site_name
@@ -127,13 +150,13 @@ class Rewriter:
             return self._constant(e)
         if isinstance(e, Size):
             return self._size(e)
-        if not isinstance(e, Call | Recentred):
-            return e
         if isinstance(e, Recentred):
             twin = self._int8_twins.get(e.node)
             return twin if twin is not None else self._node(e.otherwise)
-        if id(e) not in self._made:
-            self._made[id(e)] = (e, self._emit(e))
+        if not isinstance(e, Call):
+            return e
+        for inner in _inner_calls(e, self._made):  # innermost first: an expression may be as deep as the graph
+            self._made[id(inner)] = (inner, self._emit(inner))
         return self._made[id(e)][1]
 
     def _current(self, node: Node) -> Node:
@@ -148,7 +171,7 @@ class Rewriter:
         kwargs = {k: self._arguments(a) for k, a in e.kwargs.items()}
         target = e.target
         source = args[0] if args and isinstance(args[0], Node) else None
-        if target is aten.reshape.default and source is not None and source.meta["val"].is_contiguous():
+        if target is aten.reshape.default and source is not None and known_contiguous(source.meta["val"]):
             target = aten.view.default
         return self._call(target, args, kwargs, e)
 
@@ -172,8 +195,7 @@ class Rewriter:
     def _fake(self, node: Node, inputs: list[Node], known: Call | None) -> Any:
         """What the node's value looks like; asking the operator itself is slow, so only where planning can't say."""
         fakes = [i.meta["val"] for i in inputs if isinstance(i.meta["val"], torch.Tensor)]
-        plain = known is not None and all(isinstance(s, int) for s in known.shape) and node.target not in _TO_ASK
-        if plain and known is not None and fakes and all(f.is_contiguous() for f in fakes):
+        if known is not None and fakes and _is_contiguous(node.target, known.shape, fakes):
             return contiguous_fake(self._mode, known.shape, known.dtype, fakes[0].device)
         args, kwargs = map_aggregate(
             (node.args, dict(node.kwargs)), lambda x: x.meta["val"] if isinstance(x, Node) else x

@@ -53,6 +53,24 @@ def bind(node: Node) -> dict[str, Any]:
     return bound
 
 
+def positional(node: Node, **replaced: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a node as its schema orders them, whatever way they were passed, some of them replaced.
+
+    Returns:
+        Positional and keyword arguments; keyword-only ones at their default are left out.
+    """
+    bound = {**bind(node), **replaced}
+    _, defaults = _defaults(node.target)  # type: ignore[arg-type]
+    args, kwargs = [], {}
+    for argument in node.target._schema.arguments:  # type: ignore[union-attr]
+        value = bound[argument.name]
+        if not argument.kwarg_only:
+            args.append(value)
+        elif value != defaults.get(argument.name, REQUIRED):
+            kwargs[argument.name] = value
+    return tuple(args), kwargs
+
+
 class ReaderTable:
     """Readers by operator, checked against the operators' schemas.
 

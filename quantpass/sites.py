@@ -5,20 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch.fx import Graph, Node
 
 from quantpass import expr as ex
+from quantpass.boundary import guarded
 from quantpass.expr import Expr, Ref
 from quantpass.patterns import Dialects
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, read_contraction
 from quantpass.patterns.epilogues import Epilogue, read_epilogue
-from quantpass.patterns.terms import is_one, same_shape
 from quantpass.patterns.weights import read_weight
 from quantpass.records import Reject, Weight
 from quantpass.schema import op_name
 from quantpass.static_values import StaticValues
+from quantpass.symbolic import is_one, same_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,14 @@ def find_sites(graph: Graph, values: StaticValues, dialects: Dialects) -> Iterat
         dialects.recentre,
     )
     for node in graph.nodes:
-        found = read_contraction(dialects.contractions, node)
-        if found is not None:
-            reading = _read_site(reader, dialects, node, found)
-            if reading is not None:
-                yield reading
+        reading = guarded(partial(_read, reader, dialects, node), partial(_unreadable, node), f"reading {node.name}")
+        if reading is not None:
+            yield reading
+
+
+def _read(reader: AffineReader, dialects: Dialects, node: Node) -> Reading | None:
+    found = read_contraction(dialects.contractions, node)
+    return None if found is None else _read_site(reader, dialects, node, found)
 
 
 def _read_site(
@@ -91,7 +96,12 @@ def _read_site(
 def _unread_site(reader: AffineReader, node: Node, found: NoContraction) -> Reading | None:
     if not found.certain and not any(_is_quantized(reader.read(o)) for o in found.operands):
         return None
-    reject = Reject("read.matmul", found.reason, "a matmul of two matrices that can be read", found.hint)
+    return _unreadable(
+        node, Reject("read.matmul", found.reason, "a matmul of two matrices that can be read", found.hint)
+    )
+
+
+def _unreadable(node: Node, reject: Reject) -> Reading:
     unread = NotAffine("not read")
     return Reading(*provenance(node), node, None, None, unread, unread, None, "not read", (reject,))
 

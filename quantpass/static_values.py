@@ -16,7 +16,8 @@ from torch.fx.node import map_aggregate
 
 from quantpass.expr import Const, Expr, Ref
 from quantpass.schema import arguments_of, bind
-from quantpass.torch_internals import can_run, checks_guards, is_wrapper_subclass
+from quantpass.torch_internals import can_run, is_wrapper_subclass
+from quantpass.writes import written_arguments
 
 aten = torch.ops.aten
 
@@ -77,7 +78,7 @@ class StaticValues:
         if isinstance(target, OpOverload):
             random = torch.Tag.nondeterministic_seeded in target.tags
             return not target._schema.is_mutable and not random and can_run(target)
-        return getattr(target, "__module__", "") == "_operator"
+        return getattr(target, "__module__", "") == "_operator" and not written_arguments(node)
 
     def value(self, node: Node) -> Any:
         """The value of a static node, computed as the graph computes it."""
@@ -127,9 +128,30 @@ class StaticValues:
             return node
         if not isinstance(node, Node):
             return None
-        if node not in self._uniform:
-            self._uniform[node] = self._find_uniform(node)
-        return self._uniform[node]
+        moved: list[Node] = []  # views and casts on the way to where the number comes from
+        source: Any = node
+        while isinstance(source, Node) and source not in self._uniform and self._keeps_uniform(source):
+            moved.append(source)
+            bound = bind(source)
+            source = bound.get("self", bound.get("a"))
+        if not isinstance(source, Node):
+            number = self.uniform(source)
+        else:
+            if source not in self._uniform:
+                self._uniform[source] = self._find_uniform(source)
+            number = self._uniform[source]
+        for n in reversed(moved):
+            if number is not None and "val" in n.meta:
+                number = as_dtype(number, n.meta["val"].dtype)
+            self._uniform[n] = number
+        return number
+
+    def _keeps_uniform(self, node: Node) -> bool:
+        """True for a view or cast: it holds one number where its input does, and no other way is tried."""
+        target = node.target
+        if node.op != "call_function" or not isinstance(target, OpOverload) or node in self.mutated:
+            return False
+        return target._schema.name in _KEEPS_UNIFORM and target is not aten.view.dtype
 
     def _find_uniform(self, node: Node) -> float | None:
         if node in self.mutated:
@@ -146,8 +168,6 @@ class StaticValues:
                 if isinstance(fill, Node) or "val" not in node.meta or node.meta["val"].dtype == torch.bool:
                     return None
                 return as_dtype(fill, node.meta["val"].dtype)
-            if name in _KEEPS_UNIFORM and node.target is not aten.view.dtype:
-                return self._uniform_of_view(node, arguments)
         if self.is_static(node):
             value = self.value(node)
             if isinstance(value, torch.Tensor) and 0 < value.numel() <= _SMALL and value.dtype != torch.bool:
@@ -155,13 +175,6 @@ class StaticValues:
                 if bool((value == first).all()):
                     return first.item()
         return None
-
-    def _uniform_of_view(self, node: Node, arguments: dict[str, Any]) -> float | None:
-        source = arguments.get("self", arguments.get("a"))
-        inner = self.uniform(source)
-        if inner is None or "val" not in node.meta:
-            return inner
-        return as_dtype(inner, node.meta["val"].dtype)
 
     def _evaluate(self, node: Node, replaced: Mapping[Node, torch.Tensor], wide: torch.dtype | None) -> Any:
         if wide is None and node in self._kept:
@@ -329,15 +342,9 @@ def _mutated(graph: Graph, more: Sequence[Node] = ()) -> frozenset[Node]:
     """Nodes whose value some node of the graph writes to and ``more``, with every node that may share their memory."""
     seeds: list[Node] = [*more]
     for n in graph.nodes:
-        if n.op == "call_function" and isinstance(n.target, OpOverload) and n.target._schema.is_mutable:
-            bound = bind(n)
-            for argument in n.target._schema.arguments:
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and isinstance(bound[argument.name], Node):
-                    seeds.append(bound[argument.name])
-            seeds.append(n)
-        elif n.op in ("call_module", "call_method") and not checks_guards(n):
-            seeds.extend(n.all_input_nodes)  # nothing is known of what these do
+        written = written_arguments(n)
+        if written:
+            seeds.extend((*written, n))
     reached: set[Node] = set()
     while seeds:
         n = seeds.pop()

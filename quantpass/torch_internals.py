@@ -14,6 +14,7 @@ import torch
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext, detect_fake_mode
 from torch._ops import OpOverload
+from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -34,8 +35,8 @@ __all__ = [
     "fill_in_values",
     "inductor_compile",
     "is_wrapper_subclass",
+    "known_contiguous",
     "real_tensors",
-    "statically_true",
     "traced_as_on_npu",
 ]
 
@@ -163,6 +164,11 @@ def checks_guards(node: Node) -> bool:
     return node.op == "call_module" and node.target == "_guards_fn"
 
 
+def known_contiguous(fake: torch.Tensor) -> bool:
+    """True where a tensor is contiguous whatever its symbolic sizes are."""
+    return bool(is_contiguous_or_false(fake))
+
+
 def fill_in_values(gm: GraphModule) -> None:
     """Give every node a ``meta["val"]``, computed from those of the placeholders.
 
@@ -233,16 +239,3 @@ def inductor_compile(gm: GraphModule, fake_inputs: list[Any]) -> Callable[..., A
     with mode, torch.no_grad():
         traced = make_fx(gm, decomposition_table=select_decomp_table(), _allow_non_fake_inputs=True)(*fake_inputs)
     return compile_fx_inner(traced, fake_inputs)  # type: ignore[no-any-return]
-
-
-def statically_true(condition: Any) -> bool | None:
-    """True or False where that is known without guarding on a symbolic size, None where it depends on it."""
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    if statically_known_true(condition):
-        return True
-    if statically_known_true(torch.sym_not(condition)):
-        return False
-    return None

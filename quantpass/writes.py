@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from quantpass.expr import Const, leaves_of
+from quantpass.schema import bind
 from quantpass.torch_internals import checks_guards
 
 
@@ -27,13 +28,40 @@ class Writes:
 
 def writes_of(graph: Graph, mutated: frozenset[Node]) -> Writes:
     """The nodes of ``graph`` that write to their arguments."""
-    return Writes(mutated, tuple(n for n in graph.nodes if _writes(n)) if mutated else ())
+    return Writes(mutated, tuple(n for n in graph.nodes if written_arguments(n)) if mutated else ())
 
 
-def _writes(n: Node) -> bool:
-    if n.op == "call_function":
-        return isinstance(n.target, OpOverload) and n.target._schema.is_mutable
-    return n.op in ("call_module", "call_method") and not checks_guards(n)
+def written_arguments(n: Node) -> tuple[Node, ...]:
+    """The nodes that ``n`` writes to, lists of tensors and keyword arguments among them; none for most nodes."""
+    if n.op in ("call_module", "call_method"):
+        return () if checks_guards(n) else tuple(n.all_input_nodes)  # nothing is known of what these do
+    if n.op != "call_function":
+        return ()
+    if not isinstance(n.target, OpOverload):
+        return tuple(n.all_input_nodes) if _writes_by_name(n.target) else ()
+    if not n.target._schema.is_mutable:
+        return ()
+    bound, found = bind(n), list[Node]()
+    for argument in n.target._schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = bound[argument.name]
+            found.extend(a for a in (given if isinstance(given, list | tuple) else [given]) if isinstance(a, Node))
+    return tuple(found)
+
+
+def _writes_by_name(target: Any) -> bool:
+    """Higher-order operators that say so, and Python's in-place operators."""
+    name = str(getattr(target, "__name__", target))
+    if getattr(target, "__module__", "") == "_operator":
+        return name in _IN_PLACE
+    return "mutation" in name
+
+
+_IN_PLACE = frozenset(
+    ["setitem", "delitem"]
+    + [f"i{name}" for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")]
+    + ["iand", "ior", "ixor", "ilshift", "irshift", "iconcat"]
+)
 
 
 def written_before(value: Any, output: Node, writes: Writes) -> Node | None:

@@ -10,7 +10,7 @@ import torch
 
 from quantpass.chips.calls import INT4_PER_INT32, OpCall
 from quantpass.records import TensorSpec
-from quantpass.torch_internals import statically_true
+from quantpass.symbolic import statically_true
 
 Dtype = torch.dtype | None
 

@@ -1,0 +1,60 @@
+"""What is found of each node of a graph, once, and without a call stack as deep as the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from torch.fx import Node
+
+T = TypeVar("T")
+
+_DEEPEST = 16
+"""How many questions may be nested: with some eight frames each, a small part of Python's stack."""
+
+
+class _Postponed(BaseException):
+    """A question that was too deep to answer; no reader can catch it by accident."""
+
+    def __init__(self, memo: object, node: Node) -> None:
+        super().__init__(node)
+        self.memo, self.node = memo, node
+
+
+class NodeMemo(Generic[T]):
+    """Answers about nodes; ``find`` may ask the memo itself about other nodes.
+
+    A question nested too deeply is taken to the outermost call, answered there and then, from the memo, in its place.
+    """
+
+    def __init__(self, find: Callable[[Node], T]) -> None:
+        self._find = find
+        self._known: dict[Node, T] = {}
+        self._depth = 0
+
+    def __call__(self, node: Node) -> T:
+        if node in self._known:
+            return self._known[node]
+        if self._depth >= _DEEPEST:
+            raise _Postponed(self, node)
+        if self._depth:
+            return self._answer(node)
+        todo = [node]
+        while todo:
+            try:
+                self._answer(todo[-1])
+                todo.pop()
+            except _Postponed as question:
+                if question.memo is not self:
+                    raise
+                todo.append(question.node)
+        return self._known[node]
+
+    def _answer(self, node: Node) -> T:
+        if node not in self._known:
+            self._depth += 1
+            try:
+                self._known[node] = self._find(node)
+            finally:
+                self._depth -= 1
+        return self._known[node]
