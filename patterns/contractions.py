@@ -11,6 +11,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
 from quantpass.schema import ReaderTable, call_reader, op_name
+from quantpass.symbolic import is_one
 
 aten = torch.ops.aten
 
@@ -210,7 +211,7 @@ def _convolution(
     transposed: bool,
     output_padding: Any,
     groups: int,
-) -> Contraction | None:
+) -> Contraction | NoContraction | None:
     del dilation  # of a kernel with one tap
     plain = not transposed and groups == 1 and not any(output_padding)
     return _one_tap(node, input_, weight, bias, stride, padding) if plain else None
@@ -218,17 +219,21 @@ def _convolution(
 
 def _conv(
     node: Node, *, input_: Node, weight: Node, bias: Node | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Contraction | None:
+) -> Contraction | NoContraction | None:
     del dilation
     return _one_tap(node, input_, weight, bias, stride, padding) if groups == 1 else None
 
 
-def _one_tap(node: Node, x: Node, weight: Node, bias: Node | None, stride: Any, padding: Any) -> Contraction | None:
+def _one_tap(
+    node: Node, x: Node, weight: Node, bias: Node | None, stride: Any, padding: Any
+) -> Contraction | NoContraction | None:
     """A convolution with a kernel of one element is a matmul over the channels."""
     n, c, *kernel = weight.meta["val"].shape
     rank = x.meta["val"].dim()
-    if any(s != 1 for s in (*kernel, *stride)) or any(padding) or rank != len(kernel) + 2:
+    if not all(map(is_one, (*kernel, *stride))) or any(padding) or rank != len(kernel) + 2:
         return None
+    if not isinstance(n, int) or not isinstance(c, int):
+        return NoContraction(f"{op_name(node)} with a weight of symbolic sizes", (x, weight))
     own = () if bias is None else (Own("add", bias, along="columns"),)
     return Contraction(
         node, op_name(node), x, weight, rhs_transposed=True, own=own, whole=True, matrix=(n, c),
