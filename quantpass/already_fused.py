@@ -33,6 +33,14 @@ _DTYPES = {number: dtype for dtype, number in DTYPE_NUMBERS.items()}
 _WEIGHT = {QMM: "x2", WQMM: "weight"}
 
 
+_OWN_CALL = "called by the model itself"
+
+
+def is_own_call(site: Site) -> bool:
+    """True where the fused operator was in the graph before the pass came."""
+    return site.plan is not None and _OWN_CALL in site.plan.fixups
+
+
 def already_fused(graph: Graph, options: Options) -> Iterator[Site]:
     """A site for each call, ``fused`` where the chip takes it; the graph is not touched.
 
@@ -63,7 +71,7 @@ def _site(node: Node, call: OpCall, options: Options) -> Site:
     verdict, call, weight_format = _judged(call, options)
     name, source = provenance(node)
     notes = () if weight_format == "ND" else ("legal with the weight in FRACTAL_NZ, which the graph does not say",)
-    plan = Plan(call.op, node, None, ("called by the model itself",), dict(call.args), weight_format, notes)
+    plan = Plan(call.op, node, None, (_OWN_CALL,), dict(call.args), weight_format, notes)
     return Site(
         name=name,
         source=source,

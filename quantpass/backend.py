@@ -66,14 +66,18 @@ def compile_graph(
     example_inputs: Sequence[Any],
     options: Options,
     gather: Callable[[Report], None] | None = None,
+    compiled: Callable[..., Any] = CompiledGraph,
 ) -> Callable[..., Any]:
-    """Trace a Dynamo graph to ATen, fuse it and compile the rest with the inner compiler."""
+    """Trace a Dynamo graph to ATen, fuse it and compile the rest with the inner compiler.
+
+    ``compiled`` makes the callable from what :class:`CompiledGraph` takes.
+    """
     refuse_training(example_inputs)
     on_outcome = report_of(options, gather)
 
     def compiler(aot: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:
         leaves = aot_placeholder_values(aot, example_inputs) | attribute_values(aot)
-        return CompiledGraph(aot, leaves, fake_inputs, options, on_outcome)
+        return compiled(aot, leaves, fake_inputs, options, on_outcome)
 
     return compile_with_aot(gm, example_inputs, compiler, decomposition_table(options.decompositions))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -32,6 +33,15 @@ def program_values(program: ExportedProgram) -> dict[Node, torch.Tensor]:
         if isinstance(value, torch.Tensor):
             found[node] = value
     return found
+
+
+def flat_inputs(program: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What the program's graph is called with: its parameters, buffers and constants, then the flattened inputs.
+
+    Raises:
+        ValueError, TypeError: the inputs do not have the structure that the program was exported with.
+    """
+    return list(program._graph_module_flat_inputs(tuple(args), dict(kwargs)))
 
 
 class ProgramConstants(Constants):

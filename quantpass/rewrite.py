@@ -119,6 +119,8 @@ class Rewriter:
         plan.output.replace_all_uses_with(value)
         self._replaced[plan.output] = value
         value.meta["quantpass_replaces"] = plan.output.name
+        if plan.output in self._int8_twins:
+            self._int8_twins[plan.output].meta["quantpass_codes_of"] = plan.output.name
         consumed = self._erase_dead(plan.output)
         return "\n".join(consumed), after
 

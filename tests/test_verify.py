@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import quantpass as qp
-from tests.helpers import StaticW8A8, WeightOnly
+from tests.helpers import IntegerW8A8, StaticW8A8, WeightOnly
+from tests.schemes import all_schemes
 
 
 def two():
@@ -52,3 +53,243 @@ def test_bad_input():
         qp.verify(two(), x(), target="cpu")
     with pytest.raises(ValueError, match="ascend310"):
         qp.verify(two(), (x(),), target="ascend311")
+
+
+class Readme(nn.Module):
+    """The model on the first page."""
+
+    def __init__(self, k=256, n=128):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.codes = nn.Parameter(torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=g), requires_grad=False)
+        self.scale = nn.Parameter(torch.rand(n, 1, generator=g).half() * 0.01, requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.codes.to(x.dtype) * self.scale)
+
+
+class Requantized(nn.Module):
+    """Linears that hand integer codes to each other: each takes the quantization of its result in."""
+
+    def __init__(self, unsigned=False):
+        super().__init__()
+        zero = 130 if unsigned else 3
+        self.layers = nn.ModuleList(
+            StaticW8A8(k, n, dtype=torch.float16, zero_point=zero, unsigned=unsigned, scale=0.05)
+            for k, n in ((64, 96), (96, 64), (64, 32))
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+def torchao(config, dtype=torch.bfloat16):
+    def build():
+        quantization = pytest.importorskip("torchao.quantization")
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 64)).to(dtype).eval()
+        quantization.quantize_(model, config(quantization))
+        return model, (torch.randn(5, 128).to(dtype),)
+
+    return build
+
+
+def pt2e():
+    pytest.importorskip("torchao")
+    from tests.test_tools import MLP, X, x86_quantizer
+    from tests.test_tools import pt2e as converted
+
+    return converted(MLP(), x86_quantizer(), X), (X,)
+
+
+def tied():
+    layer = WeightOnly(64, 64)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), WeightOnly(64, 64)), (x(),)
+
+
+MODELS = {
+    "README": lambda: (Readme(), (torch.randn(4, 256).half(),)),
+    "torchao int4 groups": torchao(
+        lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32))
+    ),
+    "torchao int8": torchao(lambda q: q.Int8WeightOnlyConfig(), torch.float16),
+    "torchao W8A8 dynamic": torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig()),
+    "PT2E static": pt2e,
+    "integer matmuls": lambda: (nn.Sequential(IntegerW8A8(64, 96), IntegerW8A8(96, 32)), (x().bfloat16(),)),
+    "requantized": lambda: (Requantized(), (x(),)),
+    "requantized, uint8": lambda: (Requantized(unsigned=True), (x(),)),
+    "tied": tied,
+    "zero points": lambda: (WeightOnly(zero_point=True), (x(),)),
+    **{s.name: lambda s=s: (s.plain(), (s.x,)) for s in all_schemes() if s.plain is not None},
+}
+
+
+def planned(report):
+    """What a report says was planned, site by site."""
+    return [
+        (s.name, s.op, s.reading, s.fused, s.rejects, s.numerics)
+        + ((str(s.plan), s.plan.fixups, s.plan.weight_format, s.plan.nd_reason, s.plan.notes) if s.plan else ())
+        for s in report.sites
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("target", ["ascend310p", "ascend910b"])
+def test_the_plans_that_are_verified_are_those_that_are_compiled(name, target):
+    """verify, the backend and explain read the same weights, and plan the same calls."""
+    model, args = MODELS[name]()
+    torch._dynamo.reset()
+    backend = qp.backend(target=target)
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(*args)
+    found = qp.verify(model, args, target=target)
+    assert backend.report.total
+    assert planned(found.report) == planned(backend.report)
+    assert planned(qp.explain(model, args, target=target)) == planned(backend.report)
+    assert found.missed == ()
+    assert len(found.sites) == found.report.fused
+    if found.report.fused:
+        found.require()
+
+
+def test_weights_by_value_are_verified_with_their_values():
+    """int4 codes packed in bytes and group scales are read on the real weights only."""
+    model, args = MODELS["torchao int4 groups"]()
+    found = qp.verify(model, args, target="ascend910b")
+    assert [d.numerics.kind for d in found.sites] == ["exact", "exact"]
+    assert {s.plan.call["weight"].dtype for s in found.report.sites} == {torch.int32}
+    model, args = MODELS["README"]()
+    assert [str(d.numerics) for d in qp.verify(model, args, target="ascend310p").sites] == ["exact"]
+
+
+@pytest.mark.parametrize("decompositions", [None, {}])
+def test_a_program_is_verified_as_fuse_rewrites_it(decompositions):
+    program = torch.export.export(two(), (x(),))
+    if decompositions is not None:
+        program = program.run_decompositions(decompositions)
+    text = str(program.graph)
+    found = qp.verify(program, (x(),), target="ascend310p")
+    assert str(program.graph) == text
+    assert len(found.sites) == 2
+    found.require()
+    assert planned(found.report) == planned(qp.explain(program, (x(),), target="ascend310p"))
+    assert planned(found.report) == planned(qp.fuse(program, target="ascend310p"))
+
+
+def test_require_fails_where_nothing_was_compared():
+    nothing = qp.verify(nn.Linear(8, 8).eval(), (torch.randn(2, 8),), target="ascend910b")
+    with pytest.raises(AssertionError, match="no site was compared: no quantized matmul was found"):
+        nothing.require()
+    refused = qp.verify(WeightOnly(dtype=torch.float32), (x().float(),), target="ascend910b")
+    with pytest.raises(AssertionError, match="no site was compared: none is fused"):
+        refused.require()
+    own = qp.nn.LinearWeightQuant.from_linear(nn.Linear(64, 32, dtype=torch.float16))
+    called = qp.verify(own, (x(),), target="ascend910b")
+    assert called.report.fused == 1
+    with pytest.raises(AssertionError, match="no site was compared: the fused operators are the model's own calls"):
+        called.require()
+
+
+def test_refusals_are_printed():
+    found = qp.verify(nn.Sequential(WeightOnly(dtype=torch.float32)), (x().float(),), target="ascend910b")
+    assert "Not fused, so not compared:\n  0 (aten.addmm)\n    numerics.float16: the activation is float32" in str(
+        found
+    )
+    assert "Not fused" not in str(qp.verify(two(), (x(),), target="ascend310p"))
+
+
+def test_require_fails_where_a_fused_site_was_not_compared(monkeypatch):
+    """A site whose fused node is not met when the graph runs is named."""
+    from quantpass import verification
+
+    class Blind(verification._Forced):
+        def run_node(self, n):
+            if n.meta.get("quantpass_replaces") == self.first:
+                n.meta.pop("quantpass_replaces")
+            return super().run_node(n)
+
+        def run(self, *args):
+            self.first = next(iter(self._expected))
+            return super().run(*args)
+
+    monkeypatch.setattr(verification, "_Forced", Blind)
+    found = qp.verify(two(), (x(),), target="ascend310p")
+    assert found.missed == ("0",)
+    assert "not compared: 0" in str(found)
+    with pytest.raises(AssertionError, match="1 of 2 fused sites were not compared: 0"):
+        found.require()
+
+
+def test_a_graph_that_runs_several_times_is_compared_at_its_worst():
+    """One layer called on three inputs behind graph breaks: one site, and the largest of its differences."""
+
+    class Looped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = StaticW8A8(64, 64, dtype=torch.float16)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = self.layer(x)
+                torch._dynamo.graph_break()
+            return x
+
+    found = qp.verify(Looped(), (x(),), target="ascend310p")
+    assert found.report.fused == found.report.total == len(found.sites)
+    found.require()
+
+
+def test_what_a_model_writes_stays_written():
+    """A step counter and a cache in buffers: behind a graph break the next graph sees what the first one wrote."""
+
+    class Cached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = WeightOnly(64, 32)
+            self.register_buffer("cache", torch.zeros(3, 32, dtype=torch.float16))
+
+        def forward(self, x):
+            self.cache.add_(self.layer(x))
+            torch._dynamo.graph_break()
+            return self.cache * 2
+
+    model, plain = Cached(), Cached()
+    found = qp.verify(model, (x(),), target="ascend910b")
+    assert torch.equal(plain(x()), model.cache * 2)
+    assert len(found.sites) == 1
+    assert all(d.relative < 0.01 for d in found.outputs)
+
+
+def test_random_operators_draw_the_same_numbers_in_both_graphs():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = WeightOnly(64, 32)
+
+        def forward(self, x):
+            return self.layer(x) + torch.rand(3, 32).half()
+
+    found = qp.verify(Noisy(), (x(),), target="ascend910b")
+    assert found.outputs[0].relative < 0.01
+
+
+@pytest.mark.parametrize("site", [0, 1, 2])
+def test_codes_that_one_site_hands_to_the_next_are_compared_too(site, monkeypatch):
+    """The uint8 codes between two sites are not in the fused graph, only the int8 ones; a wrong scale still shows."""
+    from quantpass import plan_quant_matmul
+
+    right, calls = plan_quant_matmul._scale_word, []
+
+    def wrong(s, offset):
+        calls.append(s)
+        return right(plan_quant_matmul.ex.mul(s, s) if len(calls) == site + 1 else s, offset)
+
+    model = Requantized(unsigned=True)
+    found = qp.verify(model, (x(),), target="ascend310p")
+    assert len(found.sites) == 3
+    found.require()
+    monkeypatch.setattr(plan_quant_matmul, "_scale_word", wrong)
+    off = qp.verify(model, (x(),), target="ascend310p")
+    assert [d.relative > 0.1 for d in off.sites] == [i == site for i in range(3)]
