@@ -22,7 +22,26 @@ class Traced:
     """
 
     def __init__(self, function, *inputs, known=0, symbolic=False):
-        self.gm: GraphModule = make_fx(function, tracing_mode="symbolic" if symbolic else "fake")(*inputs)
+        self._read(make_fx(function, tracing_mode="symbolic" if symbolic else "fake")(*inputs), inputs, known)
+
+    @classmethod
+    def call(cls, target, *args, known=0, **kwargs):
+        """A graph of one call of ``target``, which tracing might take apart; tensors become inputs."""
+        graph = torch.fx.Graph()
+        nodes = []
+        for a in args:
+            nodes.append(graph.placeholder(f"x{len(nodes)}") if isinstance(a, torch.Tensor) else a)
+            if isinstance(a, torch.Tensor):
+                nodes[-1].meta["val"] = a
+        node = graph.call_function(target, tuple(nodes), kwargs)
+        node.meta["val"] = target(*args, **kwargs)
+        graph.output(node)
+        made = cls.__new__(cls)
+        made._read(GraphModule({}, graph), [a for a in args if isinstance(a, torch.Tensor)], known)
+        return made
+
+    def _read(self, gm, inputs, known):
+        self.gm: GraphModule = gm
         self.graph = self.gm.graph
         self.inputs = list(self.graph.find_nodes(op="placeholder"))
         leaves = dict(zip(self.inputs[len(inputs) - known :], inputs[len(inputs) - known :], strict=True))
@@ -40,6 +59,18 @@ class Traced:
     def results(self) -> list[Node]:
         returned = self.graph.output_node().args[0]
         return list(returned) if isinstance(returned, list | tuple) else [returned]
+
+    def run(self, *inputs) -> dict[Node, object]:
+        """The value of every node for these inputs."""
+        found = {}
+
+        class Noting(torch.fx.Interpreter):
+            def run_node(self, n):
+                found[n] = super().run_node(n)
+                return found[n]
+
+        Noting(self.gm).run(*inputs)
+        return found
 
     def calls(self, target) -> list[Node]:
         return list(self.graph.find_nodes(op="call_function", target=target))
