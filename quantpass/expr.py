@@ -142,14 +142,12 @@ def reshape(e: Expr, shape: Sequence[Any]) -> Expr:
 
 def _resolved(shape: tuple[Any, ...], source: tuple[Any, ...]) -> tuple[Any, ...]:
     """``shape`` with a -1 replaced by what the elements of ``source`` leave for it."""
-    if not any(isinstance(s, int) and s == -1 for s in shape):
-        return tuple(s.size if isinstance(s, Size) else s for s in shape)
-    rest = 1
-    for s in shape:
-        if not (isinstance(s, int) and s == -1):
-            rest = rest * (s.size if isinstance(s, Size) else s)
-    numel = elements(source)
-    return tuple(numel // rest if isinstance(s, int) and s == -1 else s for s in shape)
+    sizes = [s.size if isinstance(s, Size) else s.meta["val"] if isinstance(s, Node) else s for s in shape]
+    for d, s in enumerate(sizes):
+        if isinstance(s, int) and s == -1:
+            sizes[d] = elements(source) // elements([*sizes[:d], *sizes[d + 1 :]])
+            break
+    return tuple(sizes)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -70,7 +70,14 @@ def test_plain_products(target, inputs):
 
 @pytest.mark.parametrize(
     ("alpha", "beta", "own"),
-    [(1, 1, ["add"]), (2, 1, ["scale", "add"]), (1, 3, ["add"]), (0.5, 2.5, ["scale", "add"]), (2, 0, ["scale"]), (1, 0, [])],
+    [
+        (1, 1, ["add"]),
+        (2, 1, ["scale", "add"]),
+        (1, 3, ["add"]),
+        (0.5, 2.5, ["scale", "add"]),
+        (2, 0, ["scale"]),
+        (1, 0, []),
+    ],
 )
 def test_alpha_and_beta(alpha, beta, own):
     found = read(lambda b, x, w: torch.addmm(b, x, w, alpha=alpha, beta=beta), BIAS, X, W)
@@ -138,7 +145,12 @@ def conv(shape=(2, 4, 3, 3), weight=(5, 4, 1, 1), bias=True, **options):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("shape", "weight"),
-    [((2, 4, 7), (5, 4, 1)), ((2, 4, 3, 3), (5, 4, 1, 1)), ((1, 4, 2, 3, 2), (5, 4, 1, 1, 1)), ((2, 4, 3, 3), (4, 4, 1, 1))],
+    [
+        ((2, 4, 7), (5, 4, 1)),
+        ((2, 4, 3, 3), (5, 4, 1, 1)),
+        ((1, 4, 2, 3, 2), (5, 4, 1, 1, 1)),
+        ((2, 4, 3, 3), (4, 4, 1, 1)),
+    ],
 )
 def test_a_convolution_with_one_tap_is_a_matmul(shape, weight, bias):
     found = conv(shape, weight, bias)
@@ -165,7 +177,11 @@ def test_other_convolutions_are_none(options):
 def test_transposed_convolutions_are_none():
     inputs = torch.randn(2, 4, 3, 3), torch.randn(4, 5, 1, 1)
     assert read(lambda x, w: F.conv_transpose2d(x, w), *inputs) is None
-    assert read(lambda x, w: aten.convolution(x, w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1), torch.randn(2, 4, 3, 3), torch.randn(5, 4, 1, 1))
+    assert read(
+        lambda x, w: aten.convolution(x, w, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+        torch.randn(2, 4, 3, 3),
+        torch.randn(5, 4, 1, 1),
+    )
     t = Traced(lambda x, w: F.conv2d(x, w), torch.randn(2, 4, 3, 3), torch.randn(5, 4, 1, 1))
     t.result.args = (*t.result.args[:7], [1, 0], 1)
     assert read_contraction(t.dialects.contractions, t.result) is None

@@ -170,6 +170,7 @@ def test_sizes_known_only_at_run_time_are_never_taken_for_equal():
     size = Size(ref.node, 0, 4)
     e = ex.reshape(ref, (size, 6))
     assert isinstance(e, Call) and ex.shape_of(e) == (4, 6)
+    assert ex.shape_of(ex.reshape(ref, (size, 3, -1))) == (4, 3, 2)
 
 
 def test_sizes_of_a_node():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from quantpass.expr import Const, Ref
 from quantpass.patterns.movement import Movement
-from quantpass.patterns.terms import Term, is_one, same_shape, same_size, term_of, wide
+from quantpass.patterns.terms import Term, term_of, wide
 from tests.unit.graphs import Traced, evaluate, node_of
 
 VALUE = (2, 3, 4)
@@ -190,14 +190,6 @@ def test_an_expand_that_adds_dimensions_is_taken_as_it_is():
     (node,) = traced.calls(torch.ops.aten.expand.default)
     t = term_of(traced.values, node, VALUE)
     assert t.expr.node is node
-
-
-def test_sizes():
-    assert same_size(3, 3) and not same_size(3, 4)
-    assert same_shape((2, 3), (2, 3))
-    assert not same_shape((2, 3), (2, 4))
-    assert not same_shape((2, 3), (2, 3, 1))
-    assert is_one(1) and not is_one(2) and not is_one(1.0)
 
 
 def test_wide_constants_only():
