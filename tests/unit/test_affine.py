@@ -285,7 +285,7 @@ def test_symbolic_terms_that_can_not_be_permuted():
 
 def test_parameters_along_an_axis():
     t = Traced(lambda c, s, z: c.float() + 0 * s[0] + 0 * z, CODES, COLUMNS, torch.tensor(3.0))
-    c, s, z = t.inputs
+    _, s, z = t.inputs
     reader = t.reader
     assert reader.along(s, (3, 4), -1).shape == (1, 4)
     assert reader.along(s, (3, 4), 1).shape == (1, 4)
