@@ -14,7 +14,7 @@ from quantpass.options import Options, make_options
 from quantpass.pipeline import Outcome
 from quantpass.records import WeightFormat
 from quantpass.report import Report
-from quantpass.torch_internals import aot_placeholder_values, attribute_values, compile_with_aot, decomposition_table
+from quantpass.torch_internals import StaticInputs, compile_with_aot, decomposition_table
 
 logger = logging.getLogger("quantpass")
 
@@ -75,9 +75,8 @@ def compile_graph(
     refuse_training(example_inputs)
     on_outcome = report_of(options, gather)
 
-    def compiler(aot: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:
-        leaves = aot_placeholder_values(aot, example_inputs) | attribute_values(aot)
-        return compiled(aot, leaves, fake_inputs, options, on_outcome)
+    def compiler(aot: GraphModule, weights: StaticInputs, fake_inputs: list[Any]) -> Callable[..., Any]:
+        return compiled(aot, weights, fake_inputs, options, on_outcome)
 
     return compile_with_aot(gm, example_inputs, compiler, decomposition_table(options.decompositions))
 

@@ -1,12 +1,12 @@
 """A compiled ATen graph whose constants were computed from the model's weights.
 
-The constants hold for exactly the tensors they were computed from. Before each call the tensors are looked at (the same
-objects, not written to since); if they changed, the graph is fused anew from the new values.
+The constants hold for exactly the values they were computed from. Before each call the weights are compared with those
+(:mod:`quantpass.identity`); if they changed, the graph is fused anew from the new values.
 """
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,38 +17,69 @@ from torch.fx import Graph, GraphModule, Node
 from quantpass.carry_out import carry_out
 from quantpass.constants import InputConstants
 from quantpass.dump import dump
+from quantpass.identity import Seen, State, state_of
+from quantpass.known_sizes import known_sizes, with_known_sizes
 from quantpass.options import Options
 from quantpass.pipeline import Outcome, fuse_graph
 from quantpass.records import WeightFormat
-from quantpass.torch_internals import fake_mode_of, inductor_compile, real_tensors
+from quantpass.torch_internals import (
+    StaticInputs,
+    fake_mode_of,
+    inductor_compile,
+    no_data_reason,
+    real_tensors,
+)
 
 OnOutcome = Callable[[Outcome, str, tuple[WeightFormat, ...]], None]
 
 _KEPT_VARIANTS = 64
 """Modules of one structure share a compiled graph; this many sets of weights are kept ready."""
 
+_Place = int | str
+"""Where a tensor is found at a call: the index of an input, or the name of an attribute."""
+
+
+class _Weights:
+    """The tensors of one call, and what is known of each; looked at once, however many variants ask."""
+
+    def __init__(self, args: Sequence[Any], attributes: dict[str, torch.Tensor]) -> None:
+        self._args, self._attributes = args, attributes
+        self._states: dict[_Place, State] = {}
+
+    def at(self, place: _Place) -> torch.Tensor:
+        tensor: torch.Tensor = self._args[place] if isinstance(place, int) else self._attributes[place]
+        return tensor
+
+    def state(self, place: _Place) -> State:
+        if place not in self._states:
+            self._states[place] = state_of(self.at(place))
+        return self._states[place]
+
 
 @dataclass(frozen=True, slots=True)
 class _Variant:
-    """The graph compiled for one set of weights. ``seen``: input index, tensor and state of each weight read."""
+    """The graph compiled for one set of weights.
 
-    seen: tuple[tuple[int, weakref.ref[torch.Tensor], _State], ...]
+    Attributes:
+        seen: each weight that was read.
+        shapes: of the weights whose sizes were taken for symbolic ones.
+        run: a function of boxed inputs and ``constants``.
+        constants: the tensors that were prepared.
+    """
+
+    seen: dict[_Place, Seen]
+    shapes: dict[_Place, torch.Size]
     run: Callable[[list[Any]], Any]
     constants: tuple[torch.Tensor, ...]
 
-    def holds_for(self, args: Sequence[Any]) -> bool:
-        return all(args[i] is ref() and _state(args[i]) == state for i, ref, state in self.seen)
+    def holds_for(self, weights: _Weights) -> bool:
+        return all(weights.at(place).shape == shape for place, shape in self.shapes.items()) and all(
+            seen.is_still(weights.at(place), weights.state(place)) for place, seen in self.seen.items()
+        )
 
-
-_State = tuple[int | None, int]
-
-
-def _state(t: torch.Tensor) -> _State:
-    """What changes when the tensor is written to (its version), or given other memory through ``.data``.
-
-    Not seen: writes through ``t.data``, and writes to tensors made in inference mode, which PyTorch does not count.
-    """
-    return (None if t.is_inference() else t._version, t.data_ptr())
+    @property
+    def is_freed(self) -> bool:
+        return any(seen.is_freed for seen in self.seen.values())
 
 
 class CompiledGraph:
@@ -56,7 +87,7 @@ class CompiledGraph:
 
     Args:
         gm: the ATen graph.
-        leaves: its placeholders and attributes whose tensors are known.
+        weights: its parameters, buffers and tensor attributes.
         fake_inputs: the fake inputs that the compiler was called with.
         options: target, lowering, inner compiler.
         on_outcome: called after every fusion with its outcome, the rewritten graph as text, and the format ledger.
@@ -67,7 +98,7 @@ class CompiledGraph:
     def __init__(
         self,
         gm: GraphModule,
-        leaves: dict[Node, torch.Tensor],
+        weights: StaticInputs,
         fake_inputs: list[Any],
         options: Options,
         on_outcome: OnOutcome,
@@ -75,28 +106,32 @@ class CompiledGraph:
         self._options = options
         self._on_outcome = on_outcome
         self._fake_inputs = fake_inputs
-        placeholders = list(gm.graph.find_nodes(op="placeholder"))
-        self._attributes = {n.target: t for n, t in leaves.items() if n.op == "get_attr"}
-        self._static = [i for i, n in enumerate(placeholders) if n in leaves]
+        index = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        known = weights.known
+        self._attributes = {str(n.target): t for n, t in known.items() if n.op == "get_attr"}
+        self._static = [index[n] for n in (*known, *weights.unread) if n in index]
         self._pristine = copied(gm)
-        tensors = {placeholders.index(n): t for n, t in leaves.items() if n.op == "placeholder"}
-        self._variants = [self._build(gm, tensors)]
+        self._lock = threading.RLock()
+        self._variants = [self._build(gm, {index[n]: t for n, t in known.items() if n in index})]
 
     def __call__(self, args: list[Any]) -> Any:
-        variant = self._find(args)
+        with self._lock:
+            variant = self._find(args)
         inputs = [*args, *variant.constants]
         args.clear()
         return variant.run(inputs)
 
     def _find(self, args: list[Any]) -> _Variant:
+        weights = _Weights(args, self._attributes)
         for position, variant in enumerate(self._variants):
-            if variant.holds_for(args):
+            if variant.holds_for(weights):
                 if position:
                     self._variants.insert(0, self._variants.pop(position))
                 return variant
-        fresh = self._build(copied(self._pristine), {i: args[i] for i in self._static})
-        alive = [v for v in self._variants if all(ref() is not None for _, ref, _ in v.seen)]
-        self._variants = [fresh, *alive][:_KEPT_VARIANTS]
+        # What was made from memory that is gone would be kept for nothing while weights are streamed.
+        self._variants = [v for v in self._variants if not v.is_freed]
+        fresh = self._build(copied(self._pristine), {i: args[i] for i in self._static if not no_data_reason(args[i])})
+        self._variants = [fresh, *self._variants][:_KEPT_VARIANTS]
         return fresh
 
     def _build(self, gm: GraphModule, tensors: dict[int, torch.Tensor]) -> _Variant:
@@ -105,25 +140,30 @@ class CompiledGraph:
         leaves |= {
             n: self._attributes[n.target] for n in gm.graph.find_nodes(op="get_attr") if n.target in self._attributes
         }
+        place: dict[Node, _Place] = {n: i for i, n in enumerate(placeholders)}
+        place |= {n: str(n.target) for n in leaves if n.op == "get_attr"}
+        sizes, fake_inputs = known_sizes(leaves), self._fake_inputs
+        if sizes:
+            fake_inputs = with_known_sizes(gm, fake_inputs, sizes)
         constants = InputConstants(gm, leaves)
         outcome = fuse_graph(gm, leaves, self._options, constants.add)
         fused = dump(gm)
         formats = carry_out(gm, outcome, self._options, constants)
+        seen = {place[n]: Seen.now(leaves[n]) for n in outcome.leaves}  # now: a cast gives a parameter other memory
         self._on_outcome(outcome, fused, formats)
-        index = {n: i for i, n in enumerate(placeholders)}
-        seen = tuple(
-            (index[n], weakref.ref(tensors[index[n]]), _state(tensors[index[n]])) for n in outcome.leaves if n in index
-        )
-        return _Variant(seen, self._inner(gm, constants.inputs), constants.inputs)
+        shapes = {place[n]: t.shape for n, t in leaves.items()} if sizes else {}
+        return _Variant(seen, shapes, self._inner(gm, fake_inputs, constants.inputs), constants.inputs)
 
-    def _inner(self, gm: GraphModule, constants: tuple[torch.Tensor, ...]) -> Callable[[list[Any]], Any]:
+    def _inner(
+        self, gm: GraphModule, fake_inputs: list[Any], constants: tuple[torch.Tensor, ...]
+    ) -> Callable[[list[Any]], Any]:
         inner = self._options.inner
         if inner is None or inner == "eager":
             return lambda inputs: gm(*inputs)
-        mode = fake_mode_of([v for v in self._fake_inputs if isinstance(v, torch.Tensor)])
+        mode = fake_mode_of([v for v in fake_inputs if isinstance(v, torch.Tensor)])
         with real_tensors():
             fakes = [mode.from_tensor(t, static_shapes=True) if mode else t for t in constants]
-        inputs = [*self._fake_inputs, *fakes]
+        inputs = [*fake_inputs, *fakes]
         compiled = inductor_compile(gm, inputs) if inner == "inductor" else inner(gm, inputs)  # type: ignore[operator]
         if getattr(compiled, "_boxed_call", False):
             return compiled  # type: ignore[no-any-return]

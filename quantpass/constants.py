@@ -21,7 +21,12 @@ class Constants(ABC):
         self.prepared: dict[Node, torch.Tensor] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> Node:
-        """A new tensor beside the graph, and the node that stands for it."""
+        """A new tensor beside the graph, and the node that stands for it.
+
+        It is copied where it is a view of a tensor that the graph came with: it must not change with that, nor keep it.
+        """
+        if any(_storage(tensor) == _storage(t) for t in self.given.values()):
+            tensor = tensor.clone()
         node = self._add(name, tensor)
         self.prepared[node] = tensor
         return node
@@ -48,6 +53,11 @@ class Constants(ABC):
     def _store(self, node: Node, tensor: torch.Tensor) -> None:
         """Keep ``tensor`` where the graph finds it at run time."""
         del node, tensor
+
+
+def _storage(t: torch.Tensor) -> int:
+    """Tensors that are alive share memory where this is equal."""
+    return int(t.untyped_storage()._cdata) if t.layout == torch.strided else id(t)
 
 
 class InputConstants(Constants):

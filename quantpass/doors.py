@@ -21,7 +21,7 @@ from quantpass.pipeline import explain_graph, fuse_graph
 from quantpass.preview import GePreview
 from quantpass.report import Report, merged
 from quantpass.torch_internals import (
-    aot_placeholder_values,
+    StaticInputs,
     attribute_values,
     compile_isolated,
     compile_with_aot,
@@ -107,10 +107,9 @@ def _explain_model(
     found: list[Report] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        def look(aot: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:
+        def look(aot: GraphModule, weights: StaticInputs, fake_inputs: list[Any]) -> Callable[..., Any]:
             del fake_inputs
-            leaves = aot_placeholder_values(aot, example_inputs) | attribute_values(aot)
-            found.append(_verdicts(aot, leaves, settings))
+            found.append(_verdicts(aot, weights.known, settings))
             return aot.forward
 
         return compile_with_aot(gm, example_inputs, look, decomposition_table(settings[0].decompositions))

@@ -14,7 +14,7 @@ from quantpass.hooks import turn_off_view_optimize
 from quantpass.lowering.leftovers import expand_leftovers
 from quantpass.options import Options
 from quantpass.report import Report
-from quantpass.torch_internals import aot_placeholder_values, attribute_values, compile_with_aot
+from quantpass.torch_internals import StaticInputs, compile_with_aot
 
 GraphCompiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 """A graph compiler as torchair's ``get_compiler`` returns it."""
@@ -51,12 +51,11 @@ def compile_for_npu(
         expand_leftovers(graph)
         return torchair_compiler(graph, inputs)
 
-    def compiler(aot: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:
+    def compiler(aot: GraphModule, weights: StaticInputs, fake_inputs: list[Any]) -> Callable[..., Any]:
         if not fuse:
             return _boxed(hand_over(aot, fake_inputs))
-        leaves = aot_placeholder_values(aot, example_inputs) | attribute_values(aot)
         listener = report_of(options, gather)
-        return CompiledGraph(aot, leaves, fake_inputs, replace(options, inner=hand_over), listener)
+        return CompiledGraph(aot, weights, fake_inputs, replace(options, inner=hand_over), listener)
 
     return compile_with_aot(gm, example_inputs, compiler, decompositions)
 

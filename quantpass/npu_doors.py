@@ -25,7 +25,7 @@ from quantpass.hooks import (
 from quantpass.lowering.leftovers import expand_leftovers
 from quantpass.options import Options, device_target, make_options
 from quantpass.report import Report
-from quantpass.torch_internals import aot_placeholder_values, attribute_values
+from quantpass.torch_internals import static_inputs
 
 logger = logging.getLogger("quantpass")
 
@@ -57,11 +57,13 @@ class NpuBackend:
         from torchair import npu_fx_compiler
 
         refuse_training(example_inputs)
-        compiler = _FusingCompiler(self, list(example_inputs), npu_fx_compiler.get_compiler(self.config))
+        compiler = _FusingCompiler(self, [gm, list(example_inputs)], npu_fx_compiler.get_compiler(self.config))
         # torchair's own tracing: it marks static inputs, hands gears over and replaces streams and events.
-        return npu_fx_compiler._compile_graph_with_aot(  # type: ignore[no-any-return]
+        compiled: Callable[..., Any] = npu_fx_compiler._compile_graph_with_aot(
             gm, compiler, example_inputs, self.config, self._decompositions, is_cache=False
         )
+        compiler.given.clear()  # what is compiled outlives the first call's inputs
+        return compiled
 
     def _gather(self, report: Report) -> None:
         self._report = self._report + report
@@ -70,9 +72,9 @@ class NpuBackend:
 class _FusingCompiler:
     """Stands where torchair expects its own compiler: fuses, then lets torchair's compile."""
 
-    def __init__(self, backend: NpuBackend, example_inputs: list[Any], compiler: Callable[..., Any]) -> None:
+    def __init__(self, backend: NpuBackend, given: list[Any], compiler: Callable[..., Any]) -> None:
         self._backend = backend
-        self._example_inputs = example_inputs
+        self.given = given
         self._compiler = compiler
 
     def __call__(self, aot: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:
@@ -87,9 +89,9 @@ class _FusingCompiler:
             expand_leftovers(graph)
             return self._compiler(graph, inputs)  # type: ignore[no-any-return]
 
-        leaves = aot_placeholder_values(aot, self._example_inputs) | attribute_values(aot)
+        weights = static_inputs(aot, *self.given)
         listener = report_of(backend.options, backend._gather)
-        return CompiledGraph(aot, leaves, fake_inputs, replace(backend.options, inner=hand_over), listener)
+        return CompiledGraph(aot, weights, fake_inputs, replace(backend.options, inner=hand_over), listener)
 
     def set_arg_pos_to_source(self, positions: Any) -> None:
         """torchair asks this of its compiler when exporting."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
-    "aot_placeholder_values",
+    "StaticInputs",
+    "StorageWeakRef",
     "attribute_values",
     "can_run",
     "checks_guards",
@@ -36,7 +39,9 @@ __all__ = [
     "inductor_compile",
     "is_wrapper_subclass",
     "known_contiguous",
+    "no_data_reason",
     "real_tensors",
+    "static_inputs",
     "traced_as_on_npu",
 ]
 
@@ -63,18 +68,32 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
 def compile_with_aot(
     gm: GraphModule,
     example_inputs: Sequence[Any],
-    compiler: Callable[[GraphModule, list[Any]], Callable[..., Any]],
+    compiler: Callable[[GraphModule, StaticInputs, list[Any]], Callable[..., Any]],
     decompositions: dict[Any, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Trace a Dynamo graph to ATen and compile it with ``compiler``; inference only."""
-    return aot_module_simplified(  # type: ignore[no-any-return]
-        gm,
-        list(example_inputs),
-        fw_compiler=compiler,  # type: ignore[arg-type]
-        inference_compiler=compiler,  # type: ignore[arg-type]
-        decompositions=decompositions,
-        keep_inference_input_mutations=True,
-    )
+    """Trace a Dynamo graph to ATen and compile it; inference only.
+
+    Args:
+        gm: what Dynamo hands to a backend.
+        example_inputs: its real inputs.
+        compiler: is given the ATen graph, its weights and its fake inputs.
+        decompositions: of operators, while tracing.
+    """
+    given = [gm, list(example_inputs)]
+
+    def compile_aten(aot: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:
+        return compiler(aot, static_inputs(aot, *given), fake_inputs)
+
+    try:
+        return aot_module_simplified(  # type: ignore[no-any-return]
+            *given,
+            fw_compiler=compile_aten,  # type: ignore[arg-type]
+            inference_compiler=compile_aten,  # type: ignore[arg-type]
+            decompositions=decompositions,
+            keep_inference_input_mutations=True,
+        )
+    finally:
+        given.clear()  # what is compiled outlives the first call's inputs, and the weights of that day
 
 
 def can_run(target: OpOverload) -> bool:
@@ -115,41 +134,124 @@ def traced_as_on_npu() -> Iterator[None]:
         yield
 
 
-def static_input_indices() -> frozenset[int]:
-    """Which inputs of the graph being compiled are parameters, buffers or tensor attributes of the module."""
+def no_data_reason(value: Any) -> str:
+    """Why there are no values to be read from a tensor, in words; empty where there are."""
+    if isinstance(value, FakeTensor):
+        return "a fake tensor"
+    if not isinstance(value, torch.Tensor) or is_wrapper_subclass(value) or torch._is_functional_tensor(value):
+        return "wrapped"
+    if value.device.type == "meta":
+        return "on the meta device"
+    if value.layout != torch.strided or value.is_quantized:
+        return "neither dense nor plain"
+    if value.is_inference() and value.device.type != "cpu":
+        return f"made in inference mode on {value.device.type}, where PyTorch counts no writes"
+    last = value.storage_offset() + sum(
+        (size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True)
+    )
+    if value.numel() and value.untyped_storage().nbytes() < (last + 1) * value.element_size():
+        return "freed"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class StaticInputs:
+    """A graph's parameters, buffers and tensor attributes, whichever way they come into it.
+
+    Attributes:
+        known: their tensors, where these hold data.
+        unread: the others, and why they can't be read.
+    """
+
+    known: dict[Node, torch.Tensor]
+    unread: dict[Node, str]
+
+
+def static_inputs(aot: GraphModule, dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> StaticInputs:
+    """The weights of an ATen graph that AOTAutograd made of Dynamo's; to be called while it is being compiled.
+
+    AOTAutograd says through ``meta["desc"]`` which of Dynamo's inputs each placeholder came from; tensor subclasses are
+    unwrapped into one placeholder for each inner tensor. Its own list of static inputs is not enough: parameters are no
+    inputs at all with Inductor's freezing on, and of a subclass that is taken apart in the frame that is compiled (its
+    ``__torch_function__``) it lists nothing.
+
+    Args:
+        aot: the ATen graph.
+        dynamo_graph: what Dynamo handed to the backend.
+        example_inputs: its inputs.
+    """
+    inputs = list(dynamo_graph.graph.find_nodes(op="placeholder"))
+    listed = _static_input_indices()
+    found = StaticInputs({}, {})
+    for index, node in enumerate(aot.graph.find_nodes(op="placeholder")):
+        desc = node.meta.get("desc")
+        root = desc
+        while type(root).__name__ == "SubclassGetAttrAOTInput":
+            root = root.base
+        position = getattr(root, "idx", None)
+        if type(root).__name__ == "PlainAOTInput" and position is not None and position < len(inputs):
+            static = index in listed or _is_static_source(inputs[position])
+        else:
+            static = type(root).__name__ in ("ParamAOTInput", "BufferAOTInput")
+        value = _described_value(desc, dynamo_graph, example_inputs) if static else None
+        if isinstance(value, torch.Tensor):
+            _sort_in(found, node, value)
+    for node, value in attribute_tensors(aot):
+        _sort_in(found, node, value)
+    return found
+
+
+def _sort_in(found: StaticInputs, node: Node, value: torch.Tensor) -> None:
+    why = no_data_reason(value)
+    if why:
+        found.unread[node] = why
+    else:
+        found.known[node] = value
+
+
+def _static_input_indices() -> frozenset[int]:
+    """What AOTAutograd lists, for the graph being compiled."""
     context = TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
     return frozenset(metadata.static_input_indices or ()) if metadata is not None else frozenset()
 
 
-def aot_placeholder_values(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[Node, torch.Tensor]:
-    """The real tensors behind the static placeholders of an ATen graph.
+def _is_static_source(placeholder: Node) -> bool:
+    """True for an input of Dynamo's graph that is a parameter, belongs to a module, or is a part of a parameter."""
+    if placeholder.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"):
+        return True
+    source = getattr(placeholder, "_dynamo_source", None)
+    kind = getattr(source, "guard_source", None)
+    if kind is not None and (kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()):
+        return True
+    owner = _source_value(getattr(source, "base", None))
+    return isinstance(owner, torch.nn.Parameter) and is_wrapper_subclass(owner)
 
-    AOTAutograd says through ``meta["desc"]`` which of Dynamo's inputs each placeholder came from; tensor subclasses are
-    unwrapped into one placeholder per inner tensor.
-    """
-    static = static_input_indices()
-    found: dict[Node, torch.Tensor] = {}
-    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        if index in static:
-            value = _described_value(node.meta.get("desc"), example_inputs)
-            plain = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
-            if plain and not is_wrapper_subclass(value):
-                found[node] = value
-    return found
+
+def _source_value(source: Any) -> Any:
+    """What a source stands for in the frame that Dynamo is compiling; None where that can't be told."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output.resolve_source_value(source)
+    except Exception:  # no frame is being compiled, or the name needs what only a guard has
+        return None
 
 
 def attribute_values(gm: GraphModule) -> dict[Node, torch.Tensor]:
     """The real tensors behind a graph's attributes; their nodes get a ``meta["val"]`` where they have none."""
-    found: dict[Node, torch.Tensor] = {}
+    return {node: value for node, value in attribute_tensors(gm) if not no_data_reason(value)}
+
+
+def attribute_tensors(gm: GraphModule) -> Iterator[tuple[Node, torch.Tensor]]:
+    """The tensors behind a graph's attributes; their nodes get a ``meta["val"]`` where they have none."""
     for node in gm.graph.find_nodes(op="get_attr"):
         value: Any = gm
         for part in str(node.target).split("."):
             value = getattr(value, part, None)
-        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) and not is_wrapper_subclass(value):
-            found[node] = value
+        if isinstance(value, torch.Tensor):
             node.meta.setdefault("val", value)
-    return found
+            yield node, value
 
 
 def compile_isolated(
@@ -208,24 +310,18 @@ def fill_in_values(gm: GraphModule) -> None:
         )
 
 
-def _described_value(desc: Any, example_inputs: Sequence[Any]) -> Any:
-    kind = type(desc).__name__
-    if kind in ("PlainAOTInput", "ParamAOTInput", "BufferAOTInput") and hasattr(desc, "idx"):
-        return example_inputs[desc.idx]
-    if kind == "SubclassGetAttrAOTInput":
-        base = _described_value(desc.base, example_inputs)
-        return getattr(base, desc.attr, None)
-    return None
-
-
-def input_source(desc: Any, sources: Sequence[str]) -> str:
-    """Dynamo's name of the input behind a placeholder (``L['self']._modules['fc']...``), or an empty string."""
+def _described_value(desc: Any, dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> Any:
     kind = type(desc).__name__
     if kind == "PlainAOTInput":
-        return sources[desc.idx] if desc.idx < len(sources) else ""
+        return example_inputs[desc.idx]
+    if kind in ("ParamAOTInput", "BufferAOTInput"):
+        value: Any = dynamo_graph
+        for part in desc.target.split("."):
+            value = getattr(value, part, None)
+        return value
     if kind == "SubclassGetAttrAOTInput":
-        return f"{input_source(desc.base, sources)}.{desc.attr}"
-    return ""
+        return getattr(_described_value(desc.base, dynamo_graph, example_inputs), desc.attr, None)
+    return None
 
 
 def inductor_compile(gm: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:

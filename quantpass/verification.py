@@ -183,16 +183,19 @@ def _verify_model(
 class _Compared(CompiledGraph):
     """A compiled graph that is run beside the graph that it was made from; it returns what that one computes."""
 
-    def __init__(self, measured: _Measured, gm: GraphModule, leaves: Any, fakes: Any, options: Options, told: Any):
+    def __init__(self, measured: _Measured, gm: GraphModule, weights: Any, fakes: Any, options: Options, told: Any):
         self._measured = measured
 
         def on_outcome(outcome: Outcome, fused: str, formats: Any) -> None:
             measured.graphs.append(_Graph(outcome))
             told(outcome, fused, formats)
 
-        super().__init__(gm, leaves, fakes, options, on_outcome)
+        super().__init__(gm, weights, fakes, options, on_outcome)
 
-    def _inner(self, gm: GraphModule, constants: tuple[torch.Tensor, ...]) -> Callable[[list[Any]], Any]:
+    def _inner(
+        self, gm: GraphModule, fake_inputs: list[Any], constants: tuple[torch.Tensor, ...]
+    ) -> Callable[[list[Any]], Any]:
+        del fake_inputs
         graph, own = self._measured.graphs[-1], len(constants)
         return lambda inputs: _compare(self._pristine, gm, inputs[: len(inputs) - own], inputs, graph, self._measured)
 

@@ -70,7 +70,7 @@ def run_through(model, hook, config, *args, skip=False):
     graphs = []
 
     def backend(gm, inputs):
-        def compiler(aot, fakes):
+        def compiler(aot, weights, fakes):
             if not skip:
                 assert hook(aot, fakes, config) is None
             graphs.append(aot)
@@ -123,7 +123,7 @@ def test_a_weight_that_changes_is_read_at_every_call():
     qp.register(config, target="ascend910b")
 
     def backend(gm, inputs):
-        return compile_with_aot(gm, inputs, lambda aot, fakes: config.hook(aot, fakes, config) or aot.forward)
+        return compile_with_aot(gm, inputs, lambda aot, weights, fakes: config.hook(aot, fakes, config) or aot.forward)
 
     torch._dynamo.reset()
     run = torch.compile(model, backend=backend)

@@ -17,8 +17,7 @@ from torch.fx.node import map_arg
 
 from quantpass.torch_internals import (
     FakeTensorMode,
-    aot_placeholder_values,
-    attribute_values,
+    StaticInputs,
     compile_isolated,
     compile_with_aot,
     contiguous_fake,
@@ -39,9 +38,9 @@ def capture(model: Any, args: tuple[Any, ...]) -> list[Captured]:
     found: list[Captured] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        def look(aot: GraphModule, fake_inputs: list[Any]) -> Any:
+        def look(aot: GraphModule, weights: StaticInputs, fake_inputs: list[Any]) -> Any:
             del fake_inputs
-            leaves = aot_placeholder_values(aot, example_inputs) | attribute_values(aot)
+            leaves = weights.known
 
             def run(*inputs: Any) -> Any:
                 outputs = aot(*inputs)
