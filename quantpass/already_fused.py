@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from quantpass.boundary import guarded
 from quantpass.checking import logical, spec_of_tensor
 from quantpass.chips.calls import QMM, WQMM, OpCall
 from quantpass.ir import DTYPE_NUMBERS
 from quantpass.legality import Verdict, judge
 from quantpass.options import Options
-from quantpass.records import Numerics, Plan, Site, TensorSpec
+from quantpass.records import Numerics, Plan, Reject, Site, TensorSpec
 from quantpass.schema import bind, op_name
 from quantpass.sites import provenance
 
@@ -49,7 +51,18 @@ def already_fused(graph: Graph, options: Options) -> Iterator[Site]:
     for node in graph.nodes:
         op = _OPERATORS.get(node.target._schema.name) if isinstance(node.target, OpOverload) else None
         if node.op == "call_function" and op is not None and "quantpass" not in node.meta:
-            yield _site(node, OpCall(op, options.mode, _arguments(node)), options)
+            judge_call, unjudged = partial(_judged_site, node, op, options), partial(_unjudged, node, op, options)
+            yield guarded(judge_call, unjudged, f"judging {node.name}")
+
+
+def _judged_site(node: Node, op: str, options: Options) -> Site:
+    return _site(node, OpCall(op, options.mode, _arguments(node)), options)
+
+
+def _unjudged(node: Node, op: str, options: Options, reject: Reject) -> Site:
+    name, source = provenance(node)
+    reading = f"a call of {op}"
+    return Site(name, source, op_name(node), options.chip.name, False, None, (reject,), None, reading)
 
 
 def _arguments(node: Node) -> dict[str, Any]:

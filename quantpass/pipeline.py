@@ -18,7 +18,7 @@ from quantpass.patterns import default_dialects
 from quantpass.planning import Planned, plan_site
 from quantpass.records import Plan, Reject, Site
 from quantpass.rewrite import RewriteError, Rewriter
-from quantpass.sites import Reading, find_sites, matmul_name
+from quantpass.sites import Reading, find_sites, matmul_name, unreadable
 from quantpass.static_values import StaticValues
 from quantpass.streams import stream_labels, stream_reject
 from quantpass.torch_internals import real_tensors
@@ -42,19 +42,34 @@ class Outcome:
     before: str = ""
 
 
-def analyse(
-    gm: GraphModule,
-    leaves: Mapping[Node, torch.Tensor],
-    options: Options,
-) -> tuple[list[tuple[Reading, Planned]], StaticValues]:
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What is to be done with each site; ``leaves`` as in :class:`Outcome`, ``mutated``: what the graph writes to."""
+
+    planned: list[tuple[Reading, Planned]]
+    leaves: frozenset[Node] = frozenset()
+    mutated: frozenset[Node] = frozenset()
+
+
+def analyse(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Analysis:
     """Read and plan every site; pure."""
+
+    def nothing(reject: Reject) -> Analysis:
+        whole = unreadable(gm.graph.output_node(), reject)
+        return Analysis([(replace(whole, name="(the whole graph)"), _refused(reject))])
+
+    return guarded(partial(_analysed, gm, leaves, options), nothing, "reading the graph")
+
+
+def _analysed(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Analysis:
     values = StaticValues(gm.graph, leaves)
     # A compiler calls this with its fake mode on; constants are computed on real tensors.
     with torch.no_grad(), real_tensors():
         readings = find_sites(gm.graph, values, default_dialects(options.dialects))
         writes = writes_of(gm.graph, values.mutated)
         labels = stream_labels(gm.graph)
-        return [(r, _planned(r, options, writes, labels)) for r in readings], values
+        planned = [(r, _planned(r, options, writes, labels)) for r in readings]
+    return Analysis(planned, frozenset(values.read_leaves), values.mutated)
 
 
 def _planned(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str]) -> Planned:
@@ -73,9 +88,9 @@ def _refused(reject: Reject) -> Planned:
 
 def explain_graph(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Outcome:
     """The verdict on every site of a graph, without touching it."""
-    planned, values = analyse(gm, leaves, options)
-    sites = tuple(_site(r, p, options, fused=p.plan is not None) for r, p in planned)
-    return Outcome((*sites, *already_fused(gm.graph, options)), frozenset(values.read_leaves))
+    found = analyse(gm, leaves, options)
+    sites = tuple(_site(r, p, options, fused=p.plan is not None) for r, p in found.planned)
+    return Outcome((*sites, *already_fused(gm.graph, options)), found.leaves)
 
 
 def fuse_graph(
@@ -95,12 +110,12 @@ def fuse_graph(
         add_constant: where new tensors go; None makes them buffers of ``gm``.
         keep_text: keep the graph's text for diffs.
     """
-    planned, values = analyse(gm, leaves, options)
+    found = analyse(gm, leaves, options)
     before = dump(gm) if keep_text else ""
     sites: list[Site] = []
     own_calls = tuple(already_fused(gm.graph, options))
-    rewriter = Rewriter(gm, add_constant) if any(p.plan for _, p in planned) else None
-    for reading, p in planned:
+    rewriter = Rewriter(gm, add_constant) if any(p.plan for _, p in found.planned) else None
+    for reading, p in found.planned:
         if p.plan is None or rewriter is None:
             sites.append(_site(reading, p, options, fused=False))
             continue
@@ -114,8 +129,8 @@ def fuse_graph(
             reject = failed("rewrite.failed", f"rewriting {reading.name}", error)
             sites.append(_site(reading, _refused(reject), options, fused=False))
     if rewriter is not None:
-        rewriter.finish(values.mutated)
-    return Outcome((*sites, *own_calls), frozenset(values.read_leaves), before)
+        rewriter.finish(found.mutated)
+    return Outcome((*sites, *own_calls), found.leaves, before)
 
 
 def _site(

@@ -63,7 +63,7 @@ def find_sites(graph: Graph, values: StaticValues, dialects: Dialects) -> Iterat
         dialects.recentre,
     )
     for node in graph.nodes:
-        reading = guarded(partial(_read, reader, dialects, node), partial(_unreadable, node), f"reading {node.name}")
+        reading = guarded(partial(_read, reader, dialects, node), partial(unreadable, node), f"reading {node.name}")
         if reading is not None:
             yield reading
 
@@ -96,12 +96,13 @@ def _read_site(
 def _unread_site(reader: AffineReader, node: Node, found: NoContraction) -> Reading | None:
     if not found.certain and not any(_is_quantized(reader.read(o)) for o in found.operands):
         return None
-    return _unreadable(
+    return unreadable(
         node, Reject("read.matmul", found.reason, "a matmul of two matrices that can be read", found.hint)
     )
 
 
-def _unreadable(node: Node, reject: Reject) -> Reading:
+def unreadable(node: Node, reject: Reject) -> Reading:
+    """A site of which nothing is known but why it can't be read."""
     unread = NotAffine("not read")
     return Reading(*provenance(node), node, None, None, unread, unread, None, "not read", (reject,))
 

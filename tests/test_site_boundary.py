@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantpass as qp
-from quantpass import pipeline, rewrite, sites
+from quantpass import already_fused, pipeline, rewrite, sites
 from quantpass.boundary import RAISE
 
 
@@ -87,6 +87,33 @@ def test_tests_see_the_exception(stage, monkeypatch):
     program = torch.export.export(Two(), (torch.randn(4, 64).half(),))
     with pytest.raises(Exception, match="the moon is full"):
         qp.fuse(program, target="ascend910b")
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_graph_that_can_not_be_read_at_all_runs_as_it_was(monkeypatch):
+    def fails(*args):
+        raise Trouble("no writes today")
+
+    monkeypatch.setattr(pipeline, "writes_of", fails)
+    model, x = Two().eval(), torch.randn(4, 64).half()
+    backend = qp.backend(target="ascend910b")
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend=backend)(x), model(x))
+    (site,) = backend.report.sites
+    assert (site.name, site.rejects[0].rule) == ("(the whole graph)", "read.failed")
+    with pytest.raises(AssertionError, match="no writes today"):
+        backend.report.require()
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_call_of_the_models_own_that_can_not_be_judged(monkeypatch):
+    def fails(*args):
+        raise Trouble("no bench sits")
+
+    monkeypatch.setattr(already_fused, "judge", fails)
+    linear = qp.nn.LinearWeightQuant.from_linear(nn.Linear(64, 64).half())
+    report = qp.explain(linear, (torch.randn(4, 64).half(),), target="ascend910b")
+    assert [r.rule for s in report.sites for r in s.rejects] == ["read.failed"]
 
 
 @pytest.mark.usefixtures("as_users_run_it")
