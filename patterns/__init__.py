@@ -62,6 +62,14 @@ class Dialects:
     contractions: ReaderTable
     steps: ReaderTable
 
+    @property
+    def tables(self) -> tuple[ReaderTable, ...]:
+        """All of them."""
+        return (
+            *(self.movements, self.integers, self.arithmetic, self.dequantizers, self.recentre),
+            *(self.contractions, self.steps),
+        )
+
 
 @cache
 def default_dialects(more: tuple[Dialect, ...] = ()) -> Dialects:

@@ -7,7 +7,7 @@ operand towards its integers and accounts for every argument of every node it pa
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,6 +132,7 @@ class AffineReader:
         arithmetic: readers of the operators that a dequantization is spelled with.
         dequantizers: readers of named operators that return a dequantized value.
         recentre: readers of named quantize operators that can give int8 codes instead of uint8 ones.
+        given: what is known of nodes from outside of the graph.
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class AffineReader:
         arithmetic: ReaderTable,
         dequantizers: ReaderTable,
         recentre: ReaderTable,
+        given: Mapping[Node, NotAffine] | None = None,
     ) -> None:
         self.values = values
         self._movements = movements
@@ -150,6 +152,7 @@ class AffineReader:
         self._recentre = recentre
         self._integers = IntegerReader(values, movements, integers)
         self._memo = NodeMemo(self._read)
+        self._given = given or {}
         self.weights: dict[Any, Any] = {}
 
     def read(self, node: Node) -> Affine | NotAffine:
@@ -163,11 +166,19 @@ class AffineReader:
         return term_of(self.values, value, shape)
 
     def _read(self, node: Node) -> Affine | NotAffine:
+        if node in self._given:
+            return self._given[node]
         fake = node.meta.get("val")
         if not isinstance(fake, torch.Tensor):
             return NotAffine("it is not a tensor")
         if node in self.values.mutated:
-            return NotAffine("the graph writes to this tensor in place")
+            return NotAffine(
+                "the graph writes to this tensor in place",
+                quantized=fake.dtype in _CODE_DTYPES,
+                hint="make the graph functional first: run_decompositions({}) on an exported program; multiply by what "
+                "the update returns, not by the tensor that it writes to",
+                rule="read.mutated",
+            )
         found: Affine | NotAffine | None = None
         if node.op == "call_function":
             found = self._read_call(node)

@@ -99,13 +99,23 @@ class Contraction:
 class NoContraction:
     """A matmul in a form that is not read; ``operands`` may still be quantized.
 
-    ``certain``: the operator is a quantized matmul by its name.
+    Attributes:
+        reason: what it is.
+        operands: what is multiplied; one of them has to be quantized for a verdict.
+        hint: what to do.
+        certain: the operator is a quantized matmul by its name.
+        rule: what a report calls the reason.
+        codes: integers that were not dequantized count as well as dequantized values.
+        weights_only: only what was dequantized from stored codes counts, no quantized activation.
     """
 
     reason: str
     operands: tuple[Node, ...]
     hint: str = "rewrite it as x @ w with 2-D w"
     certain: bool = False
+    rule: str = "read.matmul"
+    codes: bool = True
+    weights_only: bool = False
 
 
 def contractions() -> dict[Any, Any]:

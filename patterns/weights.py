@@ -36,7 +36,7 @@ def read_weight(
         transposed: how it lies.
         matrix: its shape as a matrix, where it is stored in more dimensions.
     """
-    one = node if matrix else _matrix_node(node)
+    one = node if matrix else matrix_node(node)
     if one.meta["val"].dim() > 2 and not reader.values.is_static(one):
         one = node  # a matrix for each batch
     operand = Operand(one, transposed, matrix)
@@ -64,7 +64,7 @@ def _unproved(node: Node) -> NotAffine:
     return NotAffine(f"the value of {node.name} is not scale * (codes - zero_point)", quantized=True)
 
 
-def _matrix_node(node: Node) -> Node:
+def matrix_node(node: Node) -> Node:
     """The 2-D tensor behind a weight that is repeated along leading dimensions."""
     while node.op == "call_function" and node.meta["val"].dim() > 2:
         source = node.args[0]

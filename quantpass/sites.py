@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch.fx import Graph, Node
@@ -15,11 +15,14 @@ from quantpass.expr import Expr, Ref
 from quantpass.patterns import Dialects
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, read_contraction
+from quantpass.patterns.derived import EXPERTS, Found
 from quantpass.patterns.epilogues import Epilogue, read_epilogue
-from quantpass.patterns.weights import read_weight
+from quantpass.patterns.net import Net
+from quantpass.patterns.weights import matrix_node, read_weight
 from quantpass.records import Reject, Weight
 from quantpass.schema import op_name
 from quantpass.static_values import StaticValues
+from quantpass.subgraphs import Body, bodies_of
 from quantpass.symbolic import is_one, same_shape
 
 
@@ -52,8 +55,17 @@ class Reading:
     rejects: tuple[Reject, ...] = ()
 
 
-def find_sites(graph: Graph, values: StaticValues, dialects: Dialects) -> Iterator[Reading]:
-    """Read every matmul of ``graph`` that has a quantized operand, in graph order."""
+def find_sites(
+    graph: Graph, values: StaticValues, dialects: Dialects, given: Mapping[Node, NotAffine] | None = None
+) -> Iterator[Reading]:
+    """Read every matmul of ``graph`` that has a quantized operand, in graph order, bodies of its operators included.
+
+    Args:
+        graph: the graph.
+        values: its static values.
+        dialects: how things are spelled.
+        given: what is known of nodes from outside of the graph.
+    """
     reader = AffineReader(
         values,
         dialects.movements,
@@ -61,29 +73,47 @@ def find_sites(graph: Graph, values: StaticValues, dialects: Dialects) -> Iterat
         dialects.arithmetic,
         dialects.dequantizers,
         dialects.recentre,
+        given,
     )
+    net = Net(reader, dialects)
     for node in graph.nodes:
-        reading = guarded(partial(_read, reader, dialects, node), partial(unreadable, node), f"reading {node.name}")
-        if reading is not None:
-            yield reading
+        yield from guarded(partial(_read, reader, dialects, net, node), partial(_failed, node), f"reading {node.name}")
 
 
-def _read(reader: AffineReader, dialects: Dialects, node: Node) -> Reading | None:
-    found = read_contraction(dialects.contractions, node)
-    return None if found is None else _read_site(reader, dialects, node, found)
+def _read(reader: AffineReader, dialects: Dialects, net: Net, node: Node) -> tuple[Reading, ...]:
+    """The sites of one node: itself, or those of the graphs that it calls."""
+    bodies = tuple(bodies_of(node))
+    inside = tuple(reading for body in bodies for reading in _sites_of_body(reader, dialects, body))
+    found = read_contraction(dialects.contractions, node) or net.unread(node, looked_into=bool(bodies))
+    reading = None if found is None else _read_site(reader, dialects, net, node, found)
+    return inside if reading is None else (*inside, reading)
+
+
+def _failed(node: Node, reject: Reject) -> tuple[Reading, ...]:
+    return (unreadable(node, reject),)
+
+
+def _sites_of_body(reader: AffineReader, dialects: Dialects, body: Body) -> Iterator[Reading]:
+    """A body is read like a graph, but left as it is: it may be called several times, with other values."""
+    values = StaticValues(body.graph, body.leaves(reader))
+    for reading in find_sites(body.graph, values, dialects, body.given(reader)):
+        yield replace(reading, name=f"{body.name}.{reading.name}", rejects=reading.rejects or (body.reject(),))
 
 
 def _read_site(
-    reader: AffineReader, dialects: Dialects, node: Node, found: Contraction | NoContraction
+    reader: AffineReader, dialects: Dialects, net: Net, node: Node, found: Contraction | NoContraction
 ) -> Reading | None:
     if isinstance(found, NoContraction):
-        return _unread_site(reader, node, found)
+        return _unread_site(net, node, found)
     weight = _weight(reader, found)
-    if not _is_quantized(weight) and reader.values.is_static(found.lhs):
+    if not _is_quantized(weight) and reader.values.is_static(matrix_node(found.lhs)):
         swapped = found.swapped()
         on_the_left = _weight(reader, swapped) if swapped is not None else weight
         if swapped is not None and _is_quantized(on_the_left):
             found, weight = swapped, on_the_left
+    if isinstance(weight, NotAffine):
+        behind = net.behind(found)
+        weight = behind if behind is not None and (not weight.quantized or behind.rule == EXPERTS) else weight
     x, activation = _activation(reader, found)
     if not _is_quantized(weight) and not _is_quantized(activation):
         return None
@@ -93,12 +123,16 @@ def _read_site(
     return Reading(*provenance(node), node, found, x, activation, weight, epilogue, text, rejects)
 
 
-def _unread_site(reader: AffineReader, node: Node, found: NoContraction) -> Reading | None:
-    if not found.certain and not any(_is_quantized(reader.read(o)) for o in found.operands):
+def _unread_site(net: Net, node: Node, found: NoContraction) -> Reading | None:
+    operand = None if found.certain else net.quantized_operand(found)
+    if operand is None and not found.certain:
         return None
-    return unreadable(
-        node, Reject("read.matmul", found.reason, "a matmul of two matrices that can be read", found.hint)
-    )
+    reject = Reject(found.rule, found.reason, "a matmul of two matrices that can be read", found.hint)
+    if isinstance(operand, Found):
+        behind = operand.reason()
+        if behind.rule == EXPERTS:
+            reject = Reject(EXPERTS, f"{found.reason}; {behind.reason}", "one matrix for all rows", behind.hint)
+    return unreadable(node, reject)
 
 
 def unreadable(node: Node, reject: Reject) -> Reading:

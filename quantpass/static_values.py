@@ -50,6 +50,10 @@ class StaticValues:
         self._uniform: dict[Node, float | None] = {}
         self.read_leaves: set[Node] = set()
 
+    def leaf(self, node: Node) -> torch.Tensor | None:
+        """The tensor behind a placeholder or attribute; None where it is not known, or written to by the graph."""
+        return self._leaves.get(node)
+
     def is_static(self, node: Node) -> bool:
         """True where ``node`` can be evaluated."""
         stack = [node]

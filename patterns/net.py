@@ -1,0 +1,113 @@
+"""The net under the tables: which operands are quantized though no matmul reader says so.
+
+Covers operators that multiply matrices in a form that is not read, operators that nobody knows, and operands that are
+computed from a dequantized weight and something known at run time only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from quantpass.patterns import Dialects
+from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.contractions import Contraction, NoContraction
+from quantpass.patterns.derived import DerivedWeights, Found
+from quantpass.patterns.unread import higher_order, unread_contraction
+from quantpass.patterns.weights import read_weight
+
+_STORED = (torch.int8, torch.uint8, torch.int16, torch.int32)
+_CERTAIN = ("read.weight", "read.weight.along_k", "read.weight.batched", "read.weight.bits")
+"""Why a static weight may be unreadable although it surely is a quantized one."""
+
+
+class Net:
+    """Finds the quantized operands of one graph that its readers do not see.
+
+    Args:
+        reader: what the graph's nodes are read with.
+        dialects: the tables.
+    """
+
+    def __init__(self, reader: AffineReader, dialects: Dialects) -> None:
+        self._reader = reader
+        self._dialects = dialects
+        self._derived = DerivedWeights(reader, self._is_weight, self._known)
+
+    def unread(self, node: Node, *, looked_into: bool) -> NoContraction | None:
+        """``node`` as a matmul that is not read, or as an operator that nobody knows.
+
+        Args:
+            node: a node that no reader of matmuls has taken.
+            looked_into: the graphs that it calls are read themselves.
+        """
+        return higher_order(node, looked_into) or unread_contraction(node, self._known(node.target))
+
+    def behind(self, c: Contraction) -> NotAffine | None:
+        """The weight behind an operand of ``c`` that could not be read as one, and what stands between."""
+        static = self._reader.values.is_static
+        found = self._derived.find(c.rhs)
+        if found is None and not static(c.rhs):
+            found = self._derived.find(c.lhs)
+            if found is not None and (found.kind == "lookup" or not static(found.codes)):
+                return None  # an activation: looked up in a quantized table, or quantized itself
+        elif found is not None and found.kind == "lookup" and static(c.lhs):
+            return None
+        return None if found is None or found.kind == "plain" else found.reason()
+
+    def quantized_operand(self, found: NoContraction) -> Found | Node | None:
+        """The first operand of ``found`` that is quantized: as read, or what is behind it."""
+        for operand in found.operands:
+            if self._is_quantized(operand, found):
+                return operand
+            behind = self._derived.find(operand)
+            looked_at = behind is not None and behind.kind != "lookup" and not found.weights_only
+            if looked_at and (behind.kind != "plain" or found.codes):
+                return behind
+        return None
+
+    def _is_quantized(self, operand: Node, found: NoContraction) -> bool:
+        read = self._reader.read(operand)
+        static = self._reader.values.is_static(operand)
+        if isinstance(read, Affine):
+            stored = static or operand.op in ("placeholder", "get_attr") or self._derived.is_stored(read.codes)
+            if found.weights_only and not (stored and operand.meta["val"].dim() >= 2):
+                return False
+            return bool(read.factors) or (found.codes and not found.weights_only)
+        if read.quantized:
+            return not found.weights_only or static or operand.op == "placeholder"
+        return static and operand.op == "call_function" and self._is_weight(operand)
+
+    def _is_weight(self, node: Node) -> bool:
+        """True where a static value is made of stored or rounded integers and is surely a quantized weight."""
+        fake = node.meta["val"]
+        if fake.dim() < 2 or 0 in fake.shape or not self._made_of_integers(node, fake.numel()):
+            return False
+        read = read_weight(self._reader, node, transposed=False)
+        return not isinstance(read, NotAffine) or (read.quantized and read.rule in _CERTAIN)
+
+    def _made_of_integers(self, node: Node, numel: int) -> bool:
+        seen, todo = {node}, [node]
+        while todo:
+            n = todo.pop()
+            fake = n.meta.get("val")
+            if isinstance(fake, torch.Tensor):
+                leaf = n.op in ("placeholder", "get_attr") and fake.dtype in _STORED
+                if (leaf or _rounds(n)) and fake.numel() * 16 >= numel:
+                    return True
+            fresh = [i for i in n.all_input_nodes if i not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+        return False
+
+    def _known(self, target: Any) -> bool:
+        return any(table.get(target) is not None for table in self._dialects.tables)
+
+
+def _rounds(n: Node) -> bool:
+    if n.op != "call_function" or not isinstance(n.target, OpOverload):
+        return False
+    return n.target is torch.ops.aten.round.default or "quant" in n.target._schema.name
