@@ -64,8 +64,9 @@ class Net:
             if self._is_quantized(operand, found):
                 return operand
             behind = self._derived.find(operand)
-            looked_at = behind is not None and behind.kind != "lookup" and not found.weights_only
-            if looked_at and (behind.kind != "plain" or found.codes):
+            if behind is None or behind.kind == "lookup" or found.weights_only:
+                continue
+            if behind.kind != "plain" or found.codes:
                 return behind
         return None
 
