@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,16 +44,23 @@ def is_own_call(site: Site) -> bool:
     return site.plan is not None and _OWN_CALL in site.plan.fixups
 
 
-def already_fused(graph: Graph, options: Options) -> Iterator[Site]:
-    """A site for each call, ``fused`` where the chip takes it; the graph is not touched.
+def own_calls(graph: Graph) -> list[Node]:
+    """The calls of fused matmuls that are the model's, not ones that the pass has put there."""
+    return [n for n in graph.nodes if _operator(n) is not None and "quantpass" not in n.meta]
 
-    Calls that the pass itself has put there are not the model's.
-    """
-    for node in graph.nodes:
-        op = _OPERATORS.get(node.target._schema.name) if isinstance(node.target, OpOverload) else None
-        if node.op == "call_function" and op is not None and "quantpass" not in node.meta:
-            judge_call, unjudged = partial(_judged_site, node, op, options), partial(_unjudged, node, op, options)
-            yield guarded(judge_call, unjudged, f"judging {node.name}")
+
+def _operator(node: Node) -> str | None:
+    is_call = node.op == "call_function" and isinstance(node.target, OpOverload)
+    return _OPERATORS.get(node.target._schema.name) if is_call else None  # type: ignore[union-attr]
+
+
+def already_fused(calls: Iterable[Node], options: Options, keys: Mapping[Node, Hashable]) -> Iterator[Site]:
+    """A site for each call, ``fused`` where the chip takes it; the graph is not touched."""
+    for node in calls:
+        op = _operator(node)
+        assert op is not None
+        judge_call, unjudged = partial(_judged_site, node, op, options), partial(_unjudged, node, op, options)
+        yield replace(guarded(judge_call, unjudged, f"judging {node.name}"), key=keys[node])
 
 
 def _judged_site(node: Node, op: str, options: Options) -> Site:

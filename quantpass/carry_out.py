@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from quantpass.constants import Constants
 from quantpass.lowering.aclnn import lower_to_aclnn
-from quantpass.lowering.format_casts import carry_out_casts, ledger
+from quantpass.lowering.format_casts import aliases, carry_out_casts, ledger
 from quantpass.options import Options
 from quantpass.pipeline import Outcome
-from quantpass.records import WeightFormat
+from quantpass.records import PREPARED, WeightFormat
+from quantpass.site_keys import Token
 
 
 def carry_out(
@@ -37,4 +39,15 @@ def carry_out(
             rows[source] = replace(rows[source], how=how, why=why)
     if options.lowering == "aclnn":
         lower_to_aclnn(gm, constants)
-    return tuple(rows.values())
+    keys = {s.name: s.key for s in reversed(outcome.sites)}
+    return tuple(replace(row, key=_key(constants, source, row, keys)) for source, row in rows.items())
+
+
+def _key(constants: Constants, source: Node, row: WeightFormat, sites: Mapping[str, Hashable]) -> Hashable:
+    """The user's tensor itself, by whichever of its names; for any other, the site that reads it."""
+    same, _ = aliases(source, constants.given)
+    for node, tensor in constants.given.items():
+        if node is source or node in same:
+            return Token(tensor)
+    site = sites.get(row.sites[0])
+    return None if site is None else (PREPARED if constants.owns(source) else "computed", site)

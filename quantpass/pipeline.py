@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch.fx import GraphModule, Node
 
-from quantpass.already_fused import already_fused
+from quantpass.already_fused import already_fused, own_calls
 from quantpass.boundary import failed, guarded, must_raise
 from quantpass.dump import dump
 from quantpass.options import Options
@@ -18,6 +18,7 @@ from quantpass.patterns import default_dialects
 from quantpass.planning import Planned, plan_site
 from quantpass.records import Plan, Reject, Site
 from quantpass.rewrite import RewriteError, Rewriter
+from quantpass.site_keys import site_keys
 from quantpass.sites import Reading, find_sites, matmul_name, unreadable
 from quantpass.static_values import StaticValues
 from quantpass.streams import stream_labels, stream_reject
@@ -89,8 +90,10 @@ def _refused(reject: Reject) -> Planned:
 def explain_graph(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Outcome:
     """The verdict on every site of a graph, without touching it."""
     found = analyse(gm, leaves, options)
-    sites = tuple(_site(r, p, options, fused=p.plan is not None) for r, p in found.planned)
-    return Outcome((*sites, *already_fused(gm.graph, options)), found.leaves)
+    calls = own_calls(gm.graph)
+    keys = site_keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
+    sites = tuple(_site(r, p, options, keys, fused=p.plan is not None) for r, p in found.planned)
+    return Outcome((*sites, *already_fused(calls, options, keys)), found.leaves)
 
 
 def fuse_graph(
@@ -113,28 +116,37 @@ def fuse_graph(
     found = analyse(gm, leaves, options)
     before = dump(gm) if keep_text else ""
     sites: list[Site] = []
-    own_calls = tuple(already_fused(gm.graph, options))
+    calls = own_calls(gm.graph)
+    keys = site_keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
+    called = tuple(already_fused(calls, options, keys))
     rewriter = Rewriter(gm, add_constant) if any(p.plan for _, p in found.planned) else None
     for reading, p in found.planned:
         if p.plan is None or rewriter is None:
-            sites.append(_site(reading, p, options, fused=False))
+            sites.append(_site(reading, p, options, keys, fused=False))
             continue
         try:
             old, new = rewriter.apply(p.plan, reading.name, reading.node)
-            sites.append(_site(reading, p, options, fused=True, before=old, after=new))
+            sites.append(_site(reading, p, options, keys, fused=True, before=old, after=new))
         except RewriteError as error:
             if must_raise():
                 raise
             logger.exception("a plan could not be carried out; the site stays as it was")
             reject = failed("rewrite.failed", f"rewriting {reading.name}", error)
-            sites.append(_site(reading, _refused(reject), options, fused=False))
+            sites.append(_site(reading, _refused(reject), options, keys, fused=False))
     if rewriter is not None:
         rewriter.finish(found.mutated)
-    return Outcome((*sites, *own_calls), found.leaves, before)
+    return Outcome((*sites, *called), found.leaves, before)
 
 
 def _site(
-    reading: Reading, planned: Planned, options: Options, *, fused: bool, before: str = "", after: str = ""
+    reading: Reading,
+    planned: Planned,
+    options: Options,
+    keys: Mapping[Node, Hashable],
+    *,
+    fused: bool,
+    before: str = "",
+    after: str = "",
 ) -> Site:
     return Site(
         name=reading.name,
@@ -148,6 +160,7 @@ def _site(
         reading=reading.text,
         before=before,
         after=after,
+        key=keys[reading.node],
     )
 
 

@@ -6,6 +6,7 @@ from operator to operator; they are applied in :mod:`quantpass.conventions` and 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -179,6 +180,10 @@ class Plan:
         return f"{self.op}({arguments})"
 
 
+PREPARED = "prepared"
+"""What the key of a weight begins with that the pass made."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
     """A line of the format ledger: how one weight is stored for the fused operators.
@@ -197,6 +202,8 @@ class WeightFormat:
             for ND.
         aliases: other inputs of the graph that are the same tensor (tied weights); they change with it.
         why: why it stayed in ND, or why it was copied.
+        key: what tells this weight from every other one of the process; None where nothing does.
+        copies: how many tensors there are of it: a prepared one for each compilation of its graph.
     """
 
     tensor: str
@@ -209,6 +216,13 @@ class WeightFormat:
     how: str = ""
     aliases: tuple[str, ...] = ()
     why: str = ""
+    key: Hashable = field(default=None, repr=False, compare=False)
+    copies: int = 1
+
+    @property
+    def is_prepared(self) -> bool:
+        """True for a tensor that the pass made: each compilation has its own."""
+        return isinstance(self.key, tuple) and self.key[0] == PREPARED
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +239,9 @@ class Site:
         rejects: why not, where not fused.
         numerics: the :class:`Numerics` contract of the fused site, or None.
         reading: what was read of the operands, in words.
+        key: what tells this matmul from every other one of the process, however often it is compiled; None where
+            nothing does.
+        compilations: where several compilations are one site in a report, whether each of them was fused.
     """
 
     name: str
@@ -238,3 +255,5 @@ class Site:
     reading: str = ""
     before: str = field(default="", repr=False)
     after: str = field(default="", repr=False)
+    key: Hashable = field(default=None, repr=False, compare=False)
+    compilations: tuple[bool, ...] = ()

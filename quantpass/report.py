@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tabulate import tabulate
 
@@ -59,13 +59,14 @@ class Report:
         return replace(self, sites=tuple(s for s in self.sites if s.target == target), targets=(target,))
 
     def __add__(self, other: Report) -> Report:
+        """Both reports in one. A matmul that was compiled in both is one site, fused where both have fused it."""
         targets = tuple(dict.fromkeys((*self.targets, *other.targets)))
         return Report(
-            (*self.sites, *other.sites),
+            _counted_once((*self.sites, *other.sites), lambda s: s.target, _same_site),
             targets,
             self.mode,
             (*self.graphs, *other.graphs),
-            (*self.formats, *other.formats),
+            _counted_once((*self.formats, *other.formats), lambda f: (f.shape, f.dtype, f.format), _same_weight),
             tuple(dict.fromkeys((*self.notes, *other.notes))),
         )
 
@@ -82,12 +83,16 @@ class Report:
             return
         for target in self.targets:
             part = self[target] if len(self.targets) > 1 else self
-            yield f"  {target}: {part.fused} of {part.total} quantized matmuls fused"
+            yield f"  {target}: {part.fused} of {part.total} quantized matmuls fused{part._times()}"
         yield ""
         yield from self._site_table()
         yield from self._reasons()
         yield from self._formats()
         yield from self._notes()
+
+    def _times(self) -> str:
+        often = max((len(s.compilations) for s in self.sites), default=0)
+        return f", in {often} compilations" if often > 1 else ""
 
     def _site_table(self) -> Iterator[str]:
         by_site: dict[tuple[str, str, str], dict[str, list[Site]]] = {}
@@ -124,21 +129,9 @@ class Report:
             return
         yield ""
         yield "Weights:"
-        rows = [
-            [
-                ", ".join(f.sites) if len(f.sites) < 3 else f"{f.sites[0]} and {len(f.sites) - 1} more",
-                f"{f.dtype}[{', '.join(map(str, f.shape))}]",
-                f.format,
-                f"{f.bytes_before / 1024:.1f}",
-                f"{f.bytes_after / 1024:.1f}",
-                "; ".join(
-                    x for x in (f.how, f"same tensor as {', '.join(f.aliases)}" if f.aliases else "", f.why) if x
-                ),
-            ]
-            for f in self.formats
-        ]
-        total = [sum(f.bytes_before for f in self.formats), sum(f.bytes_after for f in self.formats)]
-        rows.append(["total", "", "", *(f"{n / 1024:.1f}" for n in total), ""])
+        rows = [_format_row(f) for f in self.formats]
+        before, after = (sum(bytes_) for bytes_ in zip(*_bytes_once(self.formats), strict=True))
+        rows.append(["total", "", "", f"{before / 1024:.1f}", f"{after / 1024:.1f}", ""])
         yield tabulate(rows, headers=list(_FORMAT_HEADERS), tablefmt="simple", disable_numparse=True)
 
     def _notes(self) -> Iterator[str]:
@@ -163,7 +156,7 @@ class Report:
             "fused": self.fused,
             "total": self.total,
             "sites": [_site_dict(s) for s in self.sites],
-            "formats": [asdict(f) for f in self.formats],
+            "formats": [_format_dict(f) for f in self.formats],
             "notes": list(self.notes),
         }
 
@@ -198,6 +191,48 @@ class Report:
             )
 
 
+_T = TypeVar("_T", Site, WeightFormat)
+
+
+def _counted_once(
+    items: Iterable[_T], apart: Callable[[_T], Hashable], together: Callable[[_T, _T], _T]
+) -> tuple[_T, ...]:
+    """``items`` with those of one key (and equal in ``apart``) put ``together``, in the order of their first."""
+    found: dict[Hashable, _T] = {}
+    for item in items:
+        key = (item.key, apart(item)) if item.key is not None else object()
+        found[key] = together(found[key], item) if key in found else item
+    return tuple(found.values())
+
+
+def _same_site(a: Site, b: Site) -> Site:
+    """One site of two compilations: the worse verdict stands."""
+    verdicts = tuple(fused for s in (a, b) for fused in s.compilations or (s.fused,))
+    if a.fused and b.fused:
+        rounded = b.numerics is not None and b.numerics.kind != "exact"
+        worse = b if rounded and (a.numerics is None or a.numerics.kind == "exact") else a
+    else:
+        worse = a if not a.fused else b
+    rejects = tuple(dict.fromkeys((*a.rejects, *b.rejects))) if a.fused == b.fused else worse.rejects
+    return replace(worse, rejects=rejects, compilations=verdicts)
+
+
+def _same_weight(a: WeightFormat, b: WeightFormat) -> WeightFormat:
+    """One weight of two compilations: the user's tensor is one, prepared tensors are as many as there are."""
+    sites = tuple(dict.fromkeys((*a.sites, *b.sites)))
+    aliases = tuple(dict.fromkeys((*a.aliases, *b.aliases)))
+    return replace(a, sites=sites, aliases=aliases, copies=a.copies + b.copies if a.is_prepared else 1)
+
+
+def _bytes_once(formats: Sequence[WeightFormat]) -> Iterator[tuple[int, int]]:
+    """Before and after of each weight; of those that are one tensor (tied) only the first."""
+    told: set[Hashable] = set()
+    for f in formats:
+        again = f.key is not None and f.key in told
+        told.add(f.key)
+        yield (0, 0) if again else (f.bytes_before * f.copies, f.bytes_after * f.copies)
+
+
 def _cell(site: Site) -> str:
     if site.fused and site.plan is not None:
         op = "QMM" if site.plan.op == "npu_quant_matmul" else "WQMM"
@@ -205,7 +240,9 @@ def _cell(site: Site) -> str:
         result = f" -> {str(out).removeprefix('torch.')}" if out is not None else ""
         kind = site.numerics.kind if site.numerics else ""
         return f"{op}{result} {site.plan.weight_format}, {kind}"
-    return "not fused: " + ", ".join(dict.fromkeys(r.rule for r in site.rejects))
+    some = sum(site.compilations)
+    mixed = f" (fused in {some} of {len(site.compilations)} compilations)" if some else ""
+    return "not fused: " + ", ".join(dict.fromkeys(r.rule for r in site.rejects)) + mixed
 
 
 _FORMAT_HEADERS = ("read by", "stored", "format", "ND KiB", "now KiB", "")
@@ -215,8 +252,13 @@ def _format_row(f: WeightFormat) -> list[str]:
     sites = ", ".join(f.sites) if len(f.sites) < 3 else f"{f.sites[0]} and {len(f.sites) - 1} more"
     stored = f"{f.dtype}[{', '.join(map(str, f.shape))}]"
     tied = f"same tensor as {', '.join(f.aliases)}" if f.aliases else ""
-    remarks = "; ".join(text for text in (f.how, tied, f.why) if text)
+    copies = f"{f.copies} copies, one for each compilation" if f.copies > 1 else ""
+    remarks = "; ".join(text for text in (f.how, tied, f.why, copies) if text)
     return [sites, stored, f.format, f"{f.bytes_before / 1024:.1f}", f"{f.bytes_after / 1024:.1f}", remarks]
+
+
+def _format_dict(f: WeightFormat) -> dict[str, Any]:
+    return {field.name: getattr(f, field.name) for field in fields(f) if field.name != "key"}
 
 
 def _site_dict(s: Site) -> dict[str, Any]:
@@ -227,6 +269,7 @@ def _site_dict(s: Site) -> dict[str, Any]:
         "target": s.target,
         "reading": s.reading,
         "fused": s.fused,
+        "compilations": list(s.compilations or (s.fused,)),
         "plan": None
         if s.plan is None
         else {

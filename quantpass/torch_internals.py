@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch._functorch.aot_autograd import aot_module_simplified
-from torch._guards import TracingContext, detect_fake_mode
+from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._ops import OpOverload
 from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -36,6 +36,7 @@ __all__ = [
     "decomposition_table",
     "fake_mode_of",
     "fill_in_values",
+    "frame_of",
     "inductor_compile",
     "is_wrapper_subclass",
     "known_contiguous",
@@ -182,6 +183,7 @@ def static_inputs(aot: GraphModule, dynamo_graph: GraphModule, example_inputs: S
     """
     inputs = list(dynamo_graph.graph.find_nodes(op="placeholder"))
     listed = _static_input_indices()
+    frame_of(aot)  # noted while it is being compiled
     found = StaticInputs({}, {})
     for index, node in enumerate(aot.graph.find_nodes(op="placeholder")):
         desc = node.meta.get("desc")
@@ -259,6 +261,18 @@ def compile_isolated(
 ) -> Callable[..., Any]:
     """``torch.compile`` that shares no cache with the user's own compilations of the same model."""
     return torch.compile(model, backend=backend, dynamic=dynamic, isolate_recompiles=True)  # type: ignore[call-overload,no-any-return]
+
+
+def frame_of(gm: GraphModule) -> int | None:
+    """Dynamo's number of the frame (the code object) that a graph was made from; None where that is not known."""
+    current = CompileContext.current_compile_id()
+    if _FRAME not in gm.meta and current is not None:
+        gm.meta[_FRAME] = current.frame_id
+    frame: int | None = gm.meta.get(_FRAME)
+    return frame
+
+
+_FRAME = "quantpass_frame"
 
 
 def checks_guards(node: Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -166,9 +166,27 @@ def verify(
         else:
             _verify_model(model, args, kwargs or {}, settings, measured)
     report = sum(measured.reports, Report((), (settings.chip.name,), settings.mode))
-    sites = [graph.found[name] for graph in measured.graphs for name in graph.contracts if name in graph.found]
-    missed = [s.name for graph in measured.graphs for name, s in graph.contracts.items() if name not in graph.found]
-    return Verification(report, tuple(sites), tuple(measured.outputs), tuple(missed))
+    sites, missed = _by_site(measured.graphs)
+    return Verification(report, sites, tuple(measured.outputs), missed)
+
+
+def _by_site(graphs: Sequence[_Graph]) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
+    """The worst difference of each fused site over all its compilations, and the names of sites that have none."""
+    found: dict[Hashable, Difference | None] = {}
+    names: dict[Hashable, str] = {}
+    for graph in graphs:
+        for node, site in graph.contracts.items():
+            key = object() if site.key is None else site.key
+            names[key] = site.name
+            found[key] = _worse(found.get(key), graph.found.get(node))
+    missed = tuple(names[key] for key, difference in found.items() if difference is None)
+    return tuple(d for d in found.values() if d is not None), missed
+
+
+def _worse(a: Difference | None, b: Difference | None) -> Difference | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a if b.relative <= a.relative else b
 
 
 def _verify_model(
@@ -239,9 +257,7 @@ def _compare(
     for replaced, value in forced.found.items():
         site = contracts[replaced]
         found = _difference(site.name, site.numerics, value, recorded.values[replaced])
-        worst = graph.found.get(replaced)
-        if worst is None or not found.relative <= worst.relative:
-            graph.found[replaced] = found
+        graph.found[replaced] = _worse(graph.found.get(replaced), found) or found
     torch.random.set_rng_state(random)
     ours = fused(*for_results)
     torch.random.set_rng_state(after)
