@@ -291,7 +291,7 @@ def test_how_small_a_parameter_is():
     z = torch.arange(1, 5, dtype=torch.int8)
     for columns, is_parameter in ((8, False), (16, False), (20, True)):
         codes = torch.arange(4 * columns, dtype=torch.int8).reshape(4, columns)
-        found = widened(lambda c, z, times=columns // 4: c.half() * (z.half() / 3).repeat(times), codes, z)
+        found = widened(lambda c, z: c.half() * (z.half() / 3).repeat(c.shape[1] // 4), codes, z)
         rounded = (z.half() / 3).double() if is_parameter else z.double() / 3
         assert torch.equal(found, codes.double() * rounded.repeat(columns // 4)), columns
 
