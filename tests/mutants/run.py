@@ -3,9 +3,9 @@
     python -m tests.mutants.run --sample 300 --seed 0
 
 First the fast suite runs once and records which test executes which statement. Then each edit gets a process of its
-own, forked from one that has imported PyTorch already, in which quantpass is imported with the edited file and the
-tests that execute the edited statement run, the unit tests first, until one fails. A test that fails by itself
-without any edit kills nothing.
+own, forked from one in which all tests are collected already: the edited function gets its edited code, and the tests
+that execute the edited statement run, the unit tests first, until one fails. (What runs when a module is imported is
+edited before the import.) A test that fails by itself without any edit kills nothing.
 
 Exit status 1 unless at least 95 % are killed and every survivor is listed in ``equivalent.toml`` with the reason why no
 test can tell it from the original.
@@ -18,15 +18,19 @@ import faulthandler
 import hashlib
 import importlib
 import importlib.machinery
+import inspect
 import json
 import os
 import signal
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import coverage
@@ -123,16 +127,18 @@ def state_of_the_tree() -> str:
     return digest.hexdigest()
 
 
-def recorded(*, stale: bool) -> Records:
+def recorded(*, stale: bool, only_units: bool) -> Records:
     """What the tests execute, recorded anew where the tree changed since; ``stale`` makes do with what is there."""
     path = CACHE / "records.json"
     stored = json.loads(path.read_text()) if path.is_file() else None
-    if stored is None or (stored["state"] != state_of_the_tree() and not stale):
+    if only_units:
+        stored = {"seconds": {}, "touched": {}, "state": ""}
+    elif stored is None or (stored["state"] != state_of_the_tree() and not stale):
         CACHE.mkdir(parents=True, exist_ok=True)
         print("recording which test executes what ...", flush=True)
         Forked(_record, (str(path), ["tests"], ["-m", "not slow"]), seconds=3600).result()
         stored = json.loads(path.read_text())
-    elif stored["state"] != state_of_the_tree():
+    if stored["state"] != state_of_the_tree():
         # The unit tests change most and take no time.
         print("recording the unit tests anew ...", flush=True)
         units = CACHE / "units.json"
@@ -179,8 +185,13 @@ def _record(path: str, where: list[str], options: list[str]) -> int:
 QUIET = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler", "--tb=line")
 
 
+KILLED = 1
+BROKEN = 70
+"""Exit statuses of a try: a test failed, and the try itself failed."""
+
+
 class Forked:
-    """A function run in a process of its own; its result is an exit status, -1 where it took too long."""
+    """A function run in a process of its own; its result is an exit status, -9 where it took too long."""
 
     def __init__(self, function: Callable[..., int], arguments: tuple[Any, ...], seconds: float, log: str = "") -> None:
         self._until = time.monotonic() + seconds
@@ -193,11 +204,11 @@ class Forked:
                 out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(out, 1)
                 os.dup2(out, 2)
-            status = 70
+            status = BROKEN
             try:
                 status = function(*arguments)
-            except BaseException as error:
-                print(f"{type(error).__name__}: {error}")
+            except BaseException:
+                traceback.print_exc(file=sys.stdout)
             finally:
                 sys.stdout.flush()
                 os._exit(status)
@@ -208,7 +219,7 @@ class Forked:
             if pid:
                 self._status = os.waitstatus_to_exitcode(status)
             elif time.monotonic() > self._until:
-                self._status = -1
+                self._status = -signal.SIGKILL
                 os.killpg(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
         return self._status
@@ -242,53 +253,90 @@ def load_edited(file: str, source: str) -> None:
     importlib.machinery.SourceFileLoader.get_code = get_code
 
 
-class Selected:
-    """A pytest plugin: runs the given tests in the given order, stops a hung one, writes down the first failure."""
+def apply(edit: Edit) -> None:
+    """Give the function that ``edit`` changes its edited code, wherever else it is referred to."""
+    name = edit.file.removesuffix(".py").replace("/", ".")
+    owner: Any = sys.modules[name if name.startswith("quantpass.") else f"quantpass.{name}"]
+    for part in edit.function.split("."):
+        owner = vars(owner)[part]
+    for inner in ("fget", "func", "__func__"):
+        owner = getattr(owner, inner, owner)
+    todo = [compile(edit.source, str(ROOT / edit.file), "exec")]
+    while todo:
+        code = todo.pop()
+        if code.co_qualname == edit.function:
+            inspect.unwrap(owner).__code__ = code
+            return
+        todo.extend(c for c in code.co_consts if isinstance(c, CodeType))
+    raise LookupError(edit.function)
 
-    def __init__(self, tests: Sequence[str], seconds: dict[str, float], killer: str) -> None:
-        self._order = {t: i for i, t in enumerate(tests)}
-        self._seconds = seconds
-        self._killer = killer
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = sorted((i for i in items if i.nodeid in self._order), key=lambda i: self._order[i.nodeid])
+class Tests:
+    """A pytest plugin: once the tests are collected, tries every edit on them, each in a process forked from this one.
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
-        # Without an end in sight the process ends, with status 1.
-        Path(self._killer).write_text(f"{item.nodeid} (hung)")
-        seconds = max(LEAST_SECONDS, 20 * self._seconds.get(item.nodeid, 0.0))
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
-        try:
-            return (yield)
-        finally:
+    ``tried`` is what became of the edits.
+    """
+
+    def __init__(self, edits: list[Edit], records: Records, jobs: int) -> None:
+        self._edits = edits
+        self._records = records
+        self._jobs = jobs
+        self._items: dict[str, pytest.Item] = {}
+        self.tried: list[Tried] = []
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self._items = {i.nodeid: i for i in session.items}
+        self.tried = tried_soundly(self._edits, self._records, self._jobs, self._try)
+        return True
+
+    def _try(self, edit: Edit | None, tests: list[str], killer: Path) -> int:
+        if edit is not None:
+            apply(edit)
+        items = [self._items[t] for t in tests if t in self._items]
+        for item, following in zip_longest(items, items[1:]):
+            # Where a test hangs, the process ends, with status 1.
+            killer.write_text(item.nodeid)
+            seconds = max(LEAST_SECONDS, 20 * self._records.seconds.get(item.nodeid, 0.0))
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             faulthandler.cancel_dump_traceback_later()
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            Path(self._killer).write_text(report.nodeid)
-
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
-        if exitstatus == 0:
-            Path(self._killer).unlink(missing_ok=True)
+            if item.session.testsfailed:
+                return KILLED
+        return 0
 
 
-def _try(edit: Edit | None, tests: list[str], seconds: dict[str, float], killer: str) -> int:
+def try_anew(edit: Edit | None, tests: list[str], killer: Path) -> int:
+    """Try an edit of what runs when a module is imported, in a process that has not imported quantpass yet."""
+    assert "quantpass" not in sys.modules
     if edit is not None:
         load_edited(edit.file, edit.source)
+    wanted = {t: i for i, t in enumerate(tests)}
+
+    class Selected:
+        def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+            items[:] = sorted((i for i in items if i.nodeid in wanted), key=lambda i: wanted[i.nodeid])
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            if report.failed:
+                killer.write_text(report.nodeid)
+
     # The unit tests by themselves first: that spares most edits the collection of all the others.
     units = [t for t in tests if t.startswith("tests/unit/")]
     for part in (units, [t for t in tests if not t.startswith("tests/unit/")]):
         if part:
-            files = list(dict.fromkeys(t.split("::")[0] for t in part))
-            Path(killer).write_text("while it was collected")
-            status = pytest.main([*files, "-x", *QUIET], plugins=[Selected(part, seconds, killer)])
+            killer.write_text("the import")
+            status = pytest.main([*dict.fromkeys(t.split("::")[0] for t in part), "-x", *QUIET], plugins=[Selected()])
             if status != 0:
-                return int(status)
+                # An import that fails is a usage error where conftest.py needs it, else an interruption.
+                return (
+                    BROKEN if status in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED) else KILLED
+                )
     return 0
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
+
+Try = Callable[[Edit | None, list[str], Path], int]
 
 
 @dataclass
@@ -300,40 +348,48 @@ class Tried:
     tests: int
 
 
-def run_all(edits: list[Edit], records: Records, jobs: int, broken: set[str]) -> Iterator[Tried]:
+def tried_once(edits: list[Edit], records: Records, jobs: int, broken: set[str], how: Try) -> Iterator[Tried]:
     """Try every edit, ``jobs`` at a time; ``broken`` tests are left out."""
     todo = list(enumerate(edits))[::-1]
-    running: dict[int, tuple[Forked, Edit, int]] = {}
+    running: dict[int, tuple[Forked, Tried, Path]] = {}
     while todo or running:
         while todo and len(running) < jobs:
             i, edit = todo.pop()
             tests = [t for t in records.covering(edit) if t not in broken]
             budget = LEAST_SECONDS + 10 * sum(records.seconds[t] for t in tests)
-            killer, log = (str(CACHE / f"{i}.{kind}") for kind in ("killer", "log"))
-            Path(killer).unlink(missing_ok=True)
-            running[i] = Forked(_try, (edit, tests, records.seconds, killer), budget, log), edit, len(tests)
-        for i, (process, edit, tests) in list(running.items()):
+            killer, log = CACHE / f"{i}.killer", str(CACHE / f"{i}.log")
+            killer.unlink(missing_ok=True)
+            running[i] = Forked(how, (edit, tests, killer), budget, log), Tried(edit, "", len(tests)), killer
+        for i, (process, tried, killer) in list(running.items()):
             status = process.poll()
             if status is not None:
                 del running[i]
-                yield Tried(edit, _killer(i) if status != 0 else "", tests)
-        time.sleep(0.02)
+                if status == BROKEN:
+                    raise RuntimeError(f"{tried.edit}\ncould not be tried, see {CACHE / f'{i}.log'}")
+                if status != 0:
+                    tried.killer = killer.read_text() if killer.is_file() else "the edit itself"
+                yield tried
+        time.sleep(0.01)
 
 
-def _killer(i: int) -> str:
-    path = CACHE / f"{i}.killer"
-    return path.read_text() if path.is_file() else "the import"
-
-
-def sound(killers: set[str], records: Records) -> set[str]:
-    """Those of ``killers`` that fail by themselves without any edit, and so prove nothing."""
-    tests = sorted(killers & records.seconds.keys())
-    broken = set()
-    for test in tests:
-        log = str(CACHE / "sound.log")
-        if Forked(_try, (None, [test], records.seconds, str(CACHE / "sound.killer")), 600, log).result() != 0:
-            broken.add(test)
-    return broken
+def tried_soundly(edits: list[Edit], records: Records, jobs: int, how: Try) -> list[Tried]:
+    """Try every edit; what a test kills that fails by itself as well, without any edit, is tried again without it."""
+    tried: list[Tried] = []
+    broken: set[str] = set()
+    checked: set[str] = set()
+    while edits:
+        now = []
+        for t in tried_once(edits, records, jobs, broken, how):
+            now.append(t)
+            if not t.killer:
+                print(f"survived ({t.tests} tests)  {t.edit}", flush=True)
+        for test in sorted({t.killer for t in now} & records.seconds.keys() - checked):
+            if Forked(how, (None, [test], CACHE / "sound.killer"), 600, str(CACHE / "sound.log")).result() != 0:
+                broken.add(test)
+            checked.add(test)
+        tried.extend(t for t in now if t.killer not in broken)
+        edits = [t.edit for t in now if t.killer in broken]
+    return tried
 
 
 def reason_of(edit: Edit, listed: list[dict[str, str]]) -> str | None:
@@ -351,41 +407,31 @@ def main() -> int:
     parser.add_argument("--files", nargs="*", default=FILES, help="only edits of these files")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--stale", action="store_true", help="make do with what was recorded before the last changes")
+    parser.add_argument("--units", action="store_true", help="only the unit tests")
     parser.add_argument("--again", action="store_true", help="only the edits that survived the last time")
     given = parser.parse_args()
     os.chdir(ROOT)
     preload()
-    records = recorded(stale=given.stale)
+    records = recorded(stale=given.stale, only_units=given.units)
     drawn = sample(given.sample, given.seed, tuple(given.files))
     last = CACHE / "survivors.json"
     if given.again:
         survived = {tuple(key) for key in json.loads(last.read_text())}
         drawn = [e for e in drawn if (e.file, e.operator, e.before, e.after) in survived]
     listed = tomllib.loads(EQUIVALENT.read_text())["edit"] if EQUIVALENT.is_file() else []
-    tried = _run(drawn, records, given.jobs)
+    tried = _run(drawn, records, given.jobs, "tests/unit" if given.units else "tests")
     survivors = [t.edit for t in tried if not t.killer]
     last.write_text(json.dumps([(e.file, e.operator, e.before, e.after) for e in survivors]))
     return _report(tried, listed, given.sample, given.seed)
 
 
-def _run(drawn: list[Edit], records: Records, jobs: int) -> list[Tried]:
+def _run(drawn: list[Edit], records: Records, jobs: int, where: str) -> list[Tried]:
     print(f"{len(drawn)} edits, {len(records.seconds)} tests", flush=True)
-    tried: list[Tried] = []
-    broken: set[str] = set()
-    todo = drawn
-    while todo:
-        now = []
-        for t in run_all(todo, records, jobs, broken):
-            now.append(t)
-            if not t.killer:
-                print(f"survived ({t.tests} tests)  {t.edit}", flush=True)
-        # Kills by tests that fail anyway are no kills: those edits are tried again without them.
-        killers = {t.killer.removesuffix(" (hung)") for t in now}
-        new = sound(killers, records) - broken
-        tried.extend(t for t in now if t.killer.removesuffix(" (hung)") not in new)
-        todo = [t.edit for t in now if t.killer.removesuffix(" (hung)") in new]
-        broken |= new
-    return tried
+    at_import = [e for e in drawn if e.function == "<module>"]
+    tried = tried_soundly(at_import, records, jobs, try_anew)
+    tests = Tests([e for e in drawn if e.function != "<module>"], records, jobs)
+    pytest.main([where, "-m", "not slow", "-s", *QUIET], plugins=[tests])
+    return [*tried, *tests.tried]
 
 
 def _report(tried: list[Tried], listed: list[dict[str, str]], count: int, seed: int) -> int:

@@ -22,7 +22,9 @@ class Traced:
     """
 
     def __init__(self, function, *inputs, known=0, symbolic=False):
-        self._read(make_fx(function, tracing_mode="symbolic" if symbolic else "fake")(*inputs), inputs, known)
+        # Wrapped, so that defaults of the function are no inputs.
+        traced = make_fx(lambda *given: function(*given), tracing_mode="symbolic" if symbolic else "fake")(*inputs)
+        self._read(traced, inputs, known)
 
     @classmethod
     def call(cls, target, *args, known=0, **kwargs):
