@@ -86,7 +86,7 @@ def report_of(options: Options, gather: Callable[[Report], None] | None) -> OnOu
     chip = options.chip
 
     def on_outcome(outcome: Outcome, fused: str, formats: tuple[WeightFormat, ...]) -> None:
-        report = Report(outcome.sites, (chip.name,), options.mode, ((outcome.before, fused),), formats)
+        report = Report(outcome.sites, (chip.name,), options.mode, ((outcome.before, fused),), formats, outcome.notes)
         log_report(report)
         for listener in (gather, options.on_report):
             if listener is not None:

@@ -26,7 +26,7 @@ from quantpass.torch_internals import (
     StaticInputs,
     fake_mode_of,
     inductor_compile,
-    no_data_reason,
+    like_inputs,
     real_tensors,
 )
 
@@ -107,17 +107,18 @@ class CompiledGraph:
         self._on_outcome = on_outcome
         self._fake_inputs = fake_inputs
         index = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
-        known = weights.known
-        self._attributes = {str(n.target): t for n, t in known.items() if n.op == "get_attr"}
-        self._static = [index[n] for n in (*known, *weights.unread) if n in index]
+        self._attributes = {str(n.target): t for n, t in weights.known.items() if n.op == "get_attr"}
+        self._static = [index[n] for n in (*weights.known, *weights.unread) if n in index]
+        self._without_data = bool(weights.unread)
         self._pristine = copied(gm)
         self._lock = threading.RLock()
-        self._variants = [self._build(gm, {index[n]: t for n, t in known.items() if n in index})]
+        self._variants = [self._build(gm, weights)]
 
     def __call__(self, args: list[Any]) -> Any:
         with self._lock:
             variant = self._find(args)
-        inputs = [*args, *variant.constants]
+        constants = like_inputs(variant.constants, args) if self._without_data else variant.constants
+        inputs = [*args, *constants]
         args.clear()
         return variant.run(inputs)
 
@@ -130,23 +131,30 @@ class CompiledGraph:
                 return variant
         # What was made from memory that is gone would be kept for nothing while weights are streamed.
         self._variants = [v for v in self._variants if not v.is_freed]
-        fresh = self._build(copied(self._pristine), {i: args[i] for i in self._static if not no_data_reason(args[i])})
+        gm = copied(self._pristine)
+        fresh = self._build(gm, self._weights_of(gm, args))
         self._variants = [fresh, *self._variants][:_KEPT_VARIANTS]
         return fresh
 
-    def _build(self, gm: GraphModule, tensors: dict[int, torch.Tensor]) -> _Variant:
+    def _weights_of(self, gm: GraphModule, args: list[Any]) -> StaticInputs:
+        found = StaticInputs({}, {})
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
-        leaves = {placeholders[i]: t for i, t in tensors.items()}
-        leaves |= {
-            n: self._attributes[n.target] for n in gm.graph.find_nodes(op="get_attr") if n.target in self._attributes
-        }
-        place: dict[Node, _Place] = {n: i for i, n in enumerate(placeholders)}
+        for i in self._static:
+            found.add(placeholders[i], args[i])
+        for node in gm.graph.find_nodes(op="get_attr"):
+            if node.target in self._attributes:
+                found.add(node, self._attributes[node.target])
+        return found
+
+    def _build(self, gm: GraphModule, weights: StaticInputs) -> _Variant:
+        leaves = weights.known
+        place: dict[Node, _Place] = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
         place |= {n: str(n.target) for n in leaves if n.op == "get_attr"}
         sizes, fake_inputs = known_sizes(leaves), self._fake_inputs
         if sizes:
             fake_inputs = with_known_sizes(gm, fake_inputs, sizes)
         constants = InputConstants(gm, leaves)
-        outcome = fuse_graph(gm, leaves, self._options, constants.add)
+        outcome = fuse_graph(gm, leaves, self._options, constants.add, unread=weights.unread)
         fused = dump(gm)
         formats = carry_out(gm, outcome, self._options, constants)
         seen = {place[n]: Seen.now(leaves[n]) for n in outcome.leaves}  # now: a cast gives a parameter other memory

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
+from torch.utils._pytree import tree_map_only
 
 from quantpass.carry_out import carry_out
 from quantpass.chips import CHIPS
 from quantpass.compiled import copied
 from quantpass.constants import Constants, ModuleConstants
 from quantpass.dump import diff_text, dump
-from quantpass.exported import ProgramConstants, program_values
+from quantpass.exported import ProgramConstants, program_inputs
 from quantpass.lowering.ge_graph import GeGraph
 from quantpass.options import Options, make_options
 from quantpass.pipeline import explain_graph, fuse_graph
@@ -22,7 +23,7 @@ from quantpass.preview import GePreview
 from quantpass.report import Report, merged
 from quantpass.torch_internals import (
     StaticInputs,
-    attribute_values,
+    attribute_tensors,
     compile_isolated,
     compile_with_aot,
     decomposition_table,
@@ -41,7 +42,9 @@ def explain(
 ) -> Report:
     """The verdict on every quantized matmul of a model, for one or several targets. Needs no device, changes nothing.
 
-    The model is captured as ``torch.compile`` would (and runs once, unfused, on ``args``).
+    The model is captured as ``torch.compile`` would (and runs once, unfused, on ``args``). A model or program whose
+    weights hold no data (on the meta device, or fake) is explained by their shapes, nothing is computed or allocated,
+    and the report marks what is conditional on the values.
 
     Args:
         model: a module or function; an ``ExportedProgram`` or a ``GraphModule`` needs no ``args``. A program's own
@@ -109,14 +112,22 @@ def _explain_model(
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         def look(aot: GraphModule, weights: StaticInputs, fake_inputs: list[Any]) -> Callable[..., Any]:
             del fake_inputs
-            found.append(_verdicts(aot, weights.known, settings))
+            found.append(_verdicts(aot, weights, settings))
             return aot.forward
 
         return compile_with_aot(gm, example_inputs, look, decomposition_table(settings[0].decompositions))
 
+    if is_on_meta(model):
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (tuple(args), kwargs))
     with torch.no_grad():
         compile_isolated(model, capture, dynamic)(*args, **kwargs)
     return found
+
+
+def is_on_meta(model: Any) -> bool:
+    """True for a module that has parameters and buffers, and none of them elsewhere than on the meta device."""
+    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else []
+    return bool(tensors) and all(t.device.type == "meta" for t in tensors)
 
 
 def _explain_graph(model: ExportedProgram | GraphModule, settings: list[Options]) -> Report:
@@ -124,14 +135,18 @@ def _explain_graph(model: ExportedProgram | GraphModule, settings: list[Options]
     gm = copied(given)
     fill_in_values(gm)
     copy_of = dict(zip(given.graph.nodes, gm.graph.nodes, strict=True))
-    leaves = program_values(model) if isinstance(model, ExportedProgram) else {}
-    return _verdicts(gm, {copy_of[n]: t for n, t in leaves.items()} | attribute_values(gm), settings)
+    weights = program_inputs(model) if isinstance(model, ExportedProgram) else StaticInputs({}, {})
+    weights = weights.on(copy_of)
+    for node, tensor in attribute_tensors(gm):
+        weights.add(node, tensor)
+    return _verdicts(gm, weights, settings)
 
 
-def _verdicts(gm: GraphModule, leaves: dict[Node, torch.Tensor], settings: list[Options]) -> Report:
+def _verdicts(gm: GraphModule, weights: StaticInputs, settings: list[Options]) -> Report:
     names = tuple(s.chip.name for s in settings)
-    sites = [explain_graph(gm, leaves, s).sites for s in settings]
-    return Report(tuple(site for group in sites for site in group), names, settings[0].mode)
+    outcomes = [explain_graph(gm, weights.known, s, weights.unread) for s in settings]
+    notes = dict.fromkeys(note for o in outcomes for note in o.notes)
+    return Report(tuple(s for o in outcomes for s in o.sites), names, settings[0].mode, notes=tuple(notes))
 
 
 def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **options: Any) -> Report:
@@ -153,25 +168,26 @@ def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **o
     settings = make_options({"target": target, **options}, "fuse")
     constants: Constants
     if isinstance(graph, ExportedProgram):
-        gm, leaves = graph.graph_module, program_values(graph)
+        gm, weights = graph.graph_module, program_inputs(graph)
     elif isinstance(graph, GraphModule):
-        gm, leaves = graph, {}
+        gm, weights = graph, StaticInputs({}, {})
     else:
         raise TypeError(
             f"fuse takes a GraphModule or an ExportedProgram, not {type(graph).__name__}. For a module, use "
             "torch.compile(model, backend=qp.backend(...)), or export it first with torch.export.export(model, args)."
         )
     fill_in_values(gm)
-    leaves = leaves | attribute_values(gm)
-    program = graph if isinstance(graph, ExportedProgram) else None
+    for node, tensor in attribute_tensors(gm):
+        weights.add(node, tensor)
+    program, leaves = graph if isinstance(graph, ExportedProgram) else None, weights.known
     constants = ProgramConstants(program, leaves) if program is not None else ModuleConstants(gm, leaves)
-    outcome = fuse_graph(gm, leaves, settings, constants.add)
+    outcome = fuse_graph(gm, leaves, settings, constants.add, unread=weights.unread)
     graphs = ((outcome.before, dump(gm)),)
     # A graph for an NPU keeps its casts as planned: whoever runs it has the tensors.
     formats = carry_out(gm, outcome, settings, constants, casts=settings.lowering == "aclnn")
     if isinstance(constants, ProgramConstants):
         constants.update_signature()
-    return Report(outcome.sites, (settings.chip.name,), settings.mode, graphs, formats)
+    return Report(outcome.sites, (settings.chip.name,), settings.mode, graphs, formats, outcome.notes)
 
 
 def diff(before: Any, after: Any, context: int = 2) -> str:

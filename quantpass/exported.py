@@ -11,19 +11,25 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
 from quantpass.constants import Constants
+from quantpass.torch_internals import StaticInputs
 
 _STATIC = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 def program_values(program: ExportedProgram) -> dict[Node, torch.Tensor]:
-    """The tensors behind the lifted parameters, buffers and constants of a program."""
+    """The lifted parameters, buffers and constants of a program that hold data."""
+    return program_inputs(program).known
+
+
+def program_inputs(program: ExportedProgram) -> StaticInputs:
+    """The lifted parameters, buffers and constants of a program."""
     # A program that updates a buffer returns its next value: the buffer holds for one call only.
     updated = set(program.graph_signature.buffers_to_mutate.values())
     updated |= set(program.graph_signature.parameters_to_mutate.values())
     specs = {
         s.arg.name: s for s in program.graph_signature.input_specs if s.kind in _STATIC and s.target not in updated
     }
-    found: dict[Node, torch.Tensor] = {}
+    found = StaticInputs({}, {})
     for node in program.graph.find_nodes(op="placeholder"):
         spec = specs.get(node.name)
         target = spec.target if spec else None
@@ -31,7 +37,7 @@ def program_values(program: ExportedProgram) -> dict[Node, torch.Tensor]:
         if value is None and target:
             value = program.constants.get(target)
         if isinstance(value, torch.Tensor):
-            found[node] = value
+            found.add(node, value)
     return found
 
 

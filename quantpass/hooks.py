@@ -102,7 +102,7 @@ def run_pass(gm: GraphModule, config: Any, options: Options, door: str) -> Repor
     constants = _GraphConstants(gm, attribute_values(gm))
     outcome = fuse_graph(gm, constants.given, options, constants.add)
     graphs = ((outcome.before, dump(gm)),)
-    notes = tuple(_gains(gm, outcome, door))
+    notes = (*outcome.notes, *_gains(gm, outcome, door))
     turn_off_view_optimize(gm, config)
     if options.lowering == "aclnn":
         lower_to_aclnn(gm)

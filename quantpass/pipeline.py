@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +15,7 @@ from quantpass.boundary import failed, guarded, must_raise
 from quantpass.dump import dump
 from quantpass.options import Options
 from quantpass.patterns import default_dialects
+from quantpass.patterns.contractions import read_contraction
 from quantpass.planning import Planned, plan_site
 from quantpass.records import Plan, Reject, Site
 from quantpass.rewrite import RewriteError, Rewriter
@@ -23,6 +24,7 @@ from quantpass.sites import Reading, find_sites, matmul_name, unreadable
 from quantpass.static_values import StaticValues
 from quantpass.streams import stream_labels, stream_reject
 from quantpass.torch_internals import real_tensors
+from quantpass.unread import UNREAD, conditional, fed_by_unread, made_of_integers, unread_note
 from quantpass.writes import Writes, writes_of
 
 logger = logging.getLogger(__name__)
@@ -36,11 +38,13 @@ class Outcome:
         sites: one record for each quantized matmul.
         leaves: placeholders and attributes whose values the decisions rest on.
         before: the graph before the rewrite, as text; empty where nothing was rewritten.
+        notes: what else a user should know.
     """
 
     sites: tuple[Site, ...]
     leaves: frozenset[Node]
     before: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +91,34 @@ def _refused(reject: Reject) -> Planned:
     return Planned(None, None, (reject,))
 
 
-def explain_graph(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Outcome:
-    """The verdict on every site of a graph, without touching it."""
-    found = analyse(gm, leaves, options)
+def _with_unread(
+    gm: GraphModule, found: Analysis, leaves: Mapping[Node, torch.Tensor], unread: Mapping[Node, str], options: Options
+) -> Analysis:
+    """The same, with verdicts that rest on the values of ``unread`` marked."""
+    if not unread:
+        return found
+    fed, known = fed_by_unread(gm.graph, leaves, unread), {r.node for r, _ in found.planned}
+    planned = [conditional(r, p) if r.node in fed else (r, p) for r, p in found.planned]
+    table = default_dialects(options.dialects).contractions
+    for node in sorted(fed - known):
+        if any(made_of_integers(i, fed) for i in node.all_input_nodes) and read_contraction(table, node) is not None:
+            planned.append(conditional(unreadable(node, UNREAD), _refused(UNREAD)))
+    return replace(found, planned=planned)
+
+
+def explain_graph(
+    gm: GraphModule,
+    leaves: Mapping[Node, torch.Tensor],
+    options: Options,
+    unread: Mapping[Node, str] | None = None,
+) -> Outcome:
+    """The verdict on every site of a graph, without touching it; arguments as for :func:`fuse_graph`."""
+    found = _with_unread(gm, analyse(gm, leaves, options), leaves, unread or {}, options)
     calls = own_calls(gm.graph)
     keys = site_keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
     sites = tuple(_site(r, p, options, keys, fused=p.plan is not None) for r, p in found.planned)
-    return Outcome((*sites, *already_fused(calls, options, keys)), found.leaves)
+    sites = (*sites, *already_fused(calls, options, keys))
+    return Outcome(sites, found.leaves, notes=_notes(sites, unread))
 
 
 def fuse_graph(
@@ -103,6 +128,7 @@ def fuse_graph(
     add_constant: Callable[[str, torch.Tensor], Node] | None = None,
     *,
     keep_text: bool = True,
+    unread: Mapping[Node, str] | None = None,
 ) -> Outcome:
     """Rewrite every site of ``gm`` that can be fused, in place.
 
@@ -112,8 +138,9 @@ def fuse_graph(
         options: target and settings.
         add_constant: where new tensors go; None makes them buffers of ``gm``.
         keep_text: keep the graph's text for diffs.
+        unread: parameters and buffers that hold no data, and why.
     """
-    found = analyse(gm, leaves, options)
+    found = _with_unread(gm, analyse(gm, leaves, options), leaves, unread or {}, options)
     before = dump(gm) if keep_text else ""
     sites: list[Site] = []
     calls = own_calls(gm.graph)
@@ -135,7 +162,12 @@ def fuse_graph(
             sites.append(_site(reading, _refused(reject), options, keys, fused=False))
     if rewriter is not None:
         rewriter.finish(found.mutated)
-    return Outcome((*sites, *called), found.leaves, before)
+    sites.extend(called)
+    return Outcome(tuple(sites), found.leaves, before, _notes(sites, unread))
+
+
+def _notes(sites: Sequence[Site], unread: Mapping[Node, str] | None) -> tuple[str, ...]:
+    return (unread_note(unread),) if unread and sites else ()
 
 
 def _site(

@@ -6,7 +6,7 @@ this module work on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "FakeTensorMode",
     "StaticInputs",
     "StorageWeakRef",
+    "attribute_tensors",
     "attribute_values",
     "can_run",
     "checks_guards",
@@ -40,6 +41,7 @@ __all__ = [
     "inductor_compile",
     "is_wrapper_subclass",
     "known_contiguous",
+    "like_inputs",
     "no_data_reason",
     "real_tensors",
     "static_inputs",
@@ -64,6 +66,15 @@ def contiguous_fake(mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dty
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     """The fake mode that the fake tensors among ``values`` belong to."""
     return detect_fake_mode(list(values))  # type: ignore[no-any-return]
+
+
+def like_inputs(constants: Sequence[torch.Tensor], inputs: Sequence[Any]) -> list[torch.Tensor]:
+    """Constants for a run on inputs without data: fake where these are, or on the meta device."""
+    tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+    mode = fake_mode_of(tensors)
+    if mode is not None:
+        return [mode.from_tensor(t, static_shapes=True) for t in constants]
+    return [t.to("meta") if any(i.device.type == "meta" for i in tensors) else t for t in constants]
 
 
 def compile_with_aot(
@@ -139,10 +150,10 @@ def no_data_reason(value: Any) -> str:
     """Why there are no values to be read from a tensor, in words; empty where there are."""
     if isinstance(value, FakeTensor):
         return "a fake tensor"
+    if isinstance(value, torch.Tensor) and value.device.type == "meta":
+        return "on the meta device"
     if not isinstance(value, torch.Tensor) or is_wrapper_subclass(value) or torch._is_functional_tensor(value):
         return "wrapped"
-    if value.device.type == "meta":
-        return "on the meta device"
     if value.layout != torch.strided or value.is_quantized:
         return "neither dense nor plain"
     if value.is_inference() and value.device.type != "cpu":
@@ -166,6 +177,20 @@ class StaticInputs:
 
     known: dict[Node, torch.Tensor]
     unread: dict[Node, str]
+
+    def add(self, node: Node, tensor: torch.Tensor) -> None:
+        """Sort one in."""
+        why = no_data_reason(tensor)
+        if why:
+            self.unread[node] = why
+        else:
+            self.known[node] = tensor
+
+    def on(self, copy_of: Mapping[Node, Node]) -> StaticInputs:
+        """The same for a copy of the graph."""
+        return StaticInputs(
+            {copy_of[n]: t for n, t in self.known.items()}, {copy_of[n]: why for n, why in self.unread.items()}
+        )
 
 
 def static_inputs(aot: GraphModule, dynamo_graph: GraphModule, example_inputs: Sequence[Any]) -> StaticInputs:
@@ -197,18 +222,10 @@ def static_inputs(aot: GraphModule, dynamo_graph: GraphModule, example_inputs: S
             static = type(root).__name__ in ("ParamAOTInput", "BufferAOTInput")
         value = _described_value(desc, dynamo_graph, example_inputs) if static else None
         if isinstance(value, torch.Tensor):
-            _sort_in(found, node, value)
+            found.add(node, value)
     for node, value in attribute_tensors(aot):
-        _sort_in(found, node, value)
+        found.add(node, value)
     return found
-
-
-def _sort_in(found: StaticInputs, node: Node, value: torch.Tensor) -> None:
-    why = no_data_reason(value)
-    if why:
-        found.unread[node] = why
-    else:
-        found.known[node] = value
 
 
 def _static_input_indices() -> frozenset[int]:

@@ -24,6 +24,7 @@ from quantpass.pipeline import Outcome, fuse_graph
 from quantpass.records import Numerics, Site
 from quantpass.report import Report
 from quantpass.torch_internals import attribute_values, compile_isolated, fill_in_values
+from quantpass.unread import require_data
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +156,10 @@ def verify(
     Raises:
         TypeError: ``model`` can't be called, ``args`` is not a tuple or list, or an option that does not exist or that
             ``verify`` does not take.
-        ValueError: a value that is not accepted.
+        ValueError: a value that is not accepted; weights or inputs that hold no data (meta, fake).
     """
     check_call("verify", model, args)
+    require_data("verify", model, args, kwargs)
     settings = make_options({"target": target, **options}, "verify")
     measured = _Measured()
     with torch.no_grad():
