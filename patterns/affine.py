@@ -26,6 +26,9 @@ from quantpass.symbolic import broadcast_shape, elements, same_shape, same_size
 
 aten = torch.ops.aten
 
+UNBOUNDED = "read.activation.unbounded"
+"""The rule of a value that was rounded and scaled, as codes are, but not clamped to a range."""
+
 _CODE_DTYPES = (torch.int8, torch.uint8)
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.view_copy.default)
 
@@ -162,6 +165,10 @@ class AffineReader:
     def movement(self, node: Node) -> Movement | None:
         return movement_of(self._movements, node)
 
+    def integer_range(self, node: Node) -> Range | None:
+        """Bounds of a node whose elements are integers, from how the graph makes them."""
+        return self._integers.integer_range(node)
+
     def term(self, value: Any, shape: tuple[Any, ...]) -> Term | None:
         return term_of(self.values, value, shape)
 
@@ -190,6 +197,8 @@ class AffineReader:
             held = self._integers.integer_range(node)
             if held is not None and fits(held, torch.uint8 if held[0] >= 0 else torch.int8):
                 return self._codes(node, held)
+            if held is not None and fake.dtype.is_floating_point:
+                return _unbounded(node, held)
         return found or NotAffine(f"{op_name(node) if node.op == 'call_function' else node.op} is not a dequantization")
 
     def _codes(self, node: Node, held: Range) -> Affine:
@@ -332,9 +341,18 @@ class AffineReader:
             inner = self.read(value)
             if isinstance(inner, Affine):
                 return inner, term
-            if inner.quantized:
+            if inner.quantized or inner.rule == UNBOUNDED:
                 best = inner
         return best, None
+
+
+def _unbounded(node: Node, held: Range) -> NotAffine:
+    span = f"[{held[0]:g}, {held[1]:g}]"
+    return NotAffine(
+        f"{node.name} holds integers in {span}, which are no 8-bit codes",
+        hint="clamp the rounded values to the range of their codes",
+        rule=UNBOUNDED,
+    )
 
 
 def recentred(node: Node) -> Recentred:

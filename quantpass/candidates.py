@@ -94,6 +94,16 @@ def no_layout(family: str, chip: Chip) -> Reject:
     )
 
 
+def saturated(family: str, chip: Chip) -> Reject:
+    """Why a bias that may be infinite stays outside; ``family`` is the first part of the rule's name."""
+    return Reject(
+        f"{family}.bias.saturates",
+        f"the bias is, or may be when the graph runs, infinite, and {chip.title} limits float16 results to 65504",
+        "a finite bias that is known when compiling",
+        "a mask of -inf is added behind the matmul; use a door that sees the weights (qp.backend, qp.npu_backend)",
+    )
+
+
 def _stored(weight: Weight, transposed: bool, int4: bool) -> LaidOut | None:
     """``weight`` in ND, stored ``(N, K)`` where ``transposed``; None where it can't be packed."""
     codes, fixups = weight.codes, []

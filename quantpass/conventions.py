@@ -5,13 +5,17 @@ Everywhere else in quantpass ``real = (codes - zero_point) * scale``.
 
 from __future__ import annotations
 
+import torch
+
 from quantpass import expr as ex
 from quantpass.expr import Expr
 
 
 def antiquant_offset(zero_point: Expr) -> Expr:
     """``npu_weight_quant_batchmatmul`` and ``npu_anti_quant`` add: ``(codes + offset) * scale``."""
-    return ex.neg(zero_point)
+    if ex.dtype_of(zero_point) in (torch.int32, torch.int64):
+        zero_point = ex.cast(zero_point, torch.float64 if ex.known(zero_point) else torch.float32)
+    return ex.neg(zero_point)  # as a float: the least integer has no negative
 
 
 def requantize_offset(zero_point: float) -> float:

@@ -18,6 +18,7 @@ from quantpass.candidates import (
     in_output_form,
     no_layout,
     ops,
+    saturated,
     spec_of,
     weight_layouts,
 )
@@ -25,17 +26,26 @@ from quantpass.chips.calls import QMM, OpCall
 from quantpass.chips.rules import Chip
 from quantpass.composition import Composition
 from quantpass.expr import Const, Expr
+from quantpass.guards import INT32_MAX, SMALLEST_NORMAL, all_finite, relative_change
 from quantpass.legality import HALF_OPT_IN
 from quantpass.options import Options
 from quantpass.patterns.affine import Affine
-from quantpass.quant_product import Product, product_of, refusals, rounding_of, wide, wide_node
+from quantpass.quant_product import (
+    Product,
+    accumulator_problem,
+    product_of,
+    refusals,
+    rounding_of,
+    wide,
+    wide_node,
+)
 from quantpass.records import Numerics, Reject, Weight
 from quantpass.sites import Reading
 from quantpass.symbolic import broadcast_shape
 
 _FP19 = 2.0**-10
-_INT32 = 2**31 - 1
-_SMALLEST_NORMAL = 2.0**-126
+_UNDERFLOW = 2.0**31 * SMALLEST_NORMAL
+"""What an accumulator times a scale below float32's normal numbers may be off by."""
 
 
 def quant_matmul_candidates(
@@ -56,11 +66,22 @@ def quant_matmul_candidates(
         if not composition.complete:
             continue
         product = product_of(activation, weight, composition)
-        problem = None if product is None else _overflow(product.acc_addend, weight.k)
-        if problem is not None:
-            yield problem
+        if isinstance(product, Product):
+            problem = _wraps(product, reading)
+            if problem is not None:
+                yield problem
+            else:
+                yield from _candidates(reading, product, layouts, chip, options)
         elif product is not None:
-            yield from _candidates(reading, product, layouts, chip, options)
+            yield product
+
+
+def _wraps(p: Product, reading: Reading) -> Reject | None:
+    """A sum that wraps around in the operator and not in the graph."""
+    assert reading.contraction is not None
+    if reading.contraction.product_dtype == torch.int32 and not isinstance(p.acc_addend, Const):
+        return None  # the graph adds in int32 as well: both wrap alike
+    return accumulator_problem(p, p.acc_addend, reading.ranges)
 
 
 def _candidates(
@@ -80,7 +101,7 @@ def _candidates(
             continue  # a shorter part of the epilogue keeps the graph's own roundings
         elif c.dtype.is_floating_point:
             yield from _float_output(reading, p, laid_out, chip, options)
-            if c.dtype == torch.float32 and not integer_graph:
+            if c.dtype == torch.float32 and not integer_graph and _scale_problem(p) is None:
                 yield _emit(reading, p, laid_out, chip, options, torch.int32, bias=_int32(p.acc_addend))
             if c.dtype == torch.float32 and p.rows is None and HALF_OPT_IN in options.allow:
                 yield from _word_output(reading, p, laid_out, chip, options)
@@ -90,17 +111,25 @@ def _word_output(
     reading: Reading, p: Product, laid_out: LaidOut, chip: Chip, options: Options
 ) -> Iterator[Candidate | Reject]:
     """float16 without per-token scales: the scale goes through the int64 word."""
-    problem = _word_problem(p) or _bias_problem(p)
-    if problem is not None:
-        yield problem
+    problem = _word_problem(p) or _bias_problem(p, reading)
+    if problem is None:
+        yield _emit(reading, p, laid_out, chip, options, torch.float16, bias=_folded_bias(p), word=True)
         return
-    yield _emit(reading, p, laid_out, chip, options, torch.float16, bias=_folded_bias(p), word=True)
+    yield problem
+    if p.composition.dtype == torch.float16:  # without the word: a floating bias needs no division by the scale
+        if p.addend is not None:
+            yield from _float_output(reading, p, laid_out, chip, options)
+        yield from _float_output(reading, p.with_row_scales(), laid_out, chip, options)
 
 
 def _float_output(
     reading: Reading, p: Product, laid_out: LaidOut, chip: Chip, options: Options
 ) -> Iterator[Candidate | Reject]:
     dtype = p.composition.dtype
+    problem = _scale_problem(p) or _addend_problem(p, chip)
+    if problem is not None:
+        yield problem
+        return
     if p.acc_addend is not None and p.addend is not None:
         if p.rows is not None or dtype == torch.float32:
             return  # an integer bias is scaled by rows, a floating one is not; in float32 the sum would lose digits
@@ -157,7 +186,7 @@ def _int8_output(
             f"zero point {q.low:g}, where the lower bound is the ReLU",
         )
         return
-    problem = _word_problem(p) or _bias_problem(p)
+    problem = _word_problem(p) or _bias_problem(p, reading)
     if problem is not None:
         yield problem
         return
@@ -170,10 +199,24 @@ def _int8_output(
 def _word_problem(p: Product) -> Reject | None:
     """A scale that the hardware's word can't hold."""
     if not isinstance(p.columns, Const):
-        return None
+        return None  # what the run brings goes into the word as it is; zeros give zeros
     scale = p.columns.tensor.abs()
-    if bool(torch.isfinite(scale).all()) and float(scale.min()) >= _SMALLEST_NORMAL and float(scale.max()) < 2.0**127:
-        return None
+    if not float(scale.min()) >= SMALLEST_NORMAL or not float(scale.max()) < 2.0**127:
+        return _scale_reject(p.columns)
+    return None
+
+
+def _scale_problem(p: Product) -> Reject | None:
+    """A constant scale that float32 can't hold."""
+    if isinstance(p.columns, Const):
+        change = relative_change(p.columns.tensor, p.columns.tensor.to(torch.float32))
+        if not change <= 2.0**-23:
+            return _scale_reject(p.columns)
+    return None
+
+
+def _scale_reject(columns: Const) -> Reject:
+    scale = columns.tensor.abs()
     return Reject(
         "qmm.scale.value",
         f"a scale of {float(scale.min()):g} to {float(scale.max()):g}",
@@ -181,38 +224,48 @@ def _word_problem(p: Product) -> Reject | None:
     )
 
 
-def _bias_problem(p: Product) -> Reject | None:
+def _addend_problem(p: Product, chip: Chip) -> Reject | None:
+    """A floating bias that is changed on its way through the operator."""
+    if p.addend is None or not p.composition.dtype.is_floating_point:
+        return None
+    if chip.saturates and p.composition.dtype == torch.float16 and not all_finite(p.addend):
+        return saturated("qmm", chip)
+    if isinstance(p.addend, Const):
+        narrow = p.addend.tensor.to(torch.float32)
+        if not bool((torch.isfinite(narrow) == torch.isfinite(p.addend.tensor)).all()):
+            return Reject("qmm.bias.range", "the bias does not fit float32", "a bias that float32 holds")
+    return None
+
+
+def _bias_problem(p: Product, reading: Reading) -> Reject | None:
     """A bias that does not fit the int32 accumulator beside the product."""
-    return _overflow(_folded_bias(p, check=False), p.weight.k)
+    if p.addend is not None and not ex.known(p.addend, p.columns):
+        what = "bias" if ex.known(p.columns) else "scale that the bias is divided by"
+        return Reject(
+            "qmm.bias.runtime",
+            f"the {what} is known only at run time",
+            f"constants: round(bias / scale) and the product have to stay within {INT32_MAX}, and a bias of -inf is "
+            "no integer",
+            "use a door that sees the weights (qp.backend, qp.npu_backend); a mask is added behind the matmul, or in "
+            "bfloat16, where the operator takes a floating bias",
+        )
+    return accumulator_problem(p, _units(p), reading.ranges) if p.addend is not None else None
 
 
-def _overflow(bias: Expr | None, k: int) -> Reject | None:
-    if not isinstance(bias, Const):
-        return None
-    largest = float(bias.tensor.abs().max())
-    if bool(torch.isfinite(bias.tensor).all()) and largest + k * 2**14 <= _INT32:
-        return None
-    return Reject(
-        "qmm.bias.range",
-        f"the bias is up to {largest:.3g} in units of the scale",
-        f"a sum with the product of at most {_INT32}",
-        "the scale is very small beside the bias, or a zero point is very large: check the calibration",
-    )
-
-
-def _folded_bias(p: Product, *, check: bool = True) -> Expr | None:
+def _folded_bias(p: Product) -> Expr | None:
     """Everything that is added, as int32 in units of the accumulator: ``round(addend / scale) + acc_addend``."""
-    total = p.acc_addend
-    if p.addend is not None:
-        units = ex.div(wide(p.addend), p.columns)
-        units = ex.apply(aten.round.default, units, dtype=ex.dtype_of(units), shape=ex.shape_of(units))
-        if total is None:
-            total = units
-        elif ex.known(total, units):
-            total = ex.add(wide(total), units)
-        else:  # integers, so that no digit is lost in float32
-            total = ex.add(ex.cast(total, torch.int32), ex.cast(units, torch.int32))
-    return _int32(total) if check else total
+    return _int32(p.acc_addend if p.addend is None else _units(p))
+
+
+def _units(p: Product) -> Expr:
+    assert p.addend is not None
+    units = ex.div(wide(p.addend), p.columns)
+    units = ex.apply(aten.round.default, units, dtype=ex.dtype_of(units), shape=ex.shape_of(units))
+    if p.acc_addend is None:
+        return units
+    if isinstance(p.acc_addend, Const):
+        return ex.add(wide(p.acc_addend), units)
+    return ex.add(ex.cast(p.acc_addend, torch.int32), units)  # integers, so that no digit is lost in float32
 
 
 def _int32(e: Expr | None) -> Expr | None:
@@ -308,9 +361,10 @@ def _as_codes(int8: Expr, c: Composition, shift: int) -> Expr:
 
 def _numerics(p: Product, word: bool, *, in_half: bool) -> Numerics:
     relative = FLOAT32_STEPS + (_FP19 if word else 0.0) + (2.0**-11 if in_half else 0.0)
-    why, absolute = [], 0.0
+    why, absolute = [], 0.0 if isinstance(p.columns, Const) else _UNDERFLOW
     if word and p.addend is not None:
-        absolute = float(p.columns.tensor.abs().max()) / 2 if isinstance(p.columns, Const) else float("inf")
+        assert isinstance(p.columns, Const), "a bias is divided by known scales only"
+        absolute += float(p.columns.tensor.abs().max()) / 2
         why.append("bias rounded to a multiple of the scale")
     if p.lost:
         absolute += p.lost

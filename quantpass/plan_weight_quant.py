@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ from quantpass.candidates import (
     no_layout,
     ops,
     rows_of,
+    saturated,
     spec_of,
     weight_layouts,
 )
@@ -28,6 +28,7 @@ from quantpass.chips.calls import WQMM, OpCall
 from quantpass.chips.rules import Chip
 from quantpass.composition import Composition
 from quantpass.expr import Const, Expr
+from quantpass.guards import all_finite, held_dtype, lossless, relative_change, same_range
 from quantpass.legality import HALF_OPT_IN
 from quantpass.options import Options
 from quantpass.patterns.proof import FLOAT64
@@ -38,6 +39,7 @@ from quantpass.sites import Reading
 _HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 _WEIGHT_ROUNDING = {torch.float16: 2 * 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2 * 2.0**-24}
 _WORST_PARAMETER = 2.0**-8
+_LARGEST_RUNTIME_CODE = 2.0**63 + 2**8
 
 
 def weight_quant_candidates(
@@ -103,27 +105,27 @@ def _candidates(
     """
     assert reading.x is not None
     shape, notes = ex.shape_of(reading.x), Notes()
+    problem = _unseen(weight, c, dtype, reading) or _bias_problem(c, dtype, chip)
+    if problem is not None:
+        yield problem
+        return
     x, x_error, x_absolute = _activation(reading.x, weight, dtype, notes)
     scale = _scale(weight, c, notes)
     offset = None if weight.zero_point is None else conventions.antiquant_offset(weight.zero_point)
     error, of_x, scale16, offset16 = _parameter_error(scale, offset, dtype)
-    if error > _WORST_PARAMETER:
+    problem = _parameter_problem(error, dtype) or _product_problem(weight, scale16, offset16, dtype)
+    if problem is not None:
+        yield problem
+        return
+    if not x_error <= _WORST_PARAMETER:
         yield Reject(
-            "wqmm.scale.value",
-            f"rounding the weight's scale to {dtype} would change it by a factor of up to {error:.2g}",
+            "wqmm.k_scale.value",
+            f"the weight's scale along K, on x, would change by a factor of up to {x_error:.2g} in {dtype}",
             f"at most {_WORST_PARAMETER:.2g}",
             "its smallest scales are below the normal range of the dtype: run the model in bfloat16",
         )
         return
     bias, bias_error = _bias(c, dtype, weight.n, notes)
-    if not math.isfinite(bias_error):
-        yield Reject(
-            "wqmm.bias.value",
-            f"the bias does not fit {dtype}",
-            f"a bias of at most {torch.finfo(dtype).max:g}",
-            "leave the sum in float32, or run the model in bfloat16",
-        )
-        return
     reasons = {f"scale or zero point rounded to {dtype}": error, f"bias rounded to {dtype}": bias_error}
     if weight.k_scale is not None:
         reasons["x multiplied by the weight's scale along K"] = x_error
@@ -217,7 +219,7 @@ def _activation(x: Expr, weight: Weight, dtype: torch.dtype, notes: Notes) -> tu
         # At most 1 in magnitude, so x can't overflow; it can underflow, hence the absolute part.
         of_k = Const(weight.k_scale.to(ex.dtype_of(x)), label="k_scale")
         x = ex.apply(aten.mul.Tensor, x, of_k, dtype=ex.dtype_of(x), shape=ex.shape_of(x))
-        error += 2 * _HALF_UNIT[ex.dtype_of(x)]
+        error += _HALF_UNIT[ex.dtype_of(x)] + relative_change(weight.k_scale, of_k.tensor)
         absolute += _largest_column(weight) * torch.finfo(ex.dtype_of(x)).smallest_normal
         notes.did("the weight's scale along K moved onto x")
     if dtype != ex.dtype_of(x):
@@ -230,10 +232,88 @@ def _activation(x: Expr, weight: Weight, dtype: torch.dtype, notes: Notes) -> tu
 
 def _largest_column(weight: Weight) -> float:
     """An upper bound of ``sum_k |w_kn|`` over all columns."""
-    if not isinstance(weight.scale, Const) or not ex.known(weight.zero_point):
-        return float("inf")
+    assert isinstance(weight.scale, Const) and ex.known(weight.zero_point)
     zero = weight.zero_point.tensor.abs().max() if isinstance(weight.zero_point, Const) else 0.0
     return weight.k * (max(abs(weight.low), abs(weight.high)) + float(zero)) * float(weight.scale.tensor.abs().max())
+
+
+def _unseen(weight: Weight, c: Composition, dtype: torch.dtype, reading: Reading) -> Reject | None:
+    """What can't be done with parameters that only the run knows: every step where one could overflow or vanish."""
+    if ex.known(weight.scale, weight.zero_point, c.columns):
+        return None
+    why = ""
+    if not ex.is_all(c.columns, 1.0):
+        why = (
+            "a scale after the matmul, and codes * scale could overflow or vanish where the graph forms no such product"
+        )
+    elif (reading.x is not None and dtype != ex.dtype_of(reading.x)) or weight.k_scale is not None:
+        why = f"a parameter of the weight, which the graph does not take to {dtype}"
+    elif not ex.known(weight.scale) and not same_range(held_dtype(weight.scale), dtype):
+        why = f"the weight's scale, in {held_dtype(weight.scale)}, and {dtype} has a smaller range"
+    elif weight.zero_point is not None and not _zero_point_survives(weight.zero_point, dtype):
+        why = f"the weight's zero point, in {held_dtype(weight.zero_point)}, and {dtype} may not hold it"
+    if not why:
+        return None
+    return Reject(
+        "wqmm.scale.runtime",
+        f"known only at run time: {why}",
+        "parameters that are known when compiling, or in the dtype of the activation",
+        "use a door that sees the weights (qp.backend, qp.npu_backend)",
+    )
+
+
+def _zero_point_survives(zero: Expr, dtype: torch.dtype) -> bool:
+    """True where a cast to ``dtype`` changes ``codes - zero`` by no more than a rounding of ``dtype`` would.
+
+    An integer that the cast rounds is far larger than any code, and then so is the difference.
+    """
+    source = held_dtype(zero)
+    if isinstance(zero, Const) or lossless(source, dtype):
+        return True
+    whole = not source.is_floating_point
+    return whole and float(torch.iinfo(source).max) <= torch.finfo(dtype).max
+
+
+def _parameter_problem(error: float, dtype: torch.dtype) -> Reject | None:
+    if error <= _WORST_PARAMETER:
+        return None
+    return Reject(
+        "wqmm.scale.value",
+        f"rounding the weight's scale to {dtype} would change it by a factor of up to {error:.2g}",
+        f"at most {_WORST_PARAMETER:.2g}",
+        "its smallest scales are below the normal range of the dtype: run the model in bfloat16",
+    )
+
+
+def _product_problem(weight: Weight, scale: Expr, offset: Expr | None, dtype: torch.dtype) -> Reject | None:
+    """A weight that overflows when the operator forms ``(codes + offset) * scale``, in ``dtype`` step by step."""
+    if not isinstance(scale, Const) or not ex.known(offset):
+        return None  # the graph forms this very product
+    low, high = _code_bounds(weight)
+    if isinstance(offset, Const):
+        low, high = ((bound.to(dtype) + offset.tensor).double() for bound in (low, high))
+    largest = torch.maximum(low.abs(), high.abs()) * scale.tensor.double().abs()
+    limit = torch.finfo(dtype).max
+    if bool((largest <= limit).all()):
+        return None
+    return Reject(
+        "wqmm.scale.product",
+        f"codes times scale reach {float(largest.max()):.3g} in the weight",
+        f"at most {limit:g}, the largest {dtype}",
+        "leave the large factor behind the matmul, or run the model in bfloat16",
+    )
+
+
+def _code_bounds(weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest code for each scale: ``(N,)``, or ``(groups, N)``; for all where they are not known."""
+    if not isinstance(weight.codes, Const):
+        low, high = (torch.tensor(float(bound), dtype=torch.float64) for bound in (weight.low, weight.high))
+        return low, high
+    codes = weight.codes.tensor.t() if weight.transposed else weight.codes.tensor
+    if not weight.group_size:
+        return codes.amin(0).double(), codes.amax(0).double()
+    blocks = codes.split(weight.group_size)
+    return torch.stack([b.amin(0) for b in blocks]).double(), torch.stack([b.amax(0) for b in blocks]).double()
 
 
 def _scale(weight: Weight, c: Composition, notes: Notes) -> Expr:
@@ -254,34 +334,71 @@ def _parameter_error(scale: Expr, offset: Expr | None, dtype: torch.dtype) -> tu
     offset = None if offset is None else ex.expanded(offset, ex.shape_of(scale))
     narrow = ex.cast(scale, dtype)
     narrow_offset = None if offset is None else ex.cast(offset, dtype)
-    error, of_x = _relative_change(scale, narrow, dtype), 0.0
+    error, of_x = _change(scale, narrow, dtype), 0.0
     if offset is not None and narrow_offset is not None:
-        error += _relative_change(offset, narrow_offset, dtype)
+        error += _change(offset, narrow_offset, dtype)
         if isinstance(offset, Const) and isinstance(narrow_offset, Const) and isinstance(scale, Const):
             moved = (narrow_offset.tensor.double() - offset.tensor.double()).abs()
             of_x = float((moved * scale.tensor.double().abs()).max())
+    if not isinstance(scale, Const) and not lossless(held_dtype(scale), dtype):
+        of_x = _LARGEST_RUNTIME_CODE * torch.finfo(dtype).smallest_normal  # scales below the normal numbers
     named_offset = None if narrow_offset is None else ex.named(narrow_offset, "offset")
     return error, of_x, ex.named(narrow, "scale"), named_offset
 
 
-def _relative_change(wide: Expr, narrow: Expr, dtype: torch.dtype) -> float:
-    if not isinstance(wide, Const) or not isinstance(narrow, Const):
-        return 0.0 if ex.dtype_of(wide) == dtype else _HALF_UNIT[dtype]
-    a, b = wide.tensor.double(), narrow.tensor.double()
-    change = ((b - a).abs() / a.abs()).nan_to_num(0.0, posinf=float("inf"))
-    return float(change.max())
+def _change(wide: Expr, narrow: Expr, dtype: torch.dtype) -> float:
+    if isinstance(wide, Const) and isinstance(narrow, Const):
+        return relative_change(wide.tensor, narrow.tensor)
+    return 0.0 if lossless(held_dtype(wide), dtype) else 2 * _HALF_UNIT[dtype]
+
+
+def _bias_problem(c: Composition, x_dtype: torch.dtype, chip: Chip) -> Reject | None:
+    """An addend that is changed on its way through the operator."""
+    if c.addend is None:
+        return None
+    wanted = _bias_dtype(x_dtype)
+    if chip.saturates and not all_finite(c.addend):
+        return saturated("wqmm", chip)
+    if not isinstance(c.addend, Const):
+        source = held_dtype(c.addend)
+        if lossless(source, wanted) or (wanted == torch.float32 and not source.is_floating_point):
+            return None  # float32 rounds an int64 as the graph's own sum does
+        return Reject(
+            "wqmm.bias.runtime",
+            f"the bias is known only at run time, in {source}",
+            f"{wanted}, which the operator takes: {source} holds values that it does not",
+            f"keep the bias in {wanted}, or run the model in bfloat16",
+        )
+    wide = c.addend.tensor.double()
+    narrow = wide.to(wanted).double()
+    if bool((torch.isfinite(wide) == torch.isfinite(narrow)).all()):
+        return None
+    return Reject(
+        "wqmm.bias.value",
+        f"the bias does not fit {wanted}",
+        f"a bias of at most {torch.finfo(wanted).max:g}",
+        "leave the sum in float32, or run the model in bfloat16",
+    )
+
+
+def _bias_dtype(x_dtype: torch.dtype) -> torch.dtype:
+    return torch.float16 if x_dtype == torch.float16 else torch.float32
 
 
 def _bias(c: Composition, x_dtype: torch.dtype, n: int, notes: Notes) -> tuple[Expr | None, float]:
     """The bias in the dtype that the operator takes, and the largest change that makes."""
     if c.addend is None:
         return None, 0.0
-    wanted = torch.float16 if x_dtype == torch.float16 else torch.float32
+    wanted = _bias_dtype(x_dtype)
     bias = ex.expanded(ex.cast(c.addend, wanted), (n,))
     bias = ex.named(bias, "bias")
     if ex.dtype_of(c.addend) != wanted and ex.dtype_of(c.addend) != torch.float64:
         notes.did(f"bias cast to {str(wanted).removeprefix('torch.')}")
-    if isinstance(c.addend, Const) and isinstance(bias, Const):
-        change = float((bias.tensor.double() - c.addend.tensor.double()).abs().max())
-        return bias, change if change > 2.0**-24 * float(c.addend.tensor.double().abs().max()) else 0.0
-    return bias, 0.0
+    if not isinstance(c.addend, Const) or not isinstance(bias, Const):
+        return bias, 0.0
+    wide, narrow = c.addend.tensor.double(), bias.tensor.double()
+    finite = torch.isfinite(wide)  # the others are the same in both
+    if not bool(finite.any()):
+        return bias, 0.0
+    change = float(torch.where(finite, (narrow - wide).abs(), 0.0).max())
+    return bias, change if change > 2.0**-24 * float(wide[finite].abs().max()) else 0.0

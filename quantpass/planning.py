@@ -6,9 +6,11 @@ legal one is the plan. Nothing here touches the graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch.fx import Node
 
 from quantpass import expr as ex
@@ -19,12 +21,15 @@ from quantpass.composition import Composition, compositions
 from quantpass.expr import Const, Expr, Ref
 from quantpass.legality import judge
 from quantpass.options import Options
-from quantpass.patterns.affine import Affine, NotAffine
+from quantpass.patterns.affine import UNBOUNDED, Affine, NotAffine
 from quantpass.plan_quant_matmul import quant_matmul_candidates
 from quantpass.plan_weight_quant import weight_quant_candidates
 from quantpass.records import Numerics, Plan, Reject, Weight
 from quantpass.sites import Reading
 from quantpass.writes import Writes, written_before
+
+_LOOK_AHEAD = 4
+"""How many nodes behind an epilogue to look for a quantize, for a note."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,10 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) ->
         if isinstance(candidate, Reject):
             rejects.append(candidate)
             continue
+        numerics = _with_leftover_roundings(candidate, reading)
+        if not math.isfinite(numerics.relative + numerics.absolute + numerics.of_x):
+            rejects.append(_unbounded())
+            continue
         verdict = judge(candidate.call, chip, options.allow)
         if verdict.legal:
             plan = _as_plan(candidate, reading, _why_not(rejects, nearest), verdict.assumptions)
@@ -61,7 +70,7 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) ->
                 continue
             if plan.weight_format == "ND":
                 plan = replace(plan, nd_reason=_nd_reason(plan, reading.weight, not_nz, chip, options))
-            return Planned(plan, candidate.numerics)
+            return Planned(plan, numerics)
         if candidate.weight_format == "NZ":
             not_nz.extend(verdict.rejects)
         family = _family(candidate)
@@ -121,6 +130,15 @@ def _written(node: Node) -> Reject:
     )
 
 
+def _unbounded() -> Reject:
+    return Reject(
+        "plan.bound",
+        "how far the fused result may be off rests on a value that only the run knows",
+        "parameters that are known when compiling",
+        "use a door that sees the weights (qp.backend, qp.npu_backend)",
+    )
+
+
 def _nothing_fits(reading: Reading) -> Reject:
     assert reading.x is not None
     return Reject(
@@ -134,8 +152,8 @@ def _as_plan(
     candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...], assumptions: tuple[str, ...]
 ) -> Plan:
     notes = [f"assumes {a}" for a in assumptions]
-    if candidate.call.op != QMM and isinstance(reading.activation, Affine) and passed_over:
-        notes.append(f"the activation's quantization stays in the graph: {passed_over[0].fact}")
+    notes.extend(_weaker(candidate, reading, passed_over))
+    notes.extend(_left_behind(candidate, reading, passed_over))
     return Plan(
         op=candidate.call.op,
         output=candidate.composition.output,
@@ -146,6 +164,65 @@ def _as_plan(
         notes=tuple(notes),
         int8_codes=candidate.int8_codes,
     )
+
+
+def _weaker(candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...]) -> Iterator[str]:
+    """Why a quantized activation is dequantized in the graph and the matmul is not an integer one."""
+    if candidate.call.op == QMM:
+        return
+    activation = reading.activation
+    if isinstance(activation, Affine) or activation.quantized:
+        why = [r for r in passed_over if not r.rule.startswith("wqmm.")]
+        if why:
+            yield f"the activation's quantization stays in the graph: {why[0].rule}: {why[0].fact}"
+    elif activation.rule == UNBOUNDED:
+        yield f"the activation's quantization stays in the graph: {activation.rule}: {activation.reason}"
+
+
+def _left_behind(candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...]) -> Iterator[str]:
+    """Why steps after the matmul were not taken in: what was refused, or why the reading of them ended."""
+    assert reading.epilogue is not None
+    steps = reading.epilogue.steps
+    if candidate.composition.length < len(steps):
+        family = _family(candidate)
+        for r in passed_over:
+            if r.rule.startswith(family):
+                yield f"what comes next stays in the graph: {r.rule}: {r.fact}"
+                return
+    behind = steps[candidate.composition.length :]
+    if any(step.kind in ("round", "quantize") for step in behind) or _is_quantized_later(reading):
+        what = (
+            f"{candidate.call.op} has no form for the next step ({behind[0].kind})"
+            if behind
+            else reading.epilogue.ended
+        )
+        yield f"the quantize that follows stays in the graph: {what}"
+
+
+def _is_quantized_later(reading: Reading) -> bool:
+    """True where a few steps behind the last one that was read the value is rounded to codes."""
+    assert reading.epilogue is not None
+    steps = reading.epilogue.steps
+    if any(step.kind in ("round", "quantize") for step in steps):
+        return False  # it was read
+    seen = [steps[-1].node if steps else reading.node]
+    for _ in range(_LOOK_AHEAD):
+        seen = [u for n in seen for u in n.users if u.op == "call_function"]
+        if any("round" in str(u.target) or "quantize_per" in str(u.target) for u in seen):
+            return True
+    return False
+
+
+def _with_leftover_roundings(candidate: Candidate, reading: Reading) -> Numerics:
+    """A candidate's contract, with the roundings of what the matmul operator does by itself and the plan left out."""
+    numerics = candidate.numerics
+    assert reading.contraction is not None
+    left = len(reading.contraction.own) - candidate.composition.length
+    dtype = candidate.composition.dtype
+    if left <= 0 or not dtype.is_floating_point:
+        return numerics
+    rounding = left * torch.finfo(dtype).eps / 2
+    return replace(numerics, relative=numerics.relative + rounding)
 
 
 def _with_leftover(candidate: Candidate, reading: Reading) -> Expr:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
+from torch.fx import Node
 
 from quantpass import conventions
 from quantpass import expr as ex
 from quantpass.candidates import FLOAT32_STEPS, Notes, aten, flattened
 from quantpass.composition import Composition
 from quantpass.expr import Call, Const, Expr
+from quantpass.guards import INT32_MAX, all_finite, magnitude
 from quantpass.patterns.affine import Affine
 from quantpass.records import Reject, Weight
 from quantpass.symbolic import same_shape
+
+_LARGEST_K = 65535
+"""What the chips' rules demand of a K that only the run knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,18 @@ class Product:
     acc_addend: Expr | None
     addend: Expr | None
     fixups: tuple[str, ...]
+    reach: float
+    """An upper bound of ``|codes_x @ codes_w|``."""
     lost: float = 0.0
     """What float32 sums may lose beside the bound that is relative to the products and the bias."""
+
+    def with_row_scales(self) -> Product:
+        """The same with a scale for each row, of ones where there was none: the form that takes a floating bias."""
+        if self.rows is not None:
+            return self
+        return replace(
+            self, rows=_ones(self.x), fixups=(*self.fixups, "a scale of 1 for each row: the bias stays a float")
+        )
 
 
 def refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
@@ -93,7 +107,7 @@ def refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
         )
 
 
-def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | None:
+def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | Reject | None:
     """The product with everything that the epilogue ``c`` makes of it; None where the operator can't form it."""
     notes = Notes()
     codes = activation.codes
@@ -126,16 +140,59 @@ def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | 
         # Of a zero point that is no integer, only the whole part can enter the integer accumulator.
         if rows:
             return None
-        whole = Const(acc_addend.tensor.round()) if isinstance(acc_addend, Const) else None
-        rest = ex.mul(wide_node(acc_addend) if whole is None else ex.sub(acc_addend, whole), columns)
+        if not isinstance(acc_addend, Const) or not isinstance(columns, Const):
+            return Reject(
+                "qmm.activation.zero_point.fraction",
+                "the activation's zero point is no integer, and a scale or the weight is known only at run time",
+                "an integer zero point, or constants: what a float32 sum with the rest of it may lose has to be known",
+                "round the zero point when calibrating",
+            )
+        whole = Const(acc_addend.tensor.round())
+        rest = ex.mul(ex.sub(acc_addend, whole), columns)
         addend = rest if addend is None else ex.add(wide(addend), rest)
-        acc_addend, lost = (None if whole is None or ex.is_all(whole, 0) else whole), rounding_of(rest)
-    return Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups), lost)
+        acc_addend, lost = None if ex.is_all(whole, 0) else whole, rounding_of(rest)
+    reach = _reach(activation, weight)
+    return Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups), reach, lost)
 
 
-def rounding_of(addend: Expr) -> float:
+def _reach(activation: Affine, weight: Weight) -> float:
+    largest_x = max(map(abs, activation.span))
+    largest_w = max(abs(weight.low), abs(weight.high))
+    k = weight.k if isinstance(weight.k, int) else _LARGEST_K
+    return float(k * largest_x * largest_w)
+
+
+def accumulator_problem(p: Product, addend: Expr | None, ranges: Mapping[Node, tuple[float, float]]) -> Reject | None:
+    """Why ``acc + addend`` might not fit int32, ``addend`` in units of the accumulator.
+
+    Args:
+        p: the product.
+        addend: constants, or integers of the run.
+        ranges: what the graph guarantees of integer nodes.
+    """
+    if addend is None:
+        return None
+    largest = magnitude(addend, ranges)
+    if (not isinstance(addend, Const) or all_finite(addend)) and largest + p.reach <= INT32_MAX:
+        return None
+    if isinstance(addend, Const):
+        return Reject(
+            "qmm.bias.range",
+            f"the bias is up to {largest:.3g} in units of the scale",
+            f"a sum with the product of at most {INT32_MAX}",
+            "the scale is very small beside the bias, or a zero point is very large: check the calibration",
+        )
+    return Reject(
+        "qmm.bias.runtime",
+        "what is added to the accumulator is known only at run time, and nothing in the graph bounds it",
+        f"a sum with the product of at most {INT32_MAX}, whatever the run brings",
+        "clamp the zero point to the codes' range, keep it in an int8 or uint8 tensor, or quantize symmetrically",
+    )
+
+
+def rounding_of(addend: Const) -> float:
     """How far a float32 sum with ``addend`` may be off where the rest of the sum cancels it."""
-    return FLOAT32_STEPS * float(addend.tensor.abs().max()) if isinstance(addend, Const) else math.inf
+    return FLOAT32_STEPS * float(addend.tensor.abs().max())
 
 
 def _is_whole(e: Expr) -> bool:
@@ -171,6 +228,14 @@ def _row_scale(rows: list[Expr], x: Expr) -> Expr | None:
         return product
     ones = ex.apply(aten.new_ones.default, product, [_rows_size(x)], dtype=torch.float32, shape=(m,))
     return ex.mul(product, ones)
+
+
+def _ones(x: Expr) -> Expr:
+    """``(M,)`` ones in float32; M is that of ``x``."""
+    m = ex.shape_of(x)[-2]
+    if isinstance(m, int):
+        return Const(torch.ones(m), label="unit_rows")
+    return Call(aten.new_ones.default, (x, [_rows_size(x)]), {"dtype": torch.float32}, torch.float32, (m,))
 
 
 def _rows_size(x: Expr) -> object:

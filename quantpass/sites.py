@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from torch.fx import Graph, Node
@@ -17,6 +17,7 @@ from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, read_contraction
 from quantpass.patterns.derived import EXPERTS, Found
 from quantpass.patterns.epilogues import Epilogue, read_epilogue
+from quantpass.patterns.integers import Range
 from quantpass.patterns.net import Net
 from quantpass.patterns.weights import matrix_node, read_weight
 from quantpass.records import Reject, Weight
@@ -41,6 +42,7 @@ class Reading:
         epilogue: what follows.
         text: what was read, in words.
         rejects: why the site can't be fused whatever the target.
+        ranges: what the graph guarantees of the integers in the activation's zero point.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Reading:
     epilogue: Epilogue | None
     text: str
     rejects: tuple[Reject, ...] = ()
+    ranges: Mapping[Node, Range] = field(default_factory=dict)
 
 
 def find_sites(
@@ -120,7 +123,16 @@ def _read_site(
     rejects = tuple(_reading_rejects(reader, found, weight))
     epilogue = read_epilogue(reader, dialects.steps, found) if not rejects else None
     text = f"{_describe_activation(activation)} x {_describe_weight(weight)}"
-    return Reading(*provenance(node), node, found, x, activation, weight, epilogue, text, rejects)
+    ranges = _ranges(reader, activation)
+    return Reading(*provenance(node), node, found, x, activation, weight, epilogue, text, rejects, ranges)
+
+
+def _ranges(reader: AffineReader, read: Affine | NotAffine) -> dict[Node, Range]:
+    if isinstance(read, NotAffine) or read.zero_point is None:
+        return {}
+    nodes = [leaf.node for leaf in ex.leaves_of(read.zero_point.expr) if isinstance(leaf, Ref)]
+    held = {n: reader.integer_range(n) for n in nodes}
+    return {n: r for n, r in held.items() if r is not None}
 
 
 def _unread_site(net: Net, node: Node, found: NoContraction) -> Reading | None:

@@ -175,7 +175,7 @@ def edits_of(name, value):
                 yield T(value.dtype, other, value.format, value.transposed and len(other) > 1)
         yield T(value.dtype, (4, 128), "ND", True)
         if len(shape) >= 2:
-            for rows, columns in product((shape[-2], 1, 2, 97, 65536, 2**31), (shape[-1], 1, 12, 100, 65536)):
+            for rows, columns in product((shape[-2], 1, 2, 97, 65536, 2**31), (shape[-1], 1, 12, 100, 65536, 2**17)):
                 yield T(value.dtype, (*shape[:-2], rows, columns), value.format, value.transposed)
             for form, turned in product(("ND", "NZ"), (False, True)):
                 yield T(value.dtype, shape, form, turned)

@@ -13,9 +13,10 @@ from quantpass.chips.requirements import (
     Rank,
     SameShape,
     Shape,
+    Size,
     Value,
 )
-from quantpass.chips.rules import Chip, Rule, grouped
+from quantpass.chips.rules import Chip, Rule, dtype_is, grouped
 
 I8, I32, I64 = torch.int8, torch.int32, torch.int64
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -33,6 +34,7 @@ _WQMM_COLUMNS = ("x", "weight", "antiquant_scale", "antiquant_offset", "bias", "
 _WQMM_ROWS = tuple(
     Row(((x,), (I8, I32), (x,), (x, None), (*_FLOATS, None), (F32, I64, None), (F32, None))) for x in _FLOATS
 )
+_INT8 = dtype_is("x1", I8)
 
 CPU = Chip(
     name="cpu",
@@ -42,6 +44,15 @@ CPU = Chip(
         Rule("cpu.qmm.operands", QMM, Present("scale"), _SOURCE, "code"),
         Rule("cpu.qmm.x1.rank", QMM, Rank("x1", 2, 64), _SOURCE, "code"),
         Rule("cpu.qmm.k", QMM, EqualSizes("k", "k_of_x2", "x1 and x2 with the same k"), _SOURCE, "code"),
+        Rule(
+            "cpu.qmm.k.range",
+            QMM,
+            Size("k", 0, 2**17 - 1),
+            _SOURCE,
+            "code",
+            when=_INT8,
+            hint="the int32 accumulator holds 131071 products of int8: split the matmul along k",
+        ),
         Rule("cpu.qmm.batch", QMM, Broadcasts("x1", "x2"), _SOURCE, "code"),
         Rule("cpu.qmm.scale.shape", QMM, Shape("scale", (("n",), (1,))), _SOURCE, "code"),
         Rule("cpu.qmm.pertoken.shape", QMM, Shape("pertoken_scale", (("m",),)), _SOURCE, "code"),
