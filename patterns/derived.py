@@ -16,11 +16,8 @@ from torch.fx import Node
 
 from quantpass.expr import Call, Expr, Recentred, Ref
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
-from quantpass.patterns.unread import EXPERTS_HINT
+from quantpass.patterns.unread import EXPERTS, EXPERTS_HINT
 from quantpass.schema import op_name
-
-EXPERTS = "read.weight.experts"
-"""The rule of a weight that is one of several matrices."""
 
 _CHOOSES = frozenset(
     f"aten::{name}"

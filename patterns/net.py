@@ -6,6 +6,7 @@ computed from a dequantized weight and something known at run time only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,10 +19,17 @@ from quantpass.patterns.contractions import Contraction, NoContraction
 from quantpass.patterns.derived import DerivedWeights, Found
 from quantpass.patterns.unread import higher_order, unread_contraction
 from quantpass.patterns.weights import read_weight
+from quantpass.records import Reject
 
 _STORED = (torch.int8, torch.uint8, torch.int16, torch.int32)
 _CERTAIN = ("read.weight", "read.weight.along_k", "read.weight.batched", "read.weight.bits")
 """Why a static weight may be unreadable although it surely is a quantized one."""
+
+
+_BREAK_HINT = (
+    "a graph break lies between the two: find it with TORCH_LOGS=graph_breaks and take it away, e.g. with "
+    "torch._dynamo.config.capture_scalar_outputs and capture_dynamic_output_shape_ops for experts in a loop"
+)
 
 
 class Net:
@@ -45,6 +53,16 @@ class Net:
             looked_into: the graphs that it calls are read themselves.
         """
         return higher_order(node, looked_into) or unread_contraction(node, self._known(node.target))
+
+    def returned(self, output: Node) -> Iterator[tuple[Node, Reject]]:
+        """Weights that a graph dequantizes and returns: whoever multiplies by them is not in the graph."""
+        for node in output.all_input_nodes:
+            fake = node.meta.get("val")
+            alone = node.op == "call_function" and len(node.users) == 1 and isinstance(fake, torch.Tensor)
+            if alone and fake.dtype.is_floating_point and self._reader.values.is_static(node) and self._is_weight(node):
+                found = f"the graph dequantizes a weight {list(fake.shape)} and returns it ({node.name})"
+                want = "the dequantization in one graph with the matmul"
+                yield node, Reject("read.weight.returned", found, want, _BREAK_HINT)
 
     def behind(self, c: Contraction) -> NotAffine | None:
         """The weight behind an operand of ``c`` that could not be read as one, and what stands between."""

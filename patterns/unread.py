@@ -30,6 +30,9 @@ EXPERTS_HINT = (
     "loop, can be fused"
 )
 
+EXPERTS = "read.weight.experts"
+"""The rule of a weight that is one of several matrices."""
+
 _MATRIX_AND_VECTOR = ("self", "mat", "vec", "vec1", "vec2", "tensor", "other")
 _QKV = ("query", "key", "value")
 _CONVOLUTIONS = frozenset(
@@ -108,11 +111,12 @@ def unread_contraction(node: Node, known: bool) -> NoContraction | None:
     if known or namespace in _HARMLESS:
         return None
     if _MULTIPLIES.search(name):
+        grouped = any(word in name for word in ("group", "expert", "moe"))
         return NoContraction(
             f"{op_name(node)} is not an operator that is read",
             _tensors(node.args, node.kwargs),
-            EXPERTS_HINT if "group" in name or "expert" in name or "moe" in name else "write it as F.linear(x, w)",
-            rule="read.matmul",
+            EXPERTS_HINT if grouped else "write it as F.linear(x, w)",
+            rule=EXPERTS if grouped else "read.matmul",
             codes=namespace not in ("npu", "torch_npu"),  # the vendor's fused operators take codes: nothing is left
         )
     return None if namespace == "npu" else _opaque(node, f"{op_name(node)} is not an operator that is known")
@@ -136,7 +140,8 @@ def _of_aten(node: Node, name: str) -> NoContraction | None:
         return None
     names, what, hint = found
     operands = tuple(n for a in names if a in arguments for n in _tensors((arguments[a],), {}))
-    return NoContraction(f"{op_name(node)} is {what}", operands, hint)
+    rule = EXPERTS if hint is EXPERTS_HINT else "read.matmul"
+    return NoContraction(f"{op_name(node)} is {what}", operands, hint, rule=rule)
 
 
 def _convolution(node: Node, arguments: dict[str, Any]) -> NoContraction | None:

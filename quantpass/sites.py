@@ -85,6 +85,8 @@ def find_sites(
 
 def _read(reader: AffineReader, dialects: Dialects, net: Net, node: Node) -> tuple[Reading, ...]:
     """The sites of one node: itself, or those of the graphs that it calls."""
+    if node.op == "output":
+        return tuple(unreadable(returned, reject) for returned, reject in net.returned(node))
     bodies = tuple(bodies_of(node))
     inside = tuple(reading for body in bodies for reading in _sites_of_body(reader, dialects, body))
     found = read_contraction(dialects.contractions, node) or net.unread(node, looked_into=bool(bodies))

@@ -130,7 +130,7 @@ REFUSED = {
         "read.weight.experts", lambda m, a, i: F.linear(a, torch.index_select(experts(m), 0, i)[0]), x, ids[:1],
     ),
     "grouped_mm": (
-        "read.matmul", lambda m, a, o: torch._grouped_mm(a, experts(m).bfloat16().mT, offs=o),
+        "read.weight.experts", lambda m, a, o: torch._grouped_mm(a, experts(m).bfloat16().mT, offs=o),
         floats(16, K).bfloat16(), torch.tensor([4, 8, 12, 16], dtype=torch.int32),
     ),
 }  # fmt: skip
@@ -227,6 +227,26 @@ def test_the_hint_is_the_nearest_form_that_is_fused(function, words):
     torch._dynamo.reset()
     report = qp.explain(model(function[0]), tuple(function[1:]), target="cpu")
     assert words in report.sites[0].rejects[0].hint
+
+
+def test_a_weight_that_leaves_the_graph_dequantized_has_a_verdict():
+    def function(m, a):
+        w = weight(m)
+        torch._dynamo.graph_break()
+        return F.linear(a, w)
+
+    _, report = compiled(model(function), x)
+    assert [r.rule for s in report.sites for r in s.rejects] == ["read.weight.returned"], str(report)
+
+
+def test_a_float_that_leaves_the_graph_has_none():
+    def function(m, a):
+        w = m.f * 2
+        torch._dynamo.graph_break()
+        return F.linear(a, w)
+
+    _, report = compiled(model(function), x)
+    assert report.total == 0, str(report)
 
 
 def test_a_tools_operator_on_a_dequantized_weight_has_a_verdict():
