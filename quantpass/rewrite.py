@@ -32,15 +32,19 @@ class RewriteError(RuntimeError):
     """A plan could not be carried out; the graph is as it was."""
 
 
-def _inner_calls(e: Call, made: Container[int]) -> Iterator[Call]:
-    """``e`` and the calls among its arguments that are not in ``made`` yet, innermost first."""
+def _inner_calls(e: Call, made: Container[int], twins: Container[Node]) -> Iterator[Call]:
+    """``e`` and the calls among its arguments that are not in ``made`` yet, innermost first.
+
+    Not those of codes that have an int8 twin already: what they were made of may have gone into another site.
+    """
     stack: list[tuple[Any, bool]] = [(e, False)]
     while stack:
         top, ready = stack.pop()
         if isinstance(top, list | tuple):
             stack.extend((a, False) for a in reversed(top))
         elif isinstance(top, Recentred):
-            stack.append((top.otherwise, False))
+            if top.node not in twins:
+                stack.append((top.otherwise, False))
         elif isinstance(top, Call) and id(top) not in made:
             if ready:
                 yield top
@@ -157,7 +161,7 @@ class Rewriter:
             return twin if twin is not None else self._node(e.otherwise)
         if not isinstance(e, Call):
             return e
-        for inner in _inner_calls(e, self._made):  # innermost first: an expression may be as deep as the graph
+        for inner in _inner_calls(e, self._made, self._int8_twins):  # an expression may be as deep as the graph
             self._made[id(inner)] = (inner, self._emit(inner))
         return self._made[id(e)][1]
 
