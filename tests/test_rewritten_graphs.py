@@ -10,9 +10,12 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 import quantpass as qp
+from quantpass.compiled import copied
 from quantpass.preview import _written_inputs
 from quantpass.static_values import StaticValues
 from quantpass.torch_internals import fake_mode_of
+from tests.coverage import here
+from tests.coverage.captured import capture
 
 aten = torch.ops.aten
 K, N = 64, 32
@@ -141,3 +144,10 @@ def test_what_a_graph_writes_to(case):
     changing = {n.name for n in nodes if n in values.mutated}
     assert changing >= written  # more where an operator may return either of its inputs
     assert bool(changing) == bool(written)
+
+
+def test_codes_that_another_site_gives_are_not_made_again():
+    """uint8 codes between two layers: the first site returns int8 ones as well, and the second takes those."""
+    scheme = next(s for s in here.schemes() if (s.tool, s.name) == ("PT2E", "x86 quantizer, static"))
+    (captured,) = capture(*scheme.build())
+    qp.fuse(copied(captured.graph), target="cpu").require()
