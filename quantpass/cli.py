@@ -54,7 +54,9 @@ def main() -> None:
     "--json", "json_path", type=_PATH, callback=_writable, help="Also write the report as JSON; - prints it instead."
 )
 @click.option("--html", "html_path", type=_PATH, callback=_writable, help="Also write the report as an HTML page.")
-@click.option("--require-all", is_flag=True, help="Exit with status 1 unless every quantized matmul is fused.")
+@click.option(
+    "--require-all", is_flag=True, help="Exit with status 1 unless every quantized matmul is fused, and there is one."
+)
 def explain(
     factory: str,
     target: tuple[str, ...],
@@ -81,7 +83,7 @@ def explain(
             report.to_json(json_path)
     if html_path is not None:
         report.to_html(html_path)
-    if require_all and (report.fused < report.total or not report.total):
+    if require_all and (report.fused < report.total or report.hidden or not report.total):
         raise click.exceptions.Exit(1)
 
 

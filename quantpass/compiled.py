@@ -28,6 +28,7 @@ from quantpass.torch_internals import (
     inductor_compile,
     like_inputs,
     real_tensors,
+    without_function_modes,
 )
 
 OnOutcome = Callable[[Outcome, str, tuple[WeightFormat, ...]], None]
@@ -167,7 +168,8 @@ class CompiledGraph:
     ) -> Callable[[list[Any]], Any]:
         inner = self._options.inner
         if inner is None or inner == "eager":
-            return lambda inputs: gm(*inputs)
+            run = without_function_modes(gm)
+            return lambda inputs: run(*inputs)
         mode = fake_mode_of([v for v in fake_inputs if isinstance(v, torch.Tensor)])
         with real_tensors():
             fakes = [mode.from_tensor(t, static_shapes=True) if mode else t for t in constants]

@@ -16,11 +16,13 @@ from quantpass.compiled import copied
 from quantpass.constants import Constants, ModuleConstants
 from quantpass.dump import diff_text, dump
 from quantpass.exported import ProgramConstants, program_inputs
+from quantpass.hidden import Watch
 from quantpass.lowering.ge_graph import GeGraph
 from quantpass.options import Options, make_options
 from quantpass.pipeline import explain_graph, fuse_graph
 from quantpass.preview import GePreview
 from quantpass.report import Report, merged
+from quantpass.site_keys import Token
 from quantpass.torch_internals import (
     StaticInputs,
     attribute_tensors,
@@ -28,6 +30,7 @@ from quantpass.torch_internals import (
     compile_with_aot,
     decomposition_table,
     fill_in_values,
+    without_function_modes,
 )
 
 
@@ -108,12 +111,15 @@ def _explain_model(
     dynamic: bool | None,
 ) -> list[Report]:
     found: list[Report] = []
+    watch = Watch()
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         def look(aot: GraphModule, weights: StaticInputs, fake_inputs: list[Any]) -> Callable[..., Any]:
             del fake_inputs
-            found.append(_verdicts(aot, weights, settings))
-            return aot.forward
+            report, shown = _verdicts(aot, weights, settings)
+            found.append(report)
+            watch.add(shown, all_known=not weights.unread)
+            return without_function_modes(aot)
 
         return compile_with_aot(gm, example_inputs, look, decomposition_table(settings[0].decompositions))
 
@@ -121,7 +127,8 @@ def _explain_model(
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (tuple(args), kwargs))
     with torch.no_grad():
         compile_isolated(model, capture, dynamic)(*args, **kwargs)
-    return found
+    names = tuple(s.chip.name for s in settings)
+    return [*found, Report((), names, settings[0].mode, hidden=watch.signs(model))]
 
 
 def is_on_meta(model: Any) -> bool:
@@ -139,14 +146,17 @@ def _explain_graph(model: ExportedProgram | GraphModule, settings: list[Options]
     weights = weights.on(copy_of)
     for node, tensor in attribute_tensors(gm):
         weights.add(node, tensor)
-    return _verdicts(gm, weights, settings)
+    report, _ = _verdicts(gm, weights, settings)
+    return report
 
 
-def _verdicts(gm: GraphModule, weights: StaticInputs, settings: list[Options]) -> Report:
+def _verdicts(gm: GraphModule, weights: StaticInputs, settings: list[Options]) -> tuple[Report, frozenset[Token]]:
+    """The report on one graph, and the weights behind its sites."""
     names = tuple(s.chip.name for s in settings)
     outcomes = [explain_graph(gm, weights.known, s, weights.unread) for s in settings]
-    notes = dict.fromkeys(note for o in outcomes for note in o.notes)
-    return Report(tuple(s for o in outcomes for s in o.sites), names, settings[0].mode, notes=tuple(notes))
+    sites = tuple(site for outcome in outcomes for site in outcome.sites)
+    notes = tuple(dict.fromkeys(note for o in outcomes for note in o.notes))
+    return Report(sites, names, settings[0].mode, notes=notes), outcomes[0].shown
 
 
 def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **options: Any) -> Report:

@@ -13,13 +13,14 @@ from torch.fx import GraphModule, Node
 from quantpass.already_fused import already_fused, own_calls
 from quantpass.boundary import failed, guarded, must_raise
 from quantpass.dump import dump
+from quantpass.hidden import weights_behind
 from quantpass.options import Options
 from quantpass.patterns import default_dialects
 from quantpass.patterns.contractions import read_contraction
 from quantpass.planning import Planned, plan_site
 from quantpass.records import Plan, Reject, Site
 from quantpass.rewrite import RewriteError, Rewriter
-from quantpass.site_keys import site_keys
+from quantpass.site_keys import Token, site_keys
 from quantpass.sites import Reading, find_sites, matmul_name, unreadable
 from quantpass.static_values import StaticValues
 from quantpass.streams import stream_labels, stream_reject
@@ -39,12 +40,14 @@ class Outcome:
         leaves: placeholders and attributes whose values the decisions rest on.
         before: the graph before the rewrite, as text; empty where nothing was rewritten.
         notes: what else a user should know.
+        shown: the weights behind the sites.
     """
 
     sites: tuple[Site, ...]
     leaves: frozenset[Node]
     before: str = ""
     notes: tuple[str, ...] = ()
+    shown: frozenset[Token] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +118,23 @@ def explain_graph(
     """The verdict on every site of a graph, without touching it; arguments as for :func:`fuse_graph`."""
     found = _with_unread(gm, analyse(gm, leaves, options), leaves, unread or {}, options)
     calls = own_calls(gm.graph)
-    keys = site_keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
+    keys = _keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
     sites = tuple(_site(r, p, options, keys, fused=p.plan is not None) for r, p in found.planned)
     sites = (*sites, *already_fused(calls, options, keys))
-    return Outcome(sites, found.leaves, notes=_notes(sites, unread))
+    return Outcome(sites, found.leaves, notes=_notes(sites, unread), shown=_shown(gm, found, calls, leaves))
+
+
+def _keys(gm: GraphModule, sites: Sequence[Node], leaves: Mapping[Node, torch.Tensor]) -> dict[Node, Hashable]:
+    nameless: dict[Node, Hashable] = dict.fromkeys(sites)
+    return guarded(partial(site_keys, gm, sites, leaves), lambda _: nameless, "telling sites apart")
+
+
+def _shown(
+    gm: GraphModule, found: Analysis, calls: Sequence[Node], leaves: Mapping[Node, torch.Tensor]
+) -> frozenset[Token]:
+    """The weights behind the matmuls of a graph that is not yet rewritten; one that leaves it has none here."""
+    matmuls = [r.node for r, p in found.planned if not any(x.rule == "read.weight.returned" for x in p.rejects)]
+    return guarded(partial(weights_behind, gm, (*matmuls, *calls), leaves), lambda _: frozenset(), "naming weights")
 
 
 def fuse_graph(
@@ -144,8 +160,9 @@ def fuse_graph(
     before = dump(gm) if keep_text else ""
     sites: list[Site] = []
     calls = own_calls(gm.graph)
-    keys = site_keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
+    keys = _keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
     called = tuple(already_fused(calls, options, keys))
+    shown = _shown(gm, found, calls, leaves)
     rewriter = Rewriter(gm, add_constant) if any(p.plan for _, p in found.planned) else None
     for reading, p in found.planned:
         if p.plan is None or rewriter is None:
@@ -163,7 +180,7 @@ def fuse_graph(
     if rewriter is not None:
         rewriter.finish(found.mutated)
     sites.extend(called)
-    return Outcome(tuple(sites), found.leaves, before, _notes(sites, unread))
+    return Outcome(tuple(sites), found.leaves, before, _notes(sites, unread), shown)
 
 
 def _notes(sites: Sequence[Site], unread: Mapping[Node, str] | None) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class Report:
         graphs: text of each rewritten graph, before and after; empty for ``explain``.
         formats: how each weight is stored, one :class:`~quantpass.records.WeightFormat` each; empty for ``explain``.
         notes: what else a user should know, in words.
+        hidden: signs of quantized weights that no graph shows, in words; :meth:`require` does not pass over them.
     """
 
     sites: tuple[Site, ...]
@@ -41,6 +42,7 @@ class Report:
     graphs: tuple[tuple[str, str], ...] = ()
     formats: tuple[WeightFormat, ...] = ()
     notes: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -68,6 +70,7 @@ class Report:
             (*self.graphs, *other.graphs),
             _counted_once((*self.formats, *other.formats), lambda f: (f.shape, f.dtype, f.format), _same_weight),
             tuple(dict.fromkeys((*self.notes, *other.notes))),
+            tuple(dict.fromkeys((*self.hidden, *other.hidden))),
         )
 
     # -- text ------------------------------------------------------------------------------------------------------
@@ -135,6 +138,11 @@ class Report:
         yield tabulate(rows, headers=list(_FORMAT_HEADERS), tablefmt="simple", disable_numparse=True)
 
     def _notes(self) -> Iterator[str]:
+        if self.hidden:
+            yield ""
+            yield "Quantized weights that no graph shows:"
+        for sign in self.hidden:
+            yield f"  - {sign}"
         if self.notes:
             yield ""
             yield "Notes:"
@@ -158,6 +166,7 @@ class Report:
             "sites": [_site_dict(s) for s in self.sites],
             "formats": [_format_dict(f) for f in self.formats],
             "notes": list(self.notes),
+            "hidden": list(self.hidden),
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -180,11 +189,23 @@ class Report:
         """Raise ``AssertionError`` unless enough sites are fused; for tests and deployment scripts.
 
         Args:
-            fused: the least number of fused sites, or, as a float up to 1.0, the least share; None for all of them.
+            fused: a float up to 1.0 is the least share of the sites, ``1.0`` all of them; an integer is the least
+                number of them, so ``1`` is one site. None, the default, is all of them and at least one.
+
+        A share is one of all quantized matmuls. Where there is none (a float model) any share is met, and where a sign
+        of one is ``hidden`` no share but 0.0 is (nor is the default), since nobody knows what it is a share of. A
+        number is met by the sites that were found.
+
+        Raises:
+            AssertionError: fewer are fused, or quantized weights are hidden.
+            ValueError: a share that is not between 0 and 1.
         """
-        if not self.sites:
-            raise AssertionError(str(self))
-        least = self.total if fused is None else fused * self.total if isinstance(fused, float) else fused
+        share = 1.0 if fused is None else fused if isinstance(fused, float) else None
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"fused is {share!r}; a share is between 0.0 and 1.0, a number of sites an integer")
+        if share and self.hidden:
+            raise AssertionError(f"quantized weights that no graph shows: {'; '.join(self.hidden)}\n{self}")
+        least = max(self.total, 1) if fused is None else fused * self.total if isinstance(fused, float) else fused
         if self.fused < least:
             raise AssertionError(
                 f"{self.fused} of {self.total} quantized matmuls are fused, {least:g} were required\n{self}"
@@ -323,6 +344,8 @@ td, th { border: 1px solid #ccc; padding: .3em .6em; text-align: left; vertical-
 <table><tr>{% for h in format_headers %}<th>{{ h }}</th>{% endfor %}</tr>
 {% for f in report.formats %}<tr>{% for c in format_row(f) %}<td>{{ c }}</td>{% endfor %}</tr>{% endfor %}
 </table>{% endif %}
+{% if report.hidden %}<h2>Quantized weights that no graph shows</h2><ul>
+{% for n in report.hidden %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}
 {% if report.notes %}<h2>Notes</h2><ul>{% for n in report.notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}
 {% if report.graphs %}<h2>Graph</h2><pre>{{ report.diff() }}</pre>{% endif %}
 </body></html>

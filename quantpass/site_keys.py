@@ -57,12 +57,12 @@ def site_keys(gm: GraphModule, sites: Iterable[Node], leaves: Mapping[Node, torc
         leaves: placeholders and attributes whose tensors are known.
     """
     frame = frame_of(gm)
-    origins = _origins(gm.graph, leaves)
+    known = origins(gm.graph, leaves)
     seen: Counter[Hashable] = Counter()
     keys: dict[Node, Hashable] = {}
     for node in sites:
-        weights = [n for i in node.all_input_nodes for n in origins.get(i) or ()]
-        largest = max(weights, key=_size, default=None)
+        weights = [n for i in node.all_input_nodes for n in known.get(i) or ()]
+        largest = max(weights, key=lambda n: leaves[n].nbytes, default=None)
         if largest is not None:
             what: Hashable = Token(leaves[largest])
         elif frame is not None:
@@ -76,7 +76,7 @@ def site_keys(gm: GraphModule, sites: Iterable[Node], leaves: Mapping[Node, torc
     return keys
 
 
-def _origins(graph: Graph, leaves: Mapping[Node, torch.Tensor]) -> dict[Node, frozenset[Node] | None]:
+def origins(graph: Graph, leaves: Mapping[Node, torch.Tensor]) -> dict[Node, frozenset[Node] | None]:
     """For each node the parameters that it was computed from; None where an input of the user's is among its inputs."""
     found: dict[Node, frozenset[Node] | None] = {}
     for node in graph.nodes:
@@ -88,11 +88,6 @@ def _origins(graph: Graph, leaves: Mapping[Node, torch.Tensor]) -> dict[Node, fr
             inputs = [found[i] for i in node.all_input_nodes]
             found[node] = None if None in inputs else frozenset[Node]().union(*inputs)  # type: ignore[arg-type]
     return found
-
-
-def _size(node: Node) -> int:
-    fake = node.meta["val"]
-    return int(fake.numel() * fake.element_size()) if not any(isinstance(s, torch.SymInt) for s in fake.shape) else 0
 
 
 def _module(node: Node) -> str:

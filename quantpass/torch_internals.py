@@ -38,6 +38,7 @@ __all__ = [
     "fake_mode_of",
     "fill_in_values",
     "frame_of",
+    "graph_breaks",
     "inductor_compile",
     "is_wrapper_subclass",
     "known_contiguous",
@@ -46,6 +47,7 @@ __all__ = [
     "real_tensors",
     "static_inputs",
     "traced_as_on_npu",
+    "without_function_modes",
 ]
 
 is_wrapper_subclass = is_traceable_wrapper_subclass
@@ -278,6 +280,26 @@ def compile_isolated(
 ) -> Callable[..., Any]:
     """``torch.compile`` that shares no cache with the user's own compilations of the same model."""
     return torch.compile(model, backend=backend, dynamic=dynamic, isolate_recompiles=True)  # type: ignore[call-overload,no-any-return]
+
+
+def without_function_modes(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with ``__torch_function__`` off: Dynamo has traced what modes and subclasses do into the graph.
+
+    A mode that is on when a compiled graph runs would act a second time, on the graph's own operators.
+    """
+
+    def traced_already(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return run(*args)
+
+    return traced_already
+
+
+def graph_breaks() -> dict[str, int]:
+    """Why Dynamo broke graphs in this process so far, and how often."""
+    from torch._dynamo.utils import counters
+
+    return dict(counters["graph_break"])
 
 
 def frame_of(gm: GraphModule) -> int | None:

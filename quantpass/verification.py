@@ -19,11 +19,12 @@ from quantpass.compiled import CompiledGraph, copied
 from quantpass.constants import ModuleConstants
 from quantpass.doors import check_call
 from quantpass.exported import flat_inputs, program_values
+from quantpass.hidden import Watch
 from quantpass.options import Options, make_options
 from quantpass.pipeline import Outcome, fuse_graph
 from quantpass.records import Numerics, Site
 from quantpass.report import Report
-from quantpass.torch_internals import attribute_values, compile_isolated, fill_in_values
+from quantpass.torch_internals import attribute_values, compile_isolated, fill_in_values, without_function_modes
 from quantpass.unread import require_data
 
 
@@ -79,6 +80,7 @@ class Verification:
             lines += ["", "Not fused, so not compared:"]
         for site in refused:
             lines += [f"  {site.name} ({site.op})", *(f"    {reject}" for reject in site.rejects)]
+        lines += [f"not seen: {sign}" for sign in self.report.hidden]
         return "\n".join(lines)
 
     def require(self, relative: float = 0.02) -> None:
@@ -197,7 +199,11 @@ def _verify_model(
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         return compile_graph(gm, example_inputs, settings, measured.reports.append, partial(_Compared, measured))
 
+    watch = Watch()
     compile_isolated(model, backend, None)(*args, **kwargs)
+    for graph in measured.graphs:
+        watch.add(graph.outcome.shown)
+    measured.reports.append(Report((), (settings.chip.name,), settings.mode, hidden=watch.signs(model)))
 
 
 class _Compared(CompiledGraph):
@@ -217,7 +223,8 @@ class _Compared(CompiledGraph):
     ) -> Callable[[list[Any]], Any]:
         del fake_inputs
         graph, own = self._measured.graphs[-1], len(constants)
-        return lambda inputs: _compare(self._pristine, gm, inputs[: len(inputs) - own], inputs, graph, self._measured)
+        compare = without_function_modes(_compare)
+        return lambda inputs: compare(self._pristine, gm, inputs[: len(inputs) - own], inputs, graph, self._measured)
 
 
 def _verify_program(
@@ -232,7 +239,7 @@ def _verify_program(
     constants = ModuleConstants(fused, leaves)
     outcome = fuse_graph(fused, leaves, options, constants.add)
     carry_out(fused, outcome, options, constants, casts=options.lowering == "aclnn")
-    measured.reports.append(Report(outcome.sites, (options.chip.name,), options.mode))
+    measured.reports.append(Report(outcome.sites, (options.chip.name,), options.mode, notes=outcome.notes))
     measured.graphs.append(_Graph(outcome))
     # A program's run writes to nothing of the caller's.
     inputs = _cloned(flat_inputs(program, args, kwargs))

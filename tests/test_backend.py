@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import quantpass as qp
 from tests.helpers import IntegerW8A8, StaticW8A8, WeightOnly, assert_close, compiled, rules
@@ -269,3 +270,64 @@ def test_refusals_are_logged_once_a_graph(caplog):
         compiled(WeightOnly(dtype=torch.float32), torch.randn(4, 64), target="ascend310p")
     assert len(caplog.records) == 1
     assert "1 of 1 quantized matmuls are not fused" in caplog.text
+
+
+class Tripled(TorchFunctionMode):
+    """As some tools quantize: what the model's matmuls give is changed on the way."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * 3 if any(name in str(func) for name in ("linear", "mm", "matmul")) else out
+
+
+@pytest.mark.parametrize("inner", [None, "eager"])
+@pytest.mark.parametrize("where", ["around the call", "around the compiled module's own call"])
+def test_a_function_mode_acts_once(inner, where):
+    """Dynamo traces it into the graph; on the graph's operators it must not act again."""
+    model, x = WeightOnly(), torch.randn(3, 64).half()
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            with Tripled():
+                return self.model(x)
+
+    torch._dynamo.reset()
+    backend = qp.backend(target="cpu", inner=inner)
+    with torch.no_grad():
+        if where == "around the call":
+            with Tripled():
+                expected, actual = model(x), torch.compile(model, backend=backend)(x)
+        else:
+            expected, actual = Inside()(x), torch.compile(Inside(), backend=backend)(x)
+    assert backend.report.fused == 1
+    assert_close(actual, expected)
+    assert (expected - 3 * model(x)).abs().max() < 0.1, "the mode does act"
+
+
+def test_verify_and_explain_under_a_function_mode():
+    model, x = WeightOnly(), torch.randn(3, 64).half()
+    with Tripled():
+        found = qp.verify(model, (x,), target="ascend910b")
+        assert qp.explain(model, (x,), target="ascend910b").fused == 1
+    found.require()
+    assert all(d.relative < 0.01 for d in found.outputs)
+
+
+def test_weights_of_a_subclass_still_take_themselves_apart():
+    """Turning modes off is for the graph, which holds plain tensors; the subclass has acted while tracing."""
+
+    class Logged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return super().__torch_function__(func, types, args, kwargs)
+
+    model = WeightOnly()
+    model.scale = nn.Parameter(model.scale.data.as_subclass(Logged), requires_grad=False)
+    x = torch.randn(3, 64).half()
+    actual, report = compiled(model, x)
+    assert report.fused == 1
+    assert_close(actual.as_subclass(torch.Tensor), model(x).as_subclass(torch.Tensor))
