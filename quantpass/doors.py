@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_map_only
 from quantpass.carry_out import carry_out
 from quantpass.chips import CHIPS
 from quantpass.compiled import copied
-from quantpass.constants import Constants, ModuleConstants
+from quantpass.constants import Constants, ModuleConstants, refuse_to_load, weights_of_fused
 from quantpass.dump import diff_text, dump
-from quantpass.exported import ProgramConstants, program_inputs
+from quantpass.exported import ProgramConstants, program_inputs, refuse_to_load_into, targets_of
 from quantpass.hidden import Watch
 from quantpass.lowering.ge_graph import GeGraph
 from quantpass.options import Options, make_options
-from quantpass.pipeline import explain_graph, fuse_graph
+from quantpass.pipeline import Outcome, explain_graph, fuse_graph
 from quantpass.preview import GePreview
 from quantpass.report import Report, merged
 from quantpass.site_keys import Token
@@ -192,12 +192,27 @@ def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **o
     program, leaves = graph if isinstance(graph, ExportedProgram) else None, weights.known
     constants = ProgramConstants(program, leaves) if program is not None else ModuleConstants(gm, leaves)
     outcome = fuse_graph(gm, leaves, settings, constants.add, unread=weights.unread)
+    if any(s.fused for s in outcome.sites):
+        _part_with_weights(graph, outcome, constants)
     graphs = ((outcome.before, dump(gm)),)
     # A graph for an NPU keeps its casts as planned: whoever runs it has the tensors.
     formats = carry_out(gm, outcome, settings, constants, casts=settings.lowering == "aclnn")
     if isinstance(constants, ProgramConstants):
         constants.update_signature()
     return Report(outcome.sites, (settings.chip.name,), settings.mode, graphs, formats, outcome.notes)
+
+
+def _part_with_weights(graph: GraphModule | ExportedProgram, outcome: Outcome, constants: Constants) -> None:
+    """Leave one source of truth for each weight of a fused graph: the graph's own."""
+    gm = graph.graph_module if isinstance(graph, ExportedProgram) else graph
+    read = [n for n in constants.given if n in outcome.leaves]
+    weights = list(dict.fromkeys((*read, *weights_of_fused(gm.graph, constants))))
+    if isinstance(graph, ExportedProgram):
+        refuse_to_load_into(graph, targets_of(graph, weights))
+    else:
+        refuse_to_load(graph, [str(n.target) for n in weights])
+    constants.take_over(weights)
+    gm.recompile()
 
 
 def diff(before: Any, after: Any, context: int = 2) -> str:

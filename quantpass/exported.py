@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from quantpass.constants import Constants
+from quantpass.constants import Constants, refuse_to_load
 from quantpass.torch_internals import StaticInputs
 
 _STATIC = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -56,6 +57,8 @@ class ProgramConstants(Constants):
     def __init__(self, program: ExportedProgram, given: Mapping[Node, torch.Tensor]) -> None:
         super().__init__(given)
         self._program = program
+        # Programs that were made of each other share these.
+        program._state_dict, program._constants = dict(program.state_dict), dict(program.constants)
 
     def _add(self, name: str, tensor: torch.Tensor) -> Node:
         """A new lifted constant, placed before the user's inputs."""
@@ -78,9 +81,44 @@ class ProgramConstants(Constants):
     def _store(self, node: Node, tensor: torch.Tensor) -> None:
         self._program.constants[node.name] = tensor
 
+    def _drop(self, node: Node) -> None:
+        program = self._program
+        specs = program.graph_signature.input_specs
+        # By position: a replacement renames what the signature says of a node.
+        spec = specs.pop(list(program.graph.find_nodes(op="placeholder")).index(node))
+        program.graph.erase_node(node)
+        if not any(s.target == spec.target for s in specs):
+            program.state_dict.pop(spec.target, None)
+            program.constants.pop(spec.target, None)
+
     def update_signature(self) -> None:
         """Make the signature name the nodes that the graph now returns."""
         (output,) = self._program.graph.find_nodes(op="output")
         for spec, node in zip(self._program.graph_signature.output_specs, output.args[0], strict=True):
             if isinstance(spec.arg, TensorArgument) and isinstance(node, Node):
                 spec.arg.name = node.name
+
+
+def targets_of(program: ExportedProgram, nodes: Iterable[Node]) -> list[str]:
+    """The names that the tensors behind some placeholders have in a state dict."""
+    targets = {s.arg.name: s.target for s in program.graph_signature.input_specs}
+    return [target for n in nodes if (target := targets.get(n.name))]
+
+
+@dataclass
+class _Module:
+    """``program.module`` of a fused program: a module that other weights can't be loaded into."""
+
+    program: ExportedProgram
+    names: list[str]
+
+    def __call__(self, check_guards: bool = True) -> GraphModule:
+        gm = ExportedProgram.module(self.program, check_guards)
+        refuse_to_load(gm, self.names)
+        return gm
+
+
+def refuse_to_load_into(program: ExportedProgram, names: list[str]) -> None:
+    """Make ``load_state_dict`` of every module that the program makes refuse ``names``."""
+    before = program.module.names if isinstance(program.module, _Module) else []
+    program.module = _Module(program, [*before, *names])  # type: ignore[method-assign]
