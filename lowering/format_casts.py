@@ -154,7 +154,7 @@ def _carry_out(source: Node, acl_format: int, constants: Constants, copies: dict
 def aliases(source: Node, given: Mapping[Node, torch.Tensor]) -> tuple[list[Node], list[Node]]:
     """Other tensors that are the same memory as ``source``'s: seen the same way, and seen in another way."""
     tensor = given.get(source)
-    if tensor is None:
+    if tensor is None or not tensor.untyped_storage().data_ptr():
         return [], []
     same: list[Node] = []
     overlapping: list[Node] = []

@@ -39,6 +39,12 @@ class Backend:
 def backend(target: str | None = None, **options: Any) -> Backend:
     """A backend for ``torch.compile(model, backend=qp.backend(target="ascend310p"))``.
 
+    What was prepared from weights holds for their values. On a CPU the contents are compared at each call, so that
+    every change is seen: ``load_state_dict``, ``.data``, NumPy, inference mode. On another device a weight is the same
+    while the tensor object, its memory and its version are; writes through ``tensor.data`` or a pointer (``data_ptr``,
+    DLPack) can't be seen there: write to the parameter itself under ``torch.no_grad()``. Weights made in inference mode
+    on a device have no version, and are taken for inputs; the report says so.
+
     Args:
         target: chip name (``"ascend310p"``, ``"ascend910b"``, ``"ascend910_93"``), SoC name, ``"cpu"``, or None to ask
             the NPU of this machine.

@@ -162,6 +162,13 @@ def _verdicts(gm: GraphModule, weights: StaticInputs, settings: list[Options]) -
 def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **options: Any) -> Report:
     """Rewrite a graph in place.
 
+    The fused graph holds its own weights, as they are now: what fused operators compute with is copied or prepared, and
+    leaves the state dict. ``load_state_dict`` with one of these raises, for a graph module and for every module that
+    the program makes (also where ``strict=False``); after ``torch.export.save`` and ``load`` only a strict one does.
+    What can't be seen: in-place writes and ``.data`` to the model that a program was exported from. They reach the
+    parts that were not fused, as in any exported program, and no fused operator. To change weights, load them into the
+    model, export it and fuse it again.
+
     Args:
         graph: an ATen-level ``GraphModule`` (from ``torch.export(...).module()``, PT2E's ``convert_pt2e``,
             ``make_fx``) or an ``ExportedProgram``.

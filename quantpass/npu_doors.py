@@ -112,6 +112,11 @@ def npu_backend(
     to FRACTAL_NZ (in place: the parameters change their storage, not their values). With torchair's default mode the
     fused operators become GE operators; in its ``reduce-overhead`` and ``npugraph_ex`` modes the vendor's aclnn calls.
 
+    Weights that change are noticed as long as the tensor object, its memory or its version does: new parameters,
+    ``.data =``, ``load_state_dict``, in-place operators. Writes through ``tensor.data`` or a pointer (``data_ptr``,
+    DLPack) can't be seen on a device. Weights made in inference mode there have no version: they are taken for inputs,
+    nothing is prepared of them, and the report says so; load weights under ``torch.no_grad()`` instead.
+
     Args:
         compiler_config: ``torchair.CompilerConfig``; None for torchair's defaults. Its own
             ``post_grad_custom_pre_pass`` runs afterwards, on the fused graph.
@@ -170,7 +175,9 @@ def register(config: Any, target: str | None = None, **options: Any) -> Registra
     Only ``config.post_grad_custom_pre_pass`` is set. A hook that is there already is kept and runs first, on the graph
     that it was written for; one that ``register`` put there is replaced. A hook sees no weights, only their shapes:
     plain spellings are read symbolically, nothing is prepared, no weight is cast beforehand. The report says what
-    :func:`npu_backend` would have gained.
+    :func:`npu_backend` would have gained. So weights may change in any way, as far as torchair itself follows (its
+    frozen parameters and captured graphs); only tensors that are constants of the graph itself are read when compiling,
+    and a later write to those can't be seen.
 
     Args:
         config: ``torchair.CompilerConfig``, or npugraph_ex's.
@@ -219,7 +226,9 @@ def npugraph_ex_options(
 
     The fused operators are the vendor's aclnn calls, and no format cast is ever part of the graph (it would abort the
     capture): a weight is used in the format that it has. To have weights in FRACTAL_NZ, cast the parameters before
-    compiling, or use :func:`npu_backend` with ``compiler_config.mode = "reduce-overhead"``.
+    compiling, or use :func:`npu_backend` with ``compiler_config.mode = "reduce-overhead"``. Nothing is prepared from
+    weights, which may change as far as npugraph_ex itself follows; only a later write to a tensor that is a constant of
+    the graph itself can't be seen.
 
     Args:
         target: chip or SoC name; None asks the NPU.
