@@ -1,0 +1,544 @@
+"""Planning: every call that is considered computes the site within the bound it states, legal on a chip or not."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from quantpass import expr as ex
+from quantpass.candidates import Candidate
+from quantpass.chips import chip_named
+from quantpass.composition import compositions
+from quantpass.expr import Const
+from quantpass.options import Options
+from quantpass.patterns.affine import Affine
+from quantpass.plan_quant_matmul import quant_matmul_candidates
+from quantpass.plan_weight_quant import weight_quant_candidates
+from quantpass.planning import plan_site
+from quantpass.quant_product import accumulator_problem, product_of
+from quantpass.records import Weight
+from quantpass.sites import find_sites
+from quantpass.writes import writes_of
+from tests.unit.graphs import Traced, evaluate
+
+M, K, N = 5, 64, 32
+TARGETS = ("ascend310p", "ascend910b", "cpu")
+FP19 = 2.0**-10
+STEPS = 2.0**-22
+
+
+def draw(*shape, low=-127, high=127):
+    g = torch.Generator().manual_seed(sum(shape) + high)
+    return torch.randint(low, high + 1, shape, generator=g).to(torch.int8 if high < 128 else torch.uint8)
+
+
+CODES = draw(K, N)
+SCALE = torch.rand(N, generator=torch.Generator().manual_seed(0)) * 0.01 + 0.001
+BIAS = torch.randn(N, generator=torch.Generator().manual_seed(1))
+X = draw(M, K)
+
+
+class Site:
+    """The one site of a traced function, with the values of a run."""
+
+    def __init__(self, function, *inputs, known):
+        self.t = Traced(function, *inputs, known=known)
+        (self.reading,) = find_sites(self.t.graph, self.t.values, self.t.dialects)
+        self.values = self.t.run(*inputs)
+        self.inputs = inputs
+
+    def candidates(self, target, **options):
+        """Everything that planning considers, calls and refusals."""
+        reading, chosen = self.reading, Options(target=target, **options)
+        chip = chip_named(target)
+        assert not reading.rejects, reading.rejects
+        assert isinstance(reading.weight, Weight)
+        prefixes = compositions(reading.node, reading.contraction.product_dtype, reading.epilogue.steps)
+        if reading.contraction.whole:
+            prefixes = [p for p in prefixes if p.length >= len(reading.contraction.own)]
+        found = []
+        if isinstance(reading.activation, Affine):
+            found += quant_matmul_candidates(reading, prefixes, chip, chosen)
+        return [*found, *weight_quant_candidates(reading, prefixes, chip, chosen)]
+
+    def calls(self, target="cpu", **options):
+        return [c for c in self.candidates(target, **options) if isinstance(c, Candidate)]
+
+    def refusals(self, target="cpu", **options):
+        return [c.rule for c in self.candidates(target, **options) if not isinstance(c, Candidate)]
+
+    def plan(self, target="cpu", **options):
+        return plan_site(
+            self.reading,
+            chip_named(target),
+            Options(target=target, **options),
+            writes_of(self.t.graph, self.t.values.mutated),
+        )
+
+    def check(self, target="cpu", **options):
+        """Every call computes what it replaces."""
+        calls = self.calls(target, **options)
+        for c in calls:
+            expected = self.values[c.composition.output]
+            actual = evaluate(c.value, self.values)
+            assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+            assert ex.dtype_of(c.value) == actual.dtype and tuple(ex.shape_of(c.value)) == tuple(actual.shape)
+            self._close(actual, expected, c)
+            if c.int8_codes is not None:
+                codes = evaluate(c.int8_codes, self.values)
+                assert codes.dtype == torch.int8
+                moved = 128 if c.composition.requantize.low >= 0 else 0
+                assert torch.equal(codes.int() + moved, actual.int())
+        return calls
+
+    def _close(self, actual, expected, c):
+        if c.composition.requantize is not None:
+            off = (actual.double() - expected.double()).abs()
+            assert off.max() <= 1 and (off > 0).double().mean() < 0.2
+            return
+        if not actual.is_floating_point():
+            assert torch.equal(actual, expected)
+            return
+        graph = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 1e-5}[expected.dtype]
+        size = expected.double().abs().mean()
+        allowed = (graph + 8 * c.numerics.relative) * size + 2 * c.numerics.absolute
+        assert ((actual.double() - expected.double()).abs() <= 4 * allowed).all()
+
+
+def weight_only(dtype=torch.float16, known=None, **parts):
+    """``x @ ((codes - zero) * scale) + bias`` with the parts that are given."""
+    parts = {"scale": SCALE, **parts}
+    names = list(parts)
+
+    def function(x, *values):
+        p = dict(zip(names, values, strict=True))
+        w = p["codes"].to(x.dtype)
+        if "zero" in p:
+            w = w - p["zero"].to(x.dtype)
+        w = w * p["scale"].to(x.dtype)
+        y = x @ w
+        if "after" in p:
+            y = y * p["after"].to(x.dtype)
+        return y + p["bias"].to(x.dtype) if "bias" in p else y
+
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(3)).to(dtype)
+    return Site(function, x, *parts.values(), known=len(parts) if known is None else known)
+
+
+def integer(after, *more, known=None, x=X, codes=CODES):
+    """``after(int32 product, *more)``."""
+    inputs = (codes, *more)
+    return Site(
+        lambda x, w, *more: after(torch._int_mm(x, w), *more),
+        draw(32, K),
+        *inputs,
+        known=len(inputs) if known is None else known,
+    )
+
+
+def static_w8a8(dtype, zero=0, unsigned=False, bias=BIAS, x_scale=0.03, after=lambda y: y, known=None, w_scale=SCALE):
+    low, high, container = (0, 255, torch.uint8) if unsigned else (-128, 127, torch.int8)
+
+    def function(x, codes, scale, bias):
+        q = ((x / x_scale).round() + zero).clamp(low, high).to(container)
+        real = (q.to(x.dtype) - zero) * x_scale
+        y = real @ (codes.to(x.dtype) * scale.to(x.dtype))
+        return after(y if bias is None else y + bias.to(x.dtype))
+
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(3)).to(dtype)
+    if bias is None:
+        return Site(lambda x, c, s: function(x, c, s, None), x, CODES, w_scale, known=2)
+    return Site(function, x, CODES, w_scale, bias, known=3 if known is None else known)
+
+
+# -- floating activations ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"codes": CODES},
+        {"codes": CODES, "bias": BIAS},
+        {"codes": CODES, "zero": torch.arange(-16.0, 16.0)},
+        {"codes": CODES.clamp(-8, 7), "scale": torch.tensor(0.25)},
+        {"codes": CODES.clamp(0, 15), "bias": BIAS},
+        {"codes": CODES, "after": torch.rand(N) + 0.5, "bias": BIAS},
+        {"codes": CODES, "scale": torch.rand(K, 1).repeat_interleave(N, 1) + 0.01},
+        {"codes": CODES, "scale": (torch.rand(2, N) + 0.01).repeat_interleave(K // 2, 0)},
+        {"codes": CODES.clamp(-8, 7), "scale": (torch.rand(2, N) + 0.01).repeat_interleave(K // 2, 0)},
+    ],
+)
+def test_weight_only(parts, dtype, target):
+    calls = weight_only(dtype, **parts).check(target, allow=("numerics.float16",))
+    along_k = parts.get("scale", SCALE).shape == (K, N) and parts["scale"][0, 0] != parts["scale"][1, 0]
+    assert bool(calls) == (not along_k or dtype != torch.bfloat16)  # where one more rounding of x is too much
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit"), [(torch.float16, 2.0**-10), (torch.bfloat16, 2.0**-8), (torch.float32, 2.0**-23)]
+)
+def test_the_bound_of_an_exact_call(dtype, unit):
+    """Two roundings of each product, and a float32 sum over K."""
+    scale = torch.full((N,), 0.25)
+    (call, *_) = weight_only(dtype, codes=CODES, scale=scale).calls()
+    assert call.numerics == dataclasses.replace(
+        call.numerics, kind="exact", relative=unit + K * 2.0**-24, absolute=0.0, of_x=0.0, why=()
+    )
+
+
+def test_what_a_rounded_bias_may_change():
+    """A float32 bias of a float16 site: half a unit at its size, and nothing where it is a float16 number."""
+    (call, *_) = [
+        c for c in weight_only(torch.float16, codes=CODES, bias=BIAS.half()).calls() if c.composition.addend is not None
+    ]
+    assert call.numerics.absolute == 0.0
+
+
+def test_int4_codes_are_moved_with_their_zero_point():
+    for low, high in ((0, 15), (-7, 8), (3, 12), (-15, 0)):
+        site = weight_only(codes=draw(K, N, low=0, high=high - low) + low)
+        int4 = [c for c in site.check("ascend910b") if "weight packed as int4" in c.fixups]
+        assert int4 and all(c.call.args["antiquant_offset"] is not None for c in int4), (low, high)
+    wide = weight_only(codes=draw(K, N, low=0, high=16).to(torch.int8))
+    assert not [c for c in wide.calls("ascend910b") if "weight packed as int4" in c.fixups]
+    plain = weight_only(codes=draw(K, N, low=-8, high=7))
+    assert all(
+        c.call.args["antiquant_offset"] is None
+        for c in plain.check("ascend910b")
+        if "weight packed as int4" in c.fixups
+    )
+
+
+def test_int4_by_group_where_each_group_is_narrow():
+    codes = draw(K, N, low=0, high=15)
+    codes[K // 2 :] += 50
+    scale = (torch.rand(2, N) + 0.01).repeat_interleave(K // 2, 0)
+    calls = weight_only(codes=codes, scale=scale).check("ascend910b")
+    assert any("weight packed as int4" in c.fixups for c in calls)
+    # not for one scale for each column, which no tool packs that way
+    assert not any("weight packed as int4" in c.fixups for c in weight_only(codes=codes).check("ascend910b"))
+
+
+def test_a_width_that_int4_can_not_be_packed_in():
+    odd = draw(K, 12, low=-8, high=7)
+    calls = weight_only(codes=odd, scale=SCALE[:12]).check("cpu")
+    packed = [c for c in calls if "weight packed as int4" in c.fixups]
+    assert all(c.call.args["weight"].transposed for c in packed)
+
+
+def test_float32_in_float16_only_where_allowed():
+    site = weight_only(torch.float32, codes=CODES)
+    assert {c.call.args["x"].dtype for c in site.calls("ascend910b")} == {torch.float32}
+    assert "numerics.float16" in site.refusals("ascend910b")
+    allowed = site.calls("ascend910b", allow=("numerics.float16",))
+    assert {c.call.args["x"].dtype for c in allowed} == {torch.float32, torch.float16}
+    assert "numerics.float16" not in site.refusals("ascend910b", allow=("numerics.float16",))
+    (half, *_) = [c for c in allowed if c.call.args["x"].dtype == torch.float16]
+    assert half.numerics.kind == "bounded" and half.numerics.absolute > 0
+
+
+def test_float64_is_refused():
+    assert weight_only(torch.float64, codes=CODES).refusals() == ["wqmm.x.dtype"]
+
+
+def test_a_weight_along_k_goes_onto_x():
+    rows = torch.linspace(0.1, 1, K)[:, None] * SCALE
+    site = weight_only(torch.float32, codes=CODES, scale=rows)
+    (call, *_) = site.check()
+    assert "the weight's scale along K moved onto x" in call.fixups and call.numerics.kind == "bounded"
+    assert call.numerics.absolute > 0
+
+
+def test_parameters_known_at_run_time():
+    x_dtype = torch.float16
+    site = weight_only(x_dtype, known=0, codes=CODES, scale=SCALE.half(), bias=BIAS.half())
+    assert site.check("cpu")
+    assert weight_only(x_dtype, known=0, codes=CODES, scale=SCALE.half(), after=SCALE.half()).check("cpu")
+
+
+def test_a_scale_that_float16_can_not_hold():
+    """Where the graph multiplies after the matmul, in float32 it holds."""
+    tiny = torch.full((N,), 1e-9)
+    site = weight_only(torch.float32, codes=CODES, scale=tiny)
+    assert "wqmm.scale.value" in site.refusals("ascend910b", allow=("numerics.float16",))
+    assert site.check("cpu")
+
+
+def test_a_bias_that_float16_can_not_hold():
+    site = weight_only(torch.float32, codes=CODES, bias=torch.full((N,), 1e5))
+    assert "wqmm.bias.value" in site.refusals("ascend910b", allow=("numerics.float16",))
+    assert "wqmm.bias.value" not in site.refusals("ascend910b")
+
+
+# -- quantized activations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("numerics", ["strict", "vendor"])
+@pytest.mark.parametrize(
+    ("after", "more"),
+    [
+        (lambda y: y, ()),
+        (lambda y: y.float(), ()),
+        (lambda y, s: y.float() * s, (SCALE,)),
+        (lambda y, s: y.float() * s * 0.5, (SCALE,)),
+        (lambda y, s: y.float() * s + 1.0, (SCALE,)),
+        (lambda y, s, r: y.float() * s * r, (SCALE, torch.rand(32, 1))),
+        (lambda y, s, r, b: y.float() * s * r + b, (SCALE, torch.rand(32, 1), BIAS)),
+        (lambda y, s: (y.float() * s).half(), (SCALE,)),
+        (lambda y, s: (y.float() * s).bfloat16(), (SCALE,)),
+        (lambda y, s, b: (y.float() * s + b).half(), (SCALE, BIAS)),
+        (lambda y, s, b: (y.float() * s).half() + b, (SCALE, BIAS.half())),
+        (lambda y, b, s: (y + b).float() * s, (draw(N).int(), SCALE)),
+        (lambda y, s: (y.float() * (s * 10)).round().clamp(-128, 127).to(torch.int8), (SCALE / 100,)),
+        (lambda y, s: ((y.float() * s).round() + 128).clamp(0, 255).to(torch.uint8), (SCALE / 10,)),
+        (lambda y, s: (y.float() * s).relu().round().clamp(0, 255).to(torch.uint8), (SCALE / 10,)),
+    ],
+)
+def test_integer_products(after, more, numerics, target):
+    calls = integer(after, *more).check(target, numerics=numerics)
+    assert calls
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("arguments", [
+    {}, {"bias": None}, {"zero": 7}, {"zero": 128, "unsigned": True}, {"zero": 7, "bias": None}, {"x_scale": 0.5},
+])  # fmt: skip
+def test_static_w8a8(dtype, arguments, target):
+    calls = static_w8a8(dtype, **arguments).check(target, allow=("numerics.float16",))
+    assert {c.call.op for c in calls} >= {"npu_quant_matmul"}
+
+
+def test_strict_keeps_the_roundings_of_an_integer_graph():
+    """float32 * columns * rows in another order is a shorter epilogue only."""
+    reordered = integer(lambda y, s, r: y.float() * r * s, SCALE, torch.rand(32, 1))
+    assert max(c.composition.length for c in reordered.calls() if c.call.op == "npu_quant_matmul") == 2
+    assert max(c.composition.length for c in reordered.calls(numerics="vendor")) == 3
+
+
+def test_bounds_of_the_words():
+    site = static_w8a8(torch.float16)
+    word = next(c for c in site.calls() if c.call.args["scale"].dtype == torch.int64)
+    assert word.numerics.relative == STEPS + FP19
+    assert word.numerics.absolute == pytest.approx(float(SCALE.half().max()) * 0.03 / 2, rel=1e-3)
+    assert "bias rounded to int32" in word.fixups
+    float32 = next(c for c in static_w8a8(torch.float32).calls() if c.call.args["output_dtype"] == torch.float32)
+    assert float32.numerics.relative == STEPS and float32.numerics.kind == "exact"
+    half = next(
+        c
+        for c in static_w8a8(torch.float32).calls(allow=("numerics.float16",))
+        if c.call.args["output_dtype"] == torch.float16
+    )
+    assert half.numerics.relative == STEPS + FP19 + 2.0**-11
+    assert half.numerics.absolute > torch.finfo(torch.float16).smallest_normal
+
+
+def test_float32_results_come_from_the_accumulator_too():
+    calls = static_w8a8(torch.float32, zero=7).check()
+    scaled = [c for c in calls if "int32 result, scaled in float32 in the graph" in c.fixups]
+    assert scaled and all(c.call.args["pertoken_scale"] is None for c in scaled)
+    assert all(c.call.args["output_dtype"] == torch.int32 for c in scaled)
+
+
+@pytest.mark.parametrize(
+    ("requantize", "rule"),
+    [
+        (lambda y: y.round().clamp(-127, 127).to(torch.int8), "qmm.requantize.range"),
+        (lambda y: y.round().clamp(-128, 126).to(torch.int8), "qmm.requantize.range"),
+        (lambda y: y.round().clamp(0, 254).to(torch.uint8), "qmm.requantize.range"),
+        (lambda y: (y.round() + 200).clamp(-128, 127).to(torch.int8), "qmm.requantize.zero_point"),
+        (lambda y: (y.round() - 1).clamp(0, 255).to(torch.uint8), "qmm.requantize.zero_point"),
+        (lambda y: y.relu().round().clamp(-128, 127).to(torch.int8), "qmm.requantize.relu"),
+    ],
+)
+def test_quantized_results_that_the_operator_can_not_give(requantize, rule):
+    site = static_w8a8(torch.float32, bias=None, after=lambda y: requantize(y * 10))
+    assert rule in site.refusals()
+    assert all(c.composition.requantize is None for c in site.check())
+
+
+@pytest.mark.parametrize(
+    "requantize",
+    [
+        lambda y: y.round().clamp(-128, 127).to(torch.int8),
+        lambda y: (y.round() - 128).clamp(-128, 127).to(torch.int8),
+        lambda y: (y.round() + 127).clamp(-128, 127).to(torch.int8),
+        lambda y: y.round().clamp(0, 255).to(torch.uint8),
+        lambda y: (y.round() + 255).clamp(0, 255).to(torch.uint8),
+        lambda y: y.relu().round().clamp(0, 255).to(torch.uint8),
+        lambda y: y.round().clamp(-128, 127),
+    ],
+)
+@pytest.mark.parametrize("bias", [None, BIAS])
+def test_quantized_results(requantize, bias):
+    site = static_w8a8(torch.float32, bias=bias, after=lambda y: requantize(y * 10))
+    assert any(c.composition.requantize is not None for c in site.check())
+
+
+def test_a_quantized_result_with_a_scale_for_each_row():
+    site = integer(
+        lambda y, s, r: (y.float() * s * r).round().clamp(-128, 127).to(torch.int8), SCALE, torch.rand(32, 1)
+    )
+    assert "qmm.requantize.pertoken" in site.refusals(numerics="vendor")
+
+
+@pytest.mark.parametrize(
+    ("number", "rule"),
+    [(2.0**-127, True), (2.0**-126, False), (2.0**126, False), (2.0**127, True), (float("inf"), True)],
+)
+def test_scales_that_a_word_can_not_hold(number, rule):
+    scale = torch.full((N,), 1.0)
+    scale[3] = number
+    site = integer(lambda y, s: (y.float() * s).half(), scale)
+    assert ("qmm.scale.value" in site.refusals(numerics="vendor")) == rule
+
+
+def test_a_bias_that_does_not_fit_the_accumulator():
+    reach = 127 * 128 * K  # of codes in [-128, 127] and a weight's in [-127, 127]
+    room = 2**31 - 1 - reach
+    for bias, fits in ((room, True), (room + 1, False), (-room, True), (-room - 1, False)):
+        added = torch.full((N,), float(bias), dtype=torch.float64)
+        site = static_w8a8(torch.float16, bias=None)
+        reading = site.reading
+        product = compositions(reading.node, reading.contraction.product_dtype, reading.epilogue.steps)[0]
+        p = product_of(reading.activation, reading.weight, product)
+        assert p.reach == 128 * 127 * K
+        assert (accumulator_problem(p, Const(added), {}) is None) == fits, bias
+
+
+# -- what the operator has no term for ---------------------------------------------------------------------------------
+
+
+def w8a8(x_of, w_of, *inputs, known=2):
+    return Site(lambda x, *more: x_of(x, *more) @ w_of(*more), X, *inputs, known=known)
+
+
+@pytest.mark.parametrize(
+    ("x_of", "w_of", "more", "rule"),
+    [
+        (lambda x, w, s: x.half(), lambda w, s: (w.half() - 3) * s.half(), SCALE, "qmm.weight.zero_point"),
+        (
+            lambda x, w, s: x.half(),
+            lambda w, s: w.half() * s.half()[:, None],
+            torch.rand(K) + 0.01,
+            "qmm.weight.k_scale",
+        ),
+        (
+            lambda x, w, s: x.half(),
+            lambda w, s: w.half() * s.half().repeat_interleave(K // 2, 0),
+            torch.rand(2, N) * 0.01 + 0.001,
+            "qmm.weight.group",
+        ),
+        (
+            lambda x, w, s: x.half() * s.half(),
+            lambda w, s: w.half() * 0.5,
+            torch.rand(K) + 0.01,
+            "qmm.activation.scale",
+        ),
+        (
+            lambda x, w, s: x.half() - s.half(),
+            lambda w, s: w.half() * 0.5,
+            torch.arange(M).float()[:, None],
+            "qmm.activation.zero_point",
+        ),
+    ],
+)
+def test_what_the_operator_has_no_term_for(x_of, w_of, more, rule):
+    site = w8a8(x_of, w_of, CODES, more)
+    assert rule in site.refusals()
+    assert {c.call.op for c in site.check()} <= {"npu_weight_quant_batchmatmul"}
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
+def test_the_longest_epilogue_wins():
+    site = weight_only(torch.float16, codes=CODES, after=torch.rand(N) + 0.5, bias=BIAS.half())
+    plan = site.plan("ascend910b").plan
+    assert plan.output is site.t.result
+    assert plan.op == "npu_weight_quant_batchmatmul"
+
+
+def test_why_a_weight_stays_in_nd():
+    site = weight_only(torch.float16, codes=CODES)
+    assert site.plan("ascend910b", nz="never").plan.nd_reason == "nz='never'"
+    assert site.plan("ascend310p").plan.nd_reason == ""
+    assert site.plan("ascend310p").plan.weight_format == "NZ"
+    runtime = weight_only(torch.float16, known=0, codes=CODES, scale=SCALE.half())
+    plan = runtime.plan("ascend910b").plan
+    assert plan.weight_format == "NZ" or plan.nd_reason
+
+
+def test_nothing_fits():
+    site = integer(lambda y: y)
+    planned = site.plan("ascend310p")
+    assert (planned.plan is None) == bool(planned.rejects)
+
+
+def test_a_write_in_between():
+    def function(x, codes, scale):
+        y = x @ (codes.half() * scale.half())
+        x.add_(1.0)
+        return y * 2.0
+
+    t = Traced(function, torch.randn(M, K).half(), CODES, SCALE, known=2)
+    readings = list(find_sites(t.graph, t.values, t.dialects))
+    chip, options = chip_named("cpu"), Options(target="cpu")
+    planned = plan_site(readings[0], chip, options, writes_of(t.graph, t.values.mutated))
+    assert planned.plan is None or planned.plan.output is readings[0].node
+
+
+def test_leftovers_of_addmm_are_added_behind():
+    """A bias that varies along the rows stays in the graph, with its multiples."""
+    x, rows = torch.randn(M, K).half(), torch.rand(M, 1).half()
+
+    def function(x, rows, codes, scale):
+        return torch.addmm(rows, x, codes.half() * scale.half(), alpha=0.5, beta=3)
+
+    site = Site(function, x, rows, CODES, SCALE, known=2)
+    plan = site.plan("cpu").plan
+    actual, expected = evaluate(plan.value, site.values), site.values[plan.output]
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_convolutions():
+    x, kernel = torch.randn(2, K, 3, 4).half(), CODES.t().reshape(N, K, 1, 1).contiguous()
+    site = Site(
+        lambda x, w, s, b: F.conv2d(x, w.half() * s.half(), b.half()),
+        x,
+        kernel,
+        SCALE.reshape(N, 1, 1, 1),
+        BIAS,
+        known=3,
+    )
+    assert site.check("cpu")
+
+
+def test_weights_on_the_left():
+    x = torch.randn(K, M).half()
+    site = Site(lambda x, w, s: (w.half() * s.half()) @ x, x, CODES.t().contiguous(), SCALE[:, None], known=2)
+    (call, *_) = site.check("cpu")
+    assert call.value is not None
+
+
+def test_batches_of_rows():
+    x = torch.randn(2, 3, K).half()
+    site = Site(lambda x, w, s, b: F.linear(x, (w.half() * s.half()).t()) + b.half(), x, CODES, SCALE, BIAS, known=3)
+    assert any("x flattened to 2-D" in c.fixups for c in site.check("cpu")) or site.reading.x is not None
+
+
+def test_attention_of_two_quantized_operands():
+    q, k = draw(2, M, K), draw(2, N, K)
+    site = Site(lambda q, k: (q.half() * 0.02) @ (k.half() * 0.01).transpose(-1, -2), q, k, known=0)
+    assert site.check("cpu")
+    assert "wqmm.weight.rank" in site.refusals("cpu")
+    rows = Site(
+        lambda q, k, r: (q.half() * r) @ (k.half() * 0.01).transpose(-1, -2), q, k, torch.rand(2, M, 1).half(), known=0
+    )
+    assert "qmm.batched.rows" in rows.refusals("cpu")
+    zero = Site(lambda q, k: (q.half() - 3) @ (k.half() * 0.01).transpose(-1, -2), q, k, known=0)
+    assert "qmm.activation.zero_point" in zero.refusals("cpu")
