@@ -33,9 +33,17 @@ def draw(*shape, low=-127, high=127):
     return torch.randint(low, high + 1, shape, generator=g).to(torch.int8 if high < 128 else torch.uint8)
 
 
+def rand(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def randn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
 CODES = draw(K, N)
-SCALE = torch.rand(N, generator=torch.Generator().manual_seed(0)) * 0.01 + 0.001
-BIAS = torch.randn(N, generator=torch.Generator().manual_seed(1))
+SCALE = rand(N) * 0.01 + 0.001
+BIAS = randn(N)
 X = draw(M, K)
 
 
@@ -122,7 +130,7 @@ def weight_only(dtype=torch.float16, known=None, **parts):
             y = y * p["after"].to(x.dtype)
         return y + p["bias"].to(x.dtype) if "bias" in p else y
 
-    x = torch.randn(M, K, generator=torch.Generator().manual_seed(3)).to(dtype)
+    x = randn(M, K).to(dtype)
     return Site(function, x, *parts.values(), known=len(parts) if known is None else known)
 
 
@@ -146,7 +154,7 @@ def static_w8a8(dtype, zero=0, unsigned=False, bias=BIAS, x_scale=0.03, after=la
         y = real @ (codes.to(x.dtype) * scale.to(x.dtype))
         return after(y if bias is None else y + bias.to(x.dtype))
 
-    x = torch.randn(M, K, generator=torch.Generator().manual_seed(3)).to(dtype)
+    x = randn(M, K).to(dtype)
     if bias is None:
         return Site(lambda x, c, s: function(x, c, s, None), x, CODES, w_scale, known=2)
     return Site(function, x, CODES, w_scale, bias, known=3 if known is None else known)
@@ -165,10 +173,10 @@ def static_w8a8(dtype, zero=0, unsigned=False, bias=BIAS, x_scale=0.03, after=la
         {"codes": CODES, "zero": torch.arange(-16.0, 16.0)},
         {"codes": CODES.clamp(-8, 7), "scale": torch.tensor(0.25)},
         {"codes": CODES.clamp(0, 15), "bias": BIAS},
-        {"codes": CODES, "after": torch.rand(N) + 0.5, "bias": BIAS},
-        {"codes": CODES, "scale": torch.rand(K, 1).repeat_interleave(N, 1) + 0.01},
-        {"codes": CODES, "scale": (torch.rand(2, N) + 0.01).repeat_interleave(K // 2, 0)},
-        {"codes": CODES.clamp(-8, 7), "scale": (torch.rand(2, N) + 0.01).repeat_interleave(K // 2, 0)},
+        {"codes": CODES, "after": rand(N) + 0.5, "bias": BIAS},
+        {"codes": CODES, "scale": rand(K, 1).repeat_interleave(N, 1) + 0.01},
+        {"codes": CODES, "scale": (rand(2, N) + 0.01).repeat_interleave(K // 2, 0)},
+        {"codes": CODES.clamp(-8, 7), "scale": (rand(2, N) + 0.01).repeat_interleave(K // 2, 0)},
     ],
 )
 def test_weight_only(parts, dtype, target):
@@ -215,7 +223,7 @@ def test_int4_codes_are_moved_with_their_zero_point():
 def test_int4_by_group_where_each_group_is_narrow():
     codes = draw(K, N, low=0, high=15)
     codes[K // 2 :] += 50
-    scale = (torch.rand(2, N) + 0.01).repeat_interleave(K // 2, 0)
+    scale = (rand(2, N) + 0.01).repeat_interleave(K // 2, 0)
     calls = weight_only(codes=codes, scale=scale).check("ascend910b")
     assert any("weight packed as int4" in c.fixups for c in calls)
     # not for one scale for each column, which no tool packs that way
@@ -286,8 +294,8 @@ def test_a_bias_that_float16_can_not_hold():
         (lambda y, s: y.float() * s, (SCALE,)),
         (lambda y, s: y.float() * s * 0.5, (SCALE,)),
         (lambda y, s: y.float() * s + 1.0, (SCALE,)),
-        (lambda y, s, r: y.float() * s * r, (SCALE, torch.rand(32, 1))),
-        (lambda y, s, r, b: y.float() * s * r + b, (SCALE, torch.rand(32, 1), BIAS)),
+        (lambda y, s, r: y.float() * s * r, (SCALE, rand(32, 1))),
+        (lambda y, s, r, b: y.float() * s * r + b, (SCALE, rand(32, 1), BIAS)),
         (lambda y, s: (y.float() * s).half(), (SCALE,)),
         (lambda y, s: (y.float() * s).bfloat16(), (SCALE,)),
         (lambda y, s, b: (y.float() * s + b).half(), (SCALE, BIAS)),
@@ -315,7 +323,7 @@ def test_static_w8a8(dtype, arguments, target):
 
 def test_strict_keeps_the_roundings_of_an_integer_graph():
     """float32 * columns * rows in another order is a shorter epilogue only."""
-    reordered = integer(lambda y, s, r: y.float() * r * s, SCALE, torch.rand(32, 1))
+    reordered = integer(lambda y, s, r: y.float() * r * s, SCALE, rand(32, 1))
     assert max(c.composition.length for c in reordered.calls() if c.call.op == "npu_quant_matmul") == 2
     assert max(c.composition.length for c in reordered.calls(numerics="vendor")) == 3
 
@@ -380,9 +388,7 @@ def test_quantized_results(requantize, bias):
 
 
 def test_a_quantized_result_with_a_scale_for_each_row():
-    site = integer(
-        lambda y, s, r: (y.float() * s * r).round().clamp(-128, 127).to(torch.int8), SCALE, torch.rand(32, 1)
-    )
+    site = integer(lambda y, s, r: (y.float() * s * r).round().clamp(-128, 127).to(torch.int8), SCALE, rand(32, 1))
     assert "qmm.requantize.pertoken" in site.refusals(numerics="vendor")
 
 
@@ -420,28 +426,28 @@ def w8a8(x_of, w_of, *inputs, known=2):
 @pytest.mark.parametrize(
     ("x_of", "w_of", "more", "rule"),
     [
-        (lambda x, w, s: x.half(), lambda w, s: (w.half() - 3) * s.half(), SCALE, "qmm.weight.zero_point"),
+        (lambda x, w, s: x.float(), lambda w, s: (w.float() - 3) * s.float(), SCALE, "qmm.weight.zero_point"),
         (
-            lambda x, w, s: x.half(),
-            lambda w, s: w.half() * s.half()[:, None],
-            torch.rand(K) + 0.01,
+            lambda x, w, s: x.float(),
+            lambda w, s: w.float() * s.float()[:, None],
+            rand(K) + 0.01,
             "qmm.weight.k_scale",
         ),
         (
-            lambda x, w, s: x.half(),
-            lambda w, s: w.half() * s.half().repeat_interleave(K // 2, 0),
-            torch.rand(2, N) * 0.01 + 0.001,
+            lambda x, w, s: x.float(),
+            lambda w, s: w.float() * s.float().repeat_interleave(K // 2, 0),
+            rand(2, N) * 0.01 + 0.001,
             "qmm.weight.group",
         ),
         (
-            lambda x, w, s: x.half() * s.half(),
-            lambda w, s: w.half() * 0.5,
-            torch.rand(K) + 0.01,
+            lambda x, w, s: x.float() * s.float(),
+            lambda w, s: w.float() * 0.5,
+            rand(K) + 0.01,
             "qmm.activation.scale",
         ),
         (
-            lambda x, w, s: x.half() - s.half(),
-            lambda w, s: w.half() * 0.5,
+            lambda x, w, s: x.float() - s.float(),
+            lambda w, s: w.float() * 0.5,
             torch.arange(M).float()[:, None],
             "qmm.activation.zero_point",
         ),
@@ -457,7 +463,7 @@ def test_what_the_operator_has_no_term_for(x_of, w_of, more, rule):
 
 
 def test_the_longest_epilogue_wins():
-    site = weight_only(torch.float16, codes=CODES, after=torch.rand(N) + 0.5, bias=BIAS.half())
+    site = weight_only(torch.float16, codes=CODES, after=rand(N) + 0.5, bias=BIAS.half())
     plan = site.plan("ascend910b").plan
     assert plan.output is site.t.result
     assert plan.op == "npu_weight_quant_batchmatmul"
@@ -485,7 +491,7 @@ def test_a_write_in_between():
         x.add_(1.0)
         return y * 2.0
 
-    t = Traced(function, torch.randn(M, K).half(), CODES, SCALE, known=2)
+    t = Traced(function, randn(M, K).half(), CODES, SCALE, known=2)
     readings = list(find_sites(t.graph, t.values, t.dialects))
     chip, options = chip_named("cpu"), Options(target="cpu")
     planned = plan_site(readings[0], chip, options, writes_of(t.graph, t.values.mutated))
@@ -494,7 +500,7 @@ def test_a_write_in_between():
 
 def test_leftovers_of_addmm_are_added_behind():
     """A bias that varies along the rows stays in the graph, with its multiples."""
-    x, rows = torch.randn(M, K).half(), torch.rand(M, 1).half()
+    x, rows = randn(M, K).half(), rand(M, 1).half()
 
     def function(x, rows, codes, scale):
         return torch.addmm(rows, x, codes.half() * scale.half(), alpha=0.5, beta=3)
@@ -506,7 +512,7 @@ def test_leftovers_of_addmm_are_added_behind():
 
 
 def test_convolutions():
-    x, kernel = torch.randn(2, K, 3, 4).half(), CODES.t().reshape(N, K, 1, 1).contiguous()
+    x, kernel = randn(2, K, 3, 4).half(), CODES.t().reshape(N, K, 1, 1).contiguous()
     site = Site(
         lambda x, w, s, b: F.conv2d(x, w.half() * s.half(), b.half()),
         x,
@@ -519,14 +525,14 @@ def test_convolutions():
 
 
 def test_weights_on_the_left():
-    x = torch.randn(K, M).half()
+    x = randn(K, M).half()
     site = Site(lambda x, w, s: (w.half() * s.half()) @ x, x, CODES.t().contiguous(), SCALE[:, None], known=2)
     (call, *_) = site.check("cpu")
     assert call.value is not None
 
 
 def test_batches_of_rows():
-    x = torch.randn(2, 3, K).half()
+    x = randn(2, 3, K).half()
     site = Site(lambda x, w, s, b: F.linear(x, (w.half() * s.half()).t()) + b.half(), x, CODES, SCALE, BIAS, known=3)
     assert any("x flattened to 2-D" in c.fixups for c in site.check("cpu")) or site.reading.x is not None
 
@@ -537,7 +543,7 @@ def test_attention_of_two_quantized_operands():
     assert site.check("cpu")
     assert "wqmm.weight.rank" in site.refusals("cpu")
     rows = Site(
-        lambda q, k, r: (q.half() * r) @ (k.half() * 0.01).transpose(-1, -2), q, k, torch.rand(2, M, 1).half(), known=0
+        lambda q, k, r: (q.half() * r) @ (k.half() * 0.01).transpose(-1, -2), q, k, rand(2, M, 1).half(), known=0
     )
     assert "qmm.batched.rows" in rows.refusals("cpu")
     zero = Site(lambda q, k: (q.half() - 3) @ (k.half() * 0.01).transpose(-1, -2), q, k, known=0)
