@@ -162,6 +162,10 @@ class AffineReader:
         """Read the value of ``node``."""
         return self._memo(node)
 
+    def dequantizes(self, node: Node) -> bool:
+        """True for a named operator that returns a dequantized value."""
+        return self._dequantizers.get(node.target) is not None  # type: ignore[call-overload]
+
     def movement(self, node: Node) -> Movement | None:
         return movement_of(self._movements, node)
 

@@ -15,6 +15,7 @@ from torch.fx import Node
 from quantpass import expr as ex
 from quantpass.expr import Call, Const, Expr, Recentred, Ref
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.evidence import is_readable, judged
 from quantpass.patterns.proof import FLOAT32, is_rebuilt
 from quantpass.patterns.terms import Term
 from quantpass.patterns.weights_by_value import Operand, weight_by_value
@@ -41,13 +42,16 @@ def read_weight(
         one = node  # a matrix for each batch
     operand = Operand(one, transposed, matrix)
     if operand not in reader.weights:
-        reader.weights[operand] = _read(reader, operand)
+        reader.weights[operand] = judged(reader, operand.node, _read(reader, operand))
     found: Weight | NotAffine = reader.weights[operand]
     return found
 
 
 def _read(reader: AffineReader, operand: Operand) -> Weight | NotAffine:
-    if has_no_elements(operand.node.meta["val"].shape):
+    fake = operand.node.meta["val"]
+    if not is_readable(fake):
+        return NotAffine(f"a {fake.dtype} tensor" if fake.layout == torch.strided else f"a {fake.layout} tensor")
+    if has_no_elements(fake.shape):
         return NotAffine("it has no elements")
     affine = reader.read(operand.node)
     weight = affine if isinstance(affine, NotAffine) else _from_affine(reader.values, affine, operand)
@@ -56,8 +60,15 @@ def _read(reader: AffineReader, operand: Operand) -> Weight | NotAffine:
     if isinstance(weight, Weight) and _is_proved(reader.values, operand, weight):
         low, high = _known_span(weight)
         return replace(weight, low=low, high=high, proved=True)
-    by_value = weight_by_value(reader.values, operand)
+    by_value = _by_value(reader.values, operand)
     return by_value if isinstance(weight, NotAffine) or isinstance(by_value, Weight) else _unproved(operand.node)
+
+
+def _by_value(values: StaticValues, operand: Operand) -> Weight | NotAffine:
+    try:
+        return weight_by_value(values, operand)
+    except Exception as error:  # whatever some operator of the graph raises when it is run by itself
+        return NotAffine(f"its value can't be computed: {type(error).__name__}: {error}", quantized=True)
 
 
 def _unproved(node: Node) -> NotAffine:

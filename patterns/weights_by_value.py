@@ -121,6 +121,9 @@ def _integer_cuts(node: Node, numel: int) -> Iterator[list[Node]]:
             past.add(n)
             yield [n]
     alone = set(past)
+    for n, fake in _backwards(node):
+        if fake.dtype == torch.bool and fake.numel() == numel:
+            yield [n]
     past.clear()
     for n, fake in _backwards(node, past):
         if fake.numel() * 16 >= numel and _is_whole(n, fake):
@@ -143,18 +146,21 @@ def _holds_codes(node: Node) -> bool:
     if fake.dtype in _INTEGERS:
         return True
     least = fake.numel() if isinstance(fake.numel(), int) else 0
-    return any((t.dtype in _INTEGERS and t.numel() * 16 >= least) or _rounds(n) for n, t in _backwards(node))
+    whole = (*_INTEGERS, torch.bool)
+    return any((t.dtype in whole and t.numel() * 16 >= least) or _rounds(n) for n, t in _backwards(node))
 
 
 def _probe(values: StaticValues, operand: Operand, cuts: list[Node], actual: torch.Tensor, same: float) -> _Line | None:
     """The line through the values at codes 0, 1 and 2, if it explains every element of the actual value."""
-    at = []
-    for code in (0, 1, 2):
+    at, two_levels = [], any(cut.meta["val"].dtype == torch.bool for cut in cuts)
+    for code in (0, 1) if two_levels else (0, 1, 2):
         replaced = {cut: _filled(cut, code) for cut in cuts}
         try:
             at.append(operand.kn(values.widened(operand.node, replaced)))
         except (RuntimeError, IndexError):
             return None
+    if two_levels:
+        at.append(2 * at[1] - at[0])
     intercept = at[0]
     slope, codes = torch.empty_like(actual), torch.empty_like(actual)
     for rows in rows_at_a_time(*actual.shape):
@@ -183,6 +189,7 @@ def _from_line(
 ) -> Weight | NotAffine:
     """The weight that the operators take, put together again and compared with the operand: the last step."""
     k, n = line.codes.shape
+    line = _symmetric(line)
     flat = line.slope == 0
     zero = torch.where(flat, 0.0, -line.intercept / torch.where(flat, 1.0, line.slope))
     if bool((line.intercept != 0)[flat].any()):
@@ -217,6 +224,13 @@ def _from_line(
     offsets = None if zero_point is None else zero_point.tensor
     proved = is_rebuilt(weight, stored.tensor, scale, offsets, actual, same=same, slope=line.slope)
     return weight if proved else _varies_along_k()
+
+
+def _symmetric(line: _Line) -> _Line:
+    """Binary weights ``-s, s`` with the codes -1 and 1: as 0 and 1 they would need the zero point one half."""
+    binary = bool((2 * line.intercept[:1] == -line.slope[:1]).all()) and bool((2 * line.intercept == -line.slope).all())
+    binary = binary and bool(((line.codes == 0) | (line.codes == 1)).all())
+    return _Line(2 * line.codes - 1, line.slope / 2, torch.zeros_like(line.slope)) if binary else line
 
 
 def _varies_along_k() -> NotAffine:

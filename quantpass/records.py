@@ -131,6 +131,7 @@ class Weight:
         proved: True where the graph's own value was evaluated and compared with this reading.
         k_order: the rows of ``codes`` are those of the operand in this order, ``(K,)`` int64; None for their own.
         k_scale: the rows are to be multiplied by this as well, ``(K,)`` float64, at most 1; None for none.
+        quantized: False for a matrix of small integers that nothing shows to be a quantized weight.
 
     ``codes`` with more than two dimensions is an operand that is computed when the graph runs, a matrix for each batch.
     """
@@ -147,6 +148,7 @@ class Weight:
     proved: bool
     k_order: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None
+    quantized: bool = True
 
 
 @dataclass(frozen=True, slots=True)

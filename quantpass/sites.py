@@ -17,6 +17,7 @@ from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, read_contraction
 from quantpass.patterns.derived import EXPERTS, Found
 from quantpass.patterns.epilogues import Epilogue, read_epilogue
+from quantpass.patterns.evidence import is_evident_activation
 from quantpass.patterns.integers import Range
 from quantpass.patterns.net import Net
 from quantpass.patterns.weights import matrix_node, read_weight
@@ -120,7 +121,7 @@ def _read_site(
         behind = net.behind(found)
         weight = behind if behind is not None and (not weight.quantized or behind.rule == EXPERTS) else weight
     x, activation = _activation(reader, found)
-    if not _is_quantized(weight) and not _is_quantized(activation):
+    if not _is_quantized(weight) and not is_evident_activation(reader, found.lhs, activation):
         return None
     rejects = tuple(_reading_rejects(reader, found, weight))
     epilogue = read_epilogue(reader, dialects.steps, found) if not rejects else None
@@ -172,7 +173,7 @@ def _activation(reader: AffineReader, c: Contraction) -> tuple[Expr, Affine | No
 
 
 def _is_quantized(read: Affine | Weight | NotAffine) -> bool:
-    return not isinstance(read, NotAffine) or read.quantized
+    return isinstance(read, Affine) or read.quantized
 
 
 def _reading_rejects(reader: AffineReader, c: Contraction, weight: Weight | NotAffine) -> Iterator[Reject]:

@@ -158,7 +158,8 @@ class StaticValues:
         return target._schema.name in _KEEPS_UNIFORM and target is not aten.view.dtype
 
     def _find_uniform(self, node: Node) -> float | None:
-        if node in self.mutated:
+        fake = node.meta.get("val")
+        if node in self.mutated or (isinstance(fake, torch.Tensor) and not _holds_numbers(fake)):
             return None
         if node.op == "call_function" and isinstance(node.target, OpOverload):
             name = node.target._schema.name
@@ -230,6 +231,12 @@ class StaticValues:
         if wide is None or not isinstance(n.target, OpOverload):
             return n.target(*args, **kwargs)  # type: ignore[operator]
         return _run_wide(n, args, kwargs, wide)
+
+
+def _holds_numbers(fake: torch.Tensor) -> bool:
+    """True for real numbers (and booleans) that PyTorch computes with: not complex, not quantized, not float8."""
+    exotic = fake.dtype.is_complex or fake.is_quantized or fake.layout != torch.strided
+    return not exotic and (fake.dtype.itemsize > 1 or fake.dtype in (torch.int8, torch.uint8, torch.bool))
 
 
 def _on_cpu(argument: Any) -> Any:
