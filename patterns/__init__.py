@@ -21,6 +21,7 @@ from quantpass.patterns import (
     movement,
     quantized_decomposed,
     quanto,
+    quark,
     torchao_affine,
 )
 from quantpass.patterns.dialect import Dialect
@@ -34,6 +35,7 @@ KNOWN = (
     quantized_decomposed.dialect,
     torchao_affine.dialect,
     quanto.dialect,
+    quark.dialect,
     bitsandbytes.dialect,
     ascend.dialect,
 )

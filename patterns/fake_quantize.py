@@ -40,7 +40,7 @@ def _per_tensor(
 ) -> Affine | NotAffine:
     shape = tuple(node.meta["val"].shape)
     terms = (reader.along(scale, shape, None), reader.along(zero_point, shape, None))
-    return _fake_quantized(reader, node, self, *terms, quant_min, quant_max)
+    return fake_quantized(reader, node, self, *terms, quant_min, quant_max)
 
 
 def _per_tensor_if_enabled(
@@ -74,12 +74,23 @@ def _per_channel(
 ) -> Affine | NotAffine:
     shape = tuple(node.meta["val"].shape)
     terms = (reader.along(scale, shape, axis), reader.along(zero_point, shape, axis))
-    return _fake_quantized(reader, node, self, *terms, quant_min, quant_max)
+    return fake_quantized(reader, node, self, *terms, quant_min, quant_max)
 
 
-def _fake_quantized(
+def fake_quantized(
     reader: AffineReader, node: Node, x: Any, scale: Term | None, zero: Term | None, low: int, high: int
 ) -> Affine | NotAffine:
+    """``x`` quantized to ``[low, high]`` in float32 and dequantized; its codes are computed anew.
+
+    Args:
+        reader: what the graph is read with.
+        node: the operator that does both.
+        x: its input.
+        scale: along a dimension of the value, or for all of it; None where it could not be read.
+        zero: likewise.
+        low: smallest code.
+        high: largest code.
+    """
     if not isinstance(x, Node) or scale is None or zero is None or scale.constant is None or zero.constant is None:
         return NotAffine("a fake quantization whose scale or zero point is not known when compiling", quantized=True)
     shape = tuple(node.meta["val"].shape)

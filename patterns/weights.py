@@ -61,6 +61,8 @@ def _read(reader: AffineReader, operand: Operand) -> Weight | NotAffine:
         low, high = _known_span(weight)
         return replace(weight, low=low, high=high, proved=True)
     by_value = _by_value(reader.values, operand)
+    if isinstance(weight, NotAffine) and weight.quantized and not by_value.quantized:
+        return weight  # a named operator says more than its values do
     return by_value if isinstance(weight, NotAffine) or isinstance(by_value, Weight) else _unproved(operand.node)
 
 

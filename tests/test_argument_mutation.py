@@ -24,6 +24,7 @@ from tests.spellings import all_spellings, with_values
 
 CANNOT_RUN_HERE = {
     "quanto::qbytes_mm": "optimum-quanto is not installed",
+    "quark::scaled_fake_quantize": "amd-quark is not installed; tests/test_quark.py has a stand-in",
     "bitsandbytes::int8_vectorwise_dequant": "bitsandbytes is not installed",
     "bitsandbytes::int8_scaled_mm": "bitsandbytes is not installed",
     "bitsandbytes::int8_linear_matmul": "bitsandbytes is not installed",
