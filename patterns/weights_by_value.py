@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from quantpass.expr import Const
 from quantpass.patterns.affine import NotAffine
+from quantpass.patterns.folded import looks_dequantized
 from quantpass.patterns.proof import FLOAT32, FLOAT64, TOLERANCE, is_rebuilt, rows_at_a_time
 from quantpass.records import Weight
 from quantpass.static_values import StaticValues
@@ -341,32 +342,3 @@ def _stored_codes(values: StaticValues, cuts: list[Node], codes: torch.Tensor) -
         if value.shape == codes.shape and torch.equal(value, codes):
             return Const(value, leaf, leaf.name), False
     return Const(codes.t().contiguous(), label=leaf.name), True
-
-
-# -- weights that were dequantized too early -----------------------------------------------------------------------
-
-_ROWS_LOOKED_AT = 4
-_SEGMENTS = (None, 128, 32)
-"""How much of a column to look at: all of K, or the beginning that one group would cover."""
-
-
-def looks_dequantized(matrix: torch.Tensor) -> bool:
-    """True where columns of a float ``(K, N)`` matrix take few values on a regular grid, as only codes do."""
-    k, n = matrix.shape
-    if not matrix.dtype.is_floating_point or k < 32 or n == 0:
-        return False
-    columns = matrix[:, :: max(1, n // _ROWS_LOOKED_AT)][:, :_ROWS_LOOKED_AT].t().double()
-    eps = torch.finfo(matrix.dtype).eps
-    return any(all(_on_a_grid(c[:size], eps) for c in columns) for size in _SEGMENTS if size is None or size < k)
-
-
-def _on_a_grid(values: torch.Tensor, eps: float) -> bool:
-    distinct = torch.unique(values)
-    if not 8 <= len(distinct) <= 256 or len(distinct) > 0.75 * len(values):
-        return False
-    gaps = distinct[1:] - distinct[:-1]
-    step = gaps[gaps > 4 * eps * distinct.abs().max()].min() if bool((gaps > 0).any()) else gaps.max()
-    levels = (distinct / step).abs()
-    if float(levels.max()) > 256:
-        return False
-    return bool(((levels - levels.round()).abs() <= 0.02 + levels * eps).all())
