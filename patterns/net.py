@@ -106,7 +106,7 @@ class Net:
         if fake.dim() < 2 or 0 in fake.shape or not self._made_of_integers(node, fake.numel()):
             return False
         read = read_weight(self._reader, node, transposed=False)
-        return not isinstance(read, NotAffine) or (read.quantized and read.rule in _CERTAIN)
+        return read.quantized and (not isinstance(read, NotAffine) or read.rule in _CERTAIN)
 
     def _made_of_integers(self, node: Node, numel: int) -> bool:
         seen, todo = {node}, [node]

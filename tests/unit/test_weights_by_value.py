@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantpass.patterns import weights_by_value
 from quantpass.patterns.affine import NotAffine
 from quantpass.patterns.weights_by_value import Operand, looks_dequantized, shifted_by_group, weight_by_value
 from quantpass.records import Weight
@@ -309,23 +308,3 @@ def test_what_is_too_little_to_tell():
     assert not looks_dequantized(dequantized()[:, :0])
     assert not looks_dequantized((dequantized() * 100).round().to(torch.int32))
     assert not looks_dequantized(torch.randn(256, 8).sign())
-
-
-def test_a_grid_has_between_8_and_256_steps():
-    on_a_grid = weights_by_value._on_a_grid
-    eps = torch.finfo(torch.float32).eps
-
-    def steps(count, times=4):
-        return torch.arange(count).double().repeat(times) * 0.3
-
-    assert on_a_grid(steps(8), eps) and not on_a_grid(steps(7), eps)
-    assert on_a_grid(steps(256), eps) and not on_a_grid(steps(257), eps)
-    # more distinct values than three quarters of all of them
-    assert on_a_grid(torch.cat([torch.arange(12), torch.zeros(4)]).double(), eps)
-    assert not on_a_grid(torch.cat([torch.arange(13), torch.zeros(3)]).double(), eps)
-    # few values, far apart
-    assert not on_a_grid(torch.cat([torch.arange(8), torch.tensor([300])]).double().repeat(4), eps)
-    # few values, on no grid
-    assert not on_a_grid((torch.arange(9).double() ** 2).sqrt().add(torch.rand(9)).repeat(4), eps)
-    # gaps of rounding errors are no steps
-    assert on_a_grid(torch.cat([steps(20), steps(20) + 1e-8]), eps)
