@@ -61,7 +61,8 @@ def _read(reader: AffineReader, operand: Operand) -> Weight | NotAffine:
         low, high = _known_span(weight)
         return replace(weight, low=low, high=high, proved=True)
     by_value = _by_value(reader.values, operand)
-    if isinstance(weight, NotAffine) and weight.quantized and not by_value.quantized:
+    float_values = isinstance(by_value, NotAffine) and (not by_value.quantized or by_value.rule == "read.weight.folded")
+    if isinstance(weight, NotAffine) and weight.quantized and float_values:
         return weight  # a named operator says more than its values do
     return by_value if isinstance(weight, NotAffine) or isinstance(by_value, Weight) else _unproved(operand.node)
 
