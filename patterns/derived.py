@@ -132,12 +132,20 @@ class DerivedWeights:
     Args:
         reader: what the graph's nodes are read with.
         is_weight: tells whether a static node is a quantized weight.
+        is_mask: tells whether a placeholder or attribute is known to hold zeros and ones only.
         known: tells whether an operator is in one of the tables.
     """
 
-    def __init__(self, reader: AffineReader, is_weight: Callable[[Node], bool], known: Callable[[Any], bool]) -> None:
+    def __init__(
+        self,
+        reader: AffineReader,
+        is_weight: Callable[[Node], bool],
+        is_mask: Callable[[Node], bool],
+        known: Callable[[Any], bool],
+    ) -> None:
         self._reader = reader
         self._is_weight = is_weight
+        self._is_mask = is_mask
         self._known = known
         self._memo: dict[Node, Found | None] = {}
 
@@ -170,7 +178,7 @@ class DerivedWeights:
         if n.op in ("placeholder", "get_attr"):
             if fake.dtype in _WORDS:
                 return Found("raw", n, n), []
-            stored = fake.dtype in _CODES or self._given(n)
+            stored = (fake.dtype in _CODES and not self._is_mask(n)) or self._given(n)
             return (Found("plain", n, n) if stored else None), []
         if n.op != "call_function":
             return None, []

@@ -20,6 +20,7 @@ from quantpass.patterns.derived import DerivedWeights, Found
 from quantpass.patterns.unread import higher_order, unread_contraction
 from quantpass.patterns.weights import read_weight
 from quantpass.records import Reject
+from quantpass.torch_internals import FakeTensor
 
 _STORED = (torch.int8, torch.uint8, torch.int16, torch.int32)
 _CERTAIN = ("read.weight", "read.weight.along_k", "read.weight.batched", "read.weight.bits")
@@ -43,7 +44,8 @@ class Net:
     def __init__(self, reader: AffineReader, dialects: Dialects) -> None:
         self._reader = reader
         self._dialects = dialects
-        self._derived = DerivedWeights(reader, self._is_weight, self._known)
+        self._derived = DerivedWeights(reader, self._is_weight, self._is_mask, self._known)
+        self._masks: dict[Node, bool] = {}
 
     def unread(self, node: Node, *, looked_into: bool) -> NoContraction | None:
         """``node`` as a matmul that is not read, or as an operator that nobody knows.
@@ -95,6 +97,8 @@ class Net:
             stored = static or operand.op in ("placeholder", "get_attr") or self._derived.is_stored(read.codes)
             if found.weights_only and not (stored and operand.meta["val"].dim() >= 2):
                 return False
+            if static and not self._made_of_integers(operand, operand.meta["val"].numel()):
+                return False
             return bool(read.factors) or (found.codes and not found.weights_only)
         if read.quantized:
             return not found.weights_only or static or operand.op == "placeholder"
@@ -114,7 +118,7 @@ class Net:
             n = todo.pop()
             fake = n.meta.get("val")
             if isinstance(fake, torch.Tensor):
-                leaf = n.op in ("placeholder", "get_attr") and fake.dtype in _STORED
+                leaf = n.op in ("placeholder", "get_attr") and fake.dtype in _STORED and not self._is_mask(n)
                 if (leaf or _rounds(n)) and fake.numel() * 16 >= numel:
                     return True
             fresh = [i for i in n.all_input_nodes if i not in seen]
@@ -122,8 +126,21 @@ class Net:
             todo.extend(fresh)
         return False
 
+    def _is_mask(self, leaf: Node) -> bool:
+        """True for a known tensor of zeros and ones: adjacency, permutation, one-hot matrices of float models."""
+        if leaf not in self._masks:
+            held = self._reader.values.leaf(leaf)
+            self._masks[leaf] = (
+                held is not None and held.device.type != "meta" and bool(((held == 0) | (held == 1)).all())
+            )
+        return self._masks[leaf]
+
     def _known(self, target: Any) -> bool:
         return any(table.get(target) is not None for table in self._dialects.tables)
+
+
+def _only_bits(held: torch.Tensor) -> bool:
+    return not held.is_meta and not isinstance(held, FakeTensor) and bool(((held == 0) | (held == 1)).all())
 
 
 def _rounds(n: Node) -> bool:

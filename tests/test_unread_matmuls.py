@@ -38,6 +38,7 @@ def model(function):
         function, c=codes(N, K), s=floats(N, 1) * 1e-2, ec=codes(E, N, K), es=floats(E, N, 1) * 1e-2,
         k3=codes(8, 4, 3, 3), patches=codes(8, 4, 4, 4), grouped=codes(8, 2, 1, 1), one=codes(8, 4, 1, 1),
         back=codes(4, 8, 1, 1), ks=floats(8, 1, 1, 1) * 1e-2, f=floats(N, K), fk=floats(8, 4, 3, 3), fs=floats(E, N, K),
+        bits=(floats(N, K) > 0).to(torch.uint8),
     )  # fmt: skip
 
 
@@ -154,6 +155,10 @@ FLOAT = {
     "3x3 of bytes": (lambda m, i: F.conv2d(i.float() / 255, m.fk), torch.zeros(2, 4, 8, 8, dtype=torch.uint8)),
     "attention": (lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v), *qkv),
     "gathered experts": (lambda m, a, i: m.fs[i] @ a, floats(3, K, 1), ids),
+    "zeros and ones, weighted": (lambda m, a, e: (m.bits.float() * e) @ a, floats(K, 5), floats(N, K)),
+    "zeros and ones, weighted as they are": (lambda m, a, e: (m.bits * e) @ a, floats(K, 5), floats(N, K)),
+    "zeros and ones, mv": (lambda m, v: torch.mv(m.bits.float(), v), floats(K)),
+    "zeros and ones, returned": (lambda m, a: (a + 1, m.bits.float()), x),
     "rotary": (
         lambda m, q, k, p: (q * (p.float() @ m.f[:1, :16]).cos()) @ (k * (p.float() @ m.f[:1, :16]).sin()).mT,
         *qkv[:2], torch.arange(8, dtype=torch.int32)[:, None],
