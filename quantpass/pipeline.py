@@ -209,7 +209,8 @@ def _site(
         reading=reading.text,
         before=before,
         after=after,
-        key=keys[reading.node],
+        # A body may be called several times in one graph.
+        key=(key, reading.body) if (key := keys[reading.node]) is not None and reading.body else key,
     )
 
 

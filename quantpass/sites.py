@@ -44,6 +44,7 @@ class Reading:
         text: what was read, in words.
         rejects: why the site can't be fused whatever the target.
         ranges: what the graph guarantees of the integers in the activation's zero point.
+        body: the graph of a higher-order operator that it lies in, or empty.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Reading:
     text: str
     rejects: tuple[Reject, ...] = ()
     ranges: Mapping[Node, Range] = field(default_factory=dict)
+    body: str = ""
 
 
 def find_sites(
@@ -103,7 +105,9 @@ def _sites_of_body(reader: AffineReader, dialects: Dialects, body: Body) -> Iter
     """A body is read like a graph, but left as it is: it may be called several times, with other values."""
     values = StaticValues(body.graph, body.leaves(reader))
     for reading in find_sites(body.graph, values, dialects, body.given(reader)):
-        yield replace(reading, name=f"{body.name}.{reading.name}", rejects=reading.rejects or (body.reject(),))
+        path = f"{body.name}.{reading.body}" if reading.body else body.name
+        rejects = reading.rejects or (body.reject(),)
+        yield replace(reading, name=f"{body.name}.{reading.name}", rejects=rejects, body=path)
 
 
 def _read_site(
