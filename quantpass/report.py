@@ -143,11 +143,21 @@ class Report:
             yield "Quantized weights that no graph shows:"
         for sign in self.hidden:
             yield f"  - {sign}"
-        if self.notes:
+        notes = [*self.notes, *self._of_plans()]
+        if notes:
             yield ""
             yield "Notes:"
-        for note in self.notes:
+        for note in notes:
             yield f"  - {note}"
+
+    def _of_plans(self) -> Iterator[str]:
+        """What the plans of fused sites say of themselves, each remark once."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for s in self.sites:
+            for note in s.plan.notes if s.plan is not None else ():
+                found.setdefault((s.target, note), []).append(s.name)
+        for (target, note), names in found.items():
+            yield f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} on {target}: {note}"
 
     def diff(self) -> str:
         """The difference between the graphs before and after the rewrite, one hunk list a graph."""

@@ -32,6 +32,7 @@ def fused(f, *args, target, **options):
     (site,) = report.sites
     assert torch.equal(actual.isfinite(), wanted.isfinite()), report
     assert torch.equal(actual.isnan(), wanted.isnan())
+    assert all(note in str(report) for note in (site.plan.notes if site.fused else ()))
     return actual.double(), wanted.double(), site
 
 
