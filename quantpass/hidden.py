@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quantpass.site_keys import Token, origins
+from quantpass.site_keys import Token
 from quantpass.torch_internals import graph_breaks, is_wrapper_subclass
 
 _CODES = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -25,6 +25,7 @@ _FEW = 16
 _SCALE = re.compile(r"scale|absmax|scb$|_step|step_size", re.IGNORECASE)
 _ZERO = re.compile(r"zero|offset|amax$|quant_min", re.IGNORECASE)
 
+_MATMULS = frozenset(f"aten::{n}" for n in ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "_int_mm"))
 _LOOKUPS = frozenset(
     f"aten::{n}" for n in ("embedding", "embedding_bag", "index", "index_select", "gather", "select", "convolution")
 )
@@ -169,11 +170,27 @@ class Watch:
 
 
 def weights_behind(gm: GraphModule, sites: Collection[Node], leaves: Mapping[Node, torch.Tensor]) -> frozenset[Token]:
-    """The weights that a graph's sites (and its lookups and convolutions, which are no matmuls) are computed from."""
-    found = origins(gm.graph, leaves)
-    seen = [*sites, *(n for n in gm.graph.nodes if _schema_name(n) in _LOOKUPS)]
-    nodes = {leaf for n in seen for i in n.all_input_nodes for leaf in found.get(i) or ()}
-    return frozenset(Token(leaves[n]) for n in nodes)
+    """The weights that a graph's sites (and its lookups and convolutions, which are no matmuls) are computed from.
+
+    Also where something known at run time only was added to one. What lies behind another matmul is that one's.
+    """
+    ends = {*sites, *(n for n in gm.graph.nodes if _schema_name(n) in _LOOKUPS)}
+    todo = [i for n in ends for i in n.all_input_nodes]
+    seen: set[Node] = set()
+    while todo:
+        node = todo.pop()
+        if node in seen or node in ends or _multiplies(node):
+            continue
+        seen.add(node)
+        todo.extend(node.all_input_nodes)
+    return frozenset(Token(leaves[n]) for n in seen if n in leaves)
+
+
+def _multiplies(node: Node) -> bool:
+    """True for a matmul of floats and for a tool's own operator, which may be one."""
+    name = _schema_name(node)
+    known = ("aten::", "prims::", "quantized_decomposed::", "torchao::")
+    return name in _MATMULS or bool(name and not name.startswith(known))
 
 
 def _schema_name(node: Node) -> str:

@@ -203,6 +203,26 @@ def test_weights_of_torchao_in_and_out_of_sight():
         half.require()
 
 
+def test_a_weight_that_is_changed_at_run_time_has_its_line_and_is_not_hidden():
+    class Adapted(WeightOnly):
+        def forward(self, x, b):
+            w = self.codes.to(x.dtype) * self.scale
+            return nn.functional.linear(x, w + b @ b.t()[:64, :64], self.bias)
+
+    model = Adapted(64, 64)
+    report = qp.explain(model, (X, torch.randn(64, 2).half()), target="ascend910b")
+    assert (report.fused, report.total) == (0, 1)
+    assert report.hidden == ()
+
+
+def test_a_hidden_layer_before_a_seen_one_is_still_hidden():
+    """What the second layer multiplies was computed by the first one, which no graph shows."""
+    model = nn.Sequential(OutOfSight(), nn.Tanh(), WeightOnly(64, 64), nn.Tanh(), OutOfSight())
+    report = qp.explain(model, (X,), target="ascend910b")
+    assert (report.fused, report.total) == (1, 1)
+    assert report.hidden[0].startswith("2 OutOfSight")
+
+
 class Floats(nn.Module):
     """A float model with what looks a little like quantization."""
 
