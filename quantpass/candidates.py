@@ -56,6 +56,7 @@ class Candidate:
         numerics: its contract.
         fixups: what was changed to make it legal, in words.
         int8_codes: where ``value`` is a uint8 tensor made from int8 codes, those codes.
+        int8_shift: how much greater than those the codes of ``value`` are.
     """
 
     call: OpCall
@@ -65,6 +66,7 @@ class Candidate:
     numerics: Numerics
     fixups: tuple[str, ...] = ()
     int8_codes: Expr | None = None
+    int8_shift: int = 0
 
 
 def weight_layouts(weight: Weight, chip: Chip, op: str, options: Options, *, int4: bool) -> Iterator[LaidOut]:

@@ -332,7 +332,9 @@ def _emit(
     if word and p.addend is not None:
         fixups.append("bias rounded to int32")
     numerics = _numerics(p, word, in_half=in_half)
-    return Candidate(OpCall(QMM, options.mode, specs), c, value, laid_out.format, numerics, tuple(fixups), int8_codes)
+    return Candidate(
+        OpCall(QMM, options.mode, specs), c, value, laid_out.format, numerics, tuple(fixups), int8_codes, shift
+    )
 
 
 def _scale_word(scale: Expr, offset: float) -> Expr:

@@ -163,6 +163,7 @@ def _as_plan(
         weight_format=candidate.weight_format,
         notes=tuple(notes),
         int8_codes=candidate.int8_codes,
+        int8_shift=candidate.int8_shift,
     )
 
 

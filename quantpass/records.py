@@ -164,6 +164,7 @@ class Plan:
         weight_format: ``"ND"`` or ``"NZ"``.
         notes: what else is worth knowing (what stayed outside, what was assumed).
         int8_codes: where ``value`` is a uint8 tensor made from int8 codes, those codes: the next site reads them.
+        int8_shift: how much greater than those the codes of ``value`` are.
         nd_reason: where the weight stays in ND, why.
     """
 
@@ -175,6 +176,7 @@ class Plan:
     weight_format: str
     notes: tuple[str, ...] = ()
     int8_codes: Expr | None = None
+    int8_shift: int = 0
     nd_reason: str = ""
 
     def __str__(self) -> str:

@@ -124,7 +124,7 @@ class Rewriter:
         self._replaced[plan.output] = value
         value.meta["quantpass_replaces"] = plan.output.name
         if plan.output in self._int8_twins:
-            self._int8_twins[plan.output].meta["quantpass_codes_of"] = plan.output.name
+            self._int8_twins[plan.output].meta["quantpass_codes_of"] = (plan.output.name, plan.int8_shift)
         consumed = self._erase_dead(plan.output)
         return "\n".join(consumed), after
 

@@ -304,11 +304,11 @@ class _Forced(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        replaced, codes_of = n.meta.get("quantpass_replaces"), n.meta.get("quantpass_codes_of")
+        replaced, (codes_of, shift) = n.meta.get("quantpass_replaces"), n.meta.get("quantpass_codes_of", (None, 0))
         if codes_of in self._expected:
-            # The next site reads the int8 codes; the uint8 ones that the graph has are 128 more.
-            self.found.setdefault(codes_of, value.to(torch.int16) + 128)
-            return (self._expected[codes_of].to(torch.int16) - 128).to(torch.int8)
+            # The next site reads the int8 codes; the graph has uint8 ones, or keeps them in another container.
+            self.found.setdefault(codes_of, value.to(torch.int16) + shift)
+            return (self._expected[codes_of].to(torch.int16) - shift).to(torch.int8)
         if replaced not in self._expected:
             return value
         self.found.setdefault(replaced, value)
