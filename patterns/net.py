@@ -60,8 +60,10 @@ class Net:
         """Weights that a graph dequantizes and returns: whoever multiplies by them is not in the graph."""
         for node in output.all_input_nodes:
             fake = node.meta.get("val")
-            alone = node.op == "call_function" and len(node.users) == 1 and isinstance(fake, torch.Tensor)
-            if alone and fake.dtype.is_floating_point and self._reader.values.is_static(node) and self._is_weight(node):
+            if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or len(node.users) != 1:
+                continue
+            static = node.op == "call_function" and self._reader.values.is_static(node)
+            if static and self._is_weight(node):
                 found = f"the graph dequantizes a weight {list(fake.shape)} and returns it ({node.name})"
                 want = "the dequantization in one graph with the matmul"
                 yield node, Reject("read.weight.returned", found, want, _BREAK_HINT)

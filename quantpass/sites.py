@@ -15,11 +15,12 @@ from quantpass.expr import Expr, Ref
 from quantpass.patterns import Dialects
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, read_contraction
-from quantpass.patterns.derived import EXPERTS, Found
+from quantpass.patterns.derived import Found
 from quantpass.patterns.epilogues import Epilogue, read_epilogue
 from quantpass.patterns.evidence import is_evident_activation
 from quantpass.patterns.integers import Range
 from quantpass.patterns.net import Net
+from quantpass.patterns.unread import EXPERTS
 from quantpass.patterns.weights import matrix_node, read_weight
 from quantpass.records import Reject, Weight
 from quantpass.schema import op_name
