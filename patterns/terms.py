@@ -130,7 +130,7 @@ def term_of(values: StaticValues, value: Any, shape: Sequence[Any]) -> Term | No
 
 def _unexpanded(node: Node) -> Node:
     """The source of a broadcast made explicit: ``expand`` adds nothing that broadcasting would not."""
-    while node.op == "call_function" and node.target is aten.expand.default:
+    while node.target is aten.expand.default:
         source = node.args[0]
         if not isinstance(source, Node) or source.meta["val"].dim() != node.meta["val"].dim():
             break
