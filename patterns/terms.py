@@ -16,6 +16,7 @@ from torch.fx import Node
 from quantpass import expr as ex
 from quantpass.expr import Const, Expr
 from quantpass.patterns.movement import Movement
+from quantpass.schema import bind
 from quantpass.static_values import StaticValues
 from quantpass.symbolic import is_one, same_size
 
@@ -130,9 +131,9 @@ def term_of(values: StaticValues, value: Any, shape: Sequence[Any]) -> Term | No
 
 def _unexpanded(node: Node) -> Node:
     """The source of a broadcast made explicit: ``expand`` adds nothing that broadcasting would not."""
-    while node.target is aten.expand.default:
-        source = node.args[0]
-        if not isinstance(source, Node) or source.meta["val"].dim() != node.meta["val"].dim():
+    while node.op == "call_function" and node.target is aten.expand.default:
+        source = bind(node)["self"]
+        if source.meta["val"].dim() != node.meta["val"].dim():
             break
         node = source
     return node

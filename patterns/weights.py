@@ -20,6 +20,7 @@ from quantpass.patterns.proof import FLOAT32, is_rebuilt
 from quantpass.patterns.terms import Term
 from quantpass.patterns.weights_by_value import Operand, weight_by_value
 from quantpass.records import Weight
+from quantpass.schema import bind
 from quantpass.static_values import StaticValues
 from quantpass.symbolic import elements, has_no_elements, is_one, same_shape, same_size
 
@@ -81,7 +82,6 @@ def _unproved(node: Node) -> NotAffine:
 def matrix_node(node: Node) -> Node:
     """The 2-D tensor behind a weight that is repeated along leading dimensions."""
     while node.op == "call_function" and node.meta["val"].dim() > 2:
-        source = node.args[0]
         repeats = node.target in (
             aten.expand.default,
             aten.unsqueeze.default,
@@ -89,8 +89,9 @@ def matrix_node(node: Node) -> Node:
             aten._unsafe_view.default,
             aten.reshape.default,
         )
-        if not repeats or not isinstance(source, Node):
+        if not repeats:
             break
+        source = bind(node)["self"]
         before, after = source.meta["val"], node.meta["val"]
         same_matrix = before.dim() >= 2 and same_shape(before.shape[-2:], after.shape[-2:])
         leads = elements(before.shape[:-2]), elements(after.shape[:-2])

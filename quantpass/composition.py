@@ -204,8 +204,7 @@ def _fold_clamp(c: Composition, step: Step, before: torch.dtype) -> Composition 
     if low > high:
         return None
     # Codes may stay in a float tensor; once they are bounded, that is a place to stop as well.
-    bounded = math.isfinite(low) and math.isfinite(high)
-    return replace(c, requantize=Requantize(q.zero_point, low, high), complete=bounded)
+    return replace(c, requantize=Requantize(q.zero_point, low, high), complete=math.isfinite(low + high))
 
 
 def _fold_quantize(c: Composition, step: Step, before: torch.dtype) -> Composition | None:

@@ -8,6 +8,7 @@ import torch
 
 from quantpass.lowering.standin_cann import StandinError, ensure_standins
 from quantpass.lowering.standin_process import TorchairProcess
+from tests.fuzz.running import Fuzz
 
 pytest_plugins = ["tests.skips"]
 
@@ -47,3 +48,14 @@ def torchair():
         pytest.skip(str(error))
     with TorchairProcess() as process:
         yield process
+
+
+@pytest.fixture
+def fuzz(capsys):
+    """Draws cases and counts what became of them; the counts are shown."""
+
+    def say(text):
+        with capsys.disabled():
+            print(f"\n{text}")
+
+    return Fuzz(say)

@@ -4,8 +4,12 @@ The oracle knows nothing of how the pass reads graphs: it runs the *unfused* gra
 integer codes, and every small parameter, is taken as the graph computes it; from the codes on the arithmetic is done in
 float64. Beside each value runs its magnitude ``S = sum_k |x_k * w_kn| + |bias_n|``, which the stated bounds are
 relative to. Where the graph rounds a result again, an interval is carried on.
+
+What is not finite is judged exactly: an infinity stays that infinity and what is not a number stays so, but for what
+docs/semantics.md says of saturating chips, of float16 overflow inside of the graph, and of codes that are not numbers.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +27,11 @@ from quantpass.torch_internals import fill_in_values
 
 HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
+SATURATES = {"ascend310p"}
+"""Chips where float16 overflow of a fused operator gives the largest finite number (docs/semantics.md, section 1)."""
+
 CONTRACTIONS = {
+    *("aten.mv", "aten.addmv", "aten.addbmm"),
     *("aten.mm", "aten.mm.dtype", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.matmul", "aten.linear"),
     *("aten._int_mm", "aten.convolution", "aten.conv1d", "aten.conv2d", "aten._weight_int8pack_mm", "out_dtype"),
     *("aten._weight_int4pack_mm_for_cpu", "aten.einsum", "aten._weight_int4pack_mm", "aten._dyn_quant_matmul_4bit"),
@@ -53,19 +61,26 @@ class Judged:
 
 @dataclass
 class Value:
-    """``v`` in float64 (or the graph's integers); ``mag`` only behind a matmul; ``low``/``high`` only behind a rounding."""
+    """``v`` in float64 (or the graph's integers); ``mag`` only behind a matmul; ``low``/``high`` only behind a rounding.
+
+    ``held`` is ``v`` where every matmul's own infinities are limited to float16's largest number.
+    """
 
     v: Any
     tainted: bool = False
     mag: torch.Tensor | None = None
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
+    held: torch.Tensor | None = None
 
 
-def traced(f, *args):
-    """``f`` as an ATen graph; tensors that ``f`` closes over become attributes, so their values are known."""
+def traced(f, *args, sizes="fake", pre_dispatch=False):
+    """``f`` as an ATen graph; tensors that ``f`` closes over become attributes, so their values are known.
+
+    ``sizes="symbolic"`` leaves the sizes of ``args`` unknown; ``pre_dispatch`` keeps composite operators, as export does.
+    """
     with torch.no_grad():
-        return make_fx(f, tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
+        return make_fx(f, tracing_mode=sizes, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(*args)
 
 
 class _Recorder(Interpreter):
@@ -85,13 +100,14 @@ def judge(gm, args, *, target="cpu", **options) -> Judged:
         with torch.no_grad():
             torch.manual_seed(0)
             native_out = recorder.run(*_cloned(args))
-            _run_on_fakes(gm, args)
+            if not all("val" in n.meta for n in gm.graph.nodes if n.op == "call_function"):
+                _run_on_fakes(gm, args)
     except Exception:
         return Judged("dropped")
     fill_in_values(gm)
     if any(isinstance(t, torch.Tensor) and t.device.type != "cpu" for t in _flat(native_out)):
         return Judged("dropped")
-    if any(_shape(n.meta.get("val")) != _shape(recorder.env[n]) for n in gm.graph.nodes if n.op == "call_function"):
+    if any(_other_shape(n.meta.get("val"), recorder.env[n]) for n in gm.graph.nodes if n.op == "call_function"):
         return Judged("dropped")  # an operator that was called in a way that its own shape function does not know
     fused = copied(gm)
     try:
@@ -109,7 +125,10 @@ def judge(gm, args, *, target="cpu", **options) -> Judged:
         raise Wrong(f"the fused graph does not run: {type(error).__name__}: {error}\n{fused.graph}") from error
     if not report.fused:
         return Judged("refused", report, rules=rules)
-    checker = _Checker(gm, recorder.env, report, fused)
+    loose = [s for s in report.sites if s.fused and not math.isfinite(s.numerics.absolute + s.numerics.relative)]
+    if loose:
+        raise Wrong(f"no finite bound is stated: {loose[0].numerics}\n{gm.graph}\n{report}")
+    checker = _Checker(gm, recorder.env, report, fused, saturates=target in SATURATES)
     try:
         worst = checker.check(_flat(native_out), _flat(actual_out))
     except Wrong as error:
@@ -137,8 +156,11 @@ def _is_random(node):
     return bind(node).get("train", True) is not False
 
 
-def _shape(t):
-    return tuple(t.shape) if isinstance(t, torch.Tensor) else None
+def _other_shape(expected, t):
+    if not isinstance(expected, torch.Tensor) or not isinstance(t, torch.Tensor):
+        return isinstance(expected, torch.Tensor) != isinstance(t, torch.Tensor)
+    sizes = zip(expected.shape, t.shape, strict=False)
+    return expected.dim() != t.dim() or any(isinstance(a, int) and a != b for a, b in sizes)
 
 
 def _flat(out):
@@ -150,14 +172,14 @@ def wide(t):
 
 
 class _Checker:
-    def __init__(self, gm, native, report, fused):
-        self.gm, self.native, self.report = gm, native, report
+    def __init__(self, gm, native, report, fused, *, saturates=False):
+        self.gm, self.native, self.report, self.saturates = gm, native, report, saturates
         self.values: dict[Any, Value] = {}
         self.sites = [s for s in report.sites if s.fused]
         self.relative = sum(s.numerics.relative for s in self.sites)
-        # A bound in units of a scale that only the run knows is infinite as a number: a hundredth of S stands for it.
-        known = [s.numerics.absolute for s in self.sites if s.numerics.absolute != float("inf")]
-        self.absolute, self.relative = sum(known), self.relative + 0.01 * (len(known) < len(self.sites))
+        self.absolute = sum(s.numerics.absolute for s in self.sites)
+        self.odd_codes = False  # a code in front of a matmul is not a number, and no integer either
+        self.endless = False  # an operand of a matmul is infinite somewhere
         self.outputs = {s.plan.output.name for s in self.sites}
         self.left = {n.name for n in fused.graph.nodes}
         self.added = [n for n in fused.graph.nodes if n.name not in {m.name for m in gm.graph.nodes}]
@@ -216,8 +238,10 @@ class _Checker:
         floating = native.is_floating_point()
         if not behind:
             if FAKE_QUANT in name:
+                self.odd_codes |= any(bool(wide(self.native[i]).isnan().any()) for i in node.all_input_nodes)
                 return Value(self._fake_quantized(node), tainted=True)
             if name in ROUNDS or not floating:
+                self.odd_codes |= floating and bool(native.isnan().any())
                 return Value(wide(native), tainted=native.dtype != torch.bool)
             if not any(i.tainted for i in inputs):
                 return Value(wide(native))
@@ -237,7 +261,10 @@ class _Checker:
             return self._interval(node, native)
         self._count_rounding(node, native, name)
         v = wide(native) if not native.is_floating_point() else self._run(node, lambda i: i.v, native)
-        return Value(v, True, self._magnitude(node, name, v))
+        held = None
+        if self.saturates and native.is_floating_point():
+            held = self._run(node, lambda i: i.v if i.held is None else i.held, native)
+        return Value(v, True, self._magnitude(node, name, v), held=held)
 
     def _magnitude(self, node, name, v):
         base = name.split(".")[1] if name.count(".") else name
@@ -259,6 +286,8 @@ class _Checker:
             other = bound["other"]
             by = self.values[other].v.double().abs() if isinstance(other, torch.fx.Node) else abs(other)
             return torch.as_tensor(mag(bound["self"])).double() * mag(other) / by**2
+        if base in ("masked_fill", "where"):
+            return self._run(node, lambda i: i.mag if i.mag is not None else wide_abs(i.v), v).double().abs()
         if base in ("relu", "clamp", "clamp_min", "clamp_max", "neg", "abs", "minimum", "maximum"):
             own = next(mag(i) for i in node.all_input_nodes if self.values[i].mag is not None)
             return torch.maximum(own.expand_as(v), v.double().abs())
@@ -277,14 +306,13 @@ class _Checker:
         bound = bind(node)
         k = self._inner_size(name, bound)
         unfused = node.name in self.left
-        first = next((bound[n] for n in ("mat1", "batch1", "input", "self") if n in bound), None)
-        for operand in (first, *(bound[n] for n in ("mat2", "batch2", "weight", "other") if n in bound)):
-            if (
-                any(s.numerics.of_x for s in self.sites)
-                and isinstance(operand, torch.fx.Node)
-                and self.native[operand].numel()
-            ):
-                x = _mag(self.values[operand])
+        first = next((bound[n] for n in ("mat1", "batch1", "mat", "input", "self") if n in bound), None)
+        for operand in (first, *(bound[n] for n in ("mat2", "batch2", "vec", "weight", "other") if n in bound)):
+            if not isinstance(operand, torch.fx.Node) or not self.native[operand].numel():
+                continue
+            self.endless |= bool(torch.isinf(wide(self.native[operand])).any())
+            if any(s.numerics.of_x for s in self.sites):
+                x = _mag(self.values[operand]).nan_to_num(0.0, posinf=0.0)
                 most = max(float(x.sum(d).max()) for d in range(x.dim()))
                 self.absolute += max(s.numerics.of_x for s in self.sites) * most
         if unfused and native.is_floating_point():
@@ -305,10 +333,23 @@ class _Checker:
         target = torch.ops.aten.mm.default if name in ("aten._int_mm", "aten.mm.dtype") else node.target
         if name == "aten.mm.dtype":
             args, kwargs = args[:2], {}
-        return Value(v, True, target(*args, **kwargs))
+        return Value(v, True, target(*args, **kwargs).abs(), held=self._held(v, bound, name))
+
+    def _held(self, v, bound, name):
+        """``v`` with the product's infinities limited to float16's largest number; an addend's own stay."""
+        if not self.saturates:
+            return None
+        held = v.double().clamp(-65504.0, 65504.0)
+        addend = next((bound[n] for n in ("bias", "self") if isinstance(bound.get(n), torch.fx.Node)), None)
+        if addend is None or not name.startswith(("aten.add", "aten.badd", "aten.linear")):
+            return held
+        added = self.values[addend].v
+        return torch.where(torch.isinf(added.double()), added.double(), held)
 
     def _inner_size(self, name, bound):
         first = next(bound[n] for n in ("mat1", "batch1", "self", "input", "tensors") if n in bound)
+        if name == "aten.addmv":
+            first = bound["mat"]
         value = self.native[first] if isinstance(first, torch.fx.Node) else torch.empty(64)
         return value.shape[1] if "conv" in name else value.shape[-1]
 
@@ -336,7 +377,7 @@ class _Checker:
                 if value.low is not None:
                     return value.low if sign < 0 else value.high
                 if value.mag is not None:
-                    return value.v.double() + sign * self.allowance(value, node)
+                    return value.v.double() + sign * _finite(self.allowance(value, node))
                 return value.v
 
             name = op_name(node)
@@ -346,16 +387,30 @@ class _Checker:
             else:
                 ends.append(self._run(node, end, native))
         ends = [e if not native.is_floating_point() else e.double() for e in ends]
-        if any(bool(e.isnan().any()) for e in ends) or any(
-            bool(torch.isinf(wide(self.native[i])).any()) for i in node.all_input_nodes
-        ):
-            raise Unsupported("values that are not finite")
+        low, high = torch.minimum(*ends), torch.maximum(*ends)
         if native.is_floating_point() and op_name(node).split(".")[1] in ("add", "sub", "mul", "div"):
-            sizes = [float(self.native[i].abs().max()) for i in node.all_input_nodes if self.native[i].numel()]
-            largest = max([float(ends[1].abs().max()) if ends[1].numel() else 0.0, *sizes])
-            slack = 2 * HALF_UNIT[native.dtype] * largest
-            return Value(ends[0], True, None, torch.minimum(*ends) - slack, torch.maximum(*ends) + slack)
-        return Value(ends[0], True, None, torch.minimum(*ends), torch.maximum(*ends))
+            slack = torch.maximum(low.abs(), high.abs())
+            if op_name(node).split(".")[1] in ("add", "sub"):
+                slack = slack + sum(wide_abs(self.native[i]) for i in node.all_input_nodes)
+            slack = 2 * HALF_UNIT[native.dtype] * _finite(slack)
+            low, high = low - slack, high + slack
+        return Value(ends[0], True, None, *self._unjudged(node, native, low, high))
+
+    def _unjudged(self, node, native, low, high):
+        """Anything goes for codes of what is no number, and, where the graph itself overflowed, its own result as well."""
+        fresh = [i for i in node.all_input_nodes if self.values[i].low is None]
+        sources, exact = [wide(self.native[i]) for i in fresh], [self.values[i].v for i in fresh]
+        if all(bool(torch.as_tensor(t).isfinite().all()) for t in (*sources, *exact)):
+            return low, high
+        kind = torch.finfo(torch.float64) if native.is_floating_point() else torch.iinfo(native.dtype)
+        nan = sum(torch.as_tensor(t).isnan() for t in (*sources, *exact)).bool().expand_as(low)
+        over = sum(torch.as_tensor(t).isinf() for t in sources).bool().expand_as(low)
+        nan = nan | (low.isnan() | high.isnan() if native.is_floating_point() else False)
+        if self.saturates:
+            nan = nan | over
+        own = native.double() if native.is_floating_point() else native
+        low, high = torch.where(over, torch.minimum(low, own), low), torch.where(over, torch.maximum(high, own), high)
+        return torch.where(nan, kind.min, low), torch.where(nan, kind.max, high)
 
     def _run(self, node, pick, native):
         """The node on other values, floating dtypes among its arguments widened to float64."""
@@ -399,8 +454,8 @@ class _Checker:
         largest = [self.values[n].mag for n in self.values if n.name in self.outputs and self.values[n].mag is not None]
         gain = 1.0
         if largest and value.mag is not None and value.mag.numel():
-            own = max(float(m.max()) for m in largest if m.numel())
-            gain = max(1.0, float(value.mag.max()) / own) if own else 1.0
+            own = max(float(_finite(m).max()) for m in largest if m.numel())
+            gain = max(1.0, float(_finite(value.mag).max()) / own) if own else 1.0
         # A fused result that other nodes go on with was rounded to its dtype.
         rounded = 0.0 if node.name in self.outputs else self.output_rounding
         return (
@@ -415,30 +470,50 @@ class _Checker:
         if native.shape != actual.shape or native.dtype != actual.dtype:
             raise Wrong(f"{node.name}: {actual.dtype}{tuple(actual.shape)} for {native.dtype}{tuple(native.shape)}")
         if value.mag is None and value.low is None:
-            if not torch.equal(native.nan_to_num(), actual.nan_to_num()):
+            if not torch.equal(native.nan_to_num(nan=0.125), actual.nan_to_num(nan=0.125)):
                 raise Wrong(f"{node.name} is no result of a matmul and has changed")
             return
         half = HALF_UNIT.get(native.dtype, 0.0)
         if value.low is not None:
             slack = half * torch.maximum(value.low.abs(), value.high.abs())
             low, high = value.low - slack, value.high + slack
+            right = (actual.double() >= low) & (actual.double() <= high) | low.isnan() | high.isnan()
         else:
             v = value.v.double()
             tiny = torch.finfo(native.dtype).tiny if native.dtype.is_floating_point else 0.0
             slack = self.allowance(value, node) + half * v.abs() + tiny
             low, high = v - slack, v + slack
-        limit = torch.finfo(native.dtype).max if native.dtype.is_floating_point else torch.inf
-        counted = torch.isfinite(wide(native)) & torch.isfinite(low) & torch.isfinite(high)
-        counted &= (low.abs() < limit) & (high.abs() < limit)
-        a = actual.double()
-        bad = counted & ~((a >= low) & (a <= high))
+            right = self._right(native.double(), actual.double(), value, low, high, native.dtype)
+        bad = ~right
         if bool(bad.any()):
             where = bad.nonzero()[0].tolist()
             at = tuple(where)
             raise Wrong(
-                f"{node.name}{where}: {float(a[at]):.9g}, wanted {float(low[at]):.9g} to {float(high[at]):.9g} "
-                f"({int(bad.sum())} of {bad.numel()} wrong)"
+                f"{node.name}{where}: {float(actual[at]):.9g}, wanted {float(low[at]):.9g} to {float(high[at]):.9g}, "
+                f"the graph gives {float(native[at]):.9g} ({int(bad.sum())} of {bad.numel()} wrong)"
             )
+
+    def _right(self, native, actual, value, low, high, dtype):
+        """Which elements are right; ``low`` and ``high`` mean something where ``value.v`` is finite."""
+        v = value.v.double()
+        limit = torch.finfo(dtype).max if dtype.is_floating_point else math.inf
+        same = (actual == v) | (actual.isnan() & v.isnan())
+        inside = (actual >= low) & (actual <= high)
+        over = (actual == math.inf) & (high >= limit) | (actual == -math.inf) & (low <= -limit)
+        if self.saturates:
+            over |= (actual.abs() == limit) & ((actual > 0) & (high >= limit) | (actual < 0) & (low <= -limit))
+        right = torch.where(v.isfinite(), inside | over, same)
+        # The graph overflows on its way to a finite number; so may what is left of it.
+        lost = v.isfinite() & ~native.isfinite()
+        right |= lost & (~actual.isfinite() | self.saturates)
+        right |= ~v.isfinite() & native.isnan() & actual.isnan()
+        if value.held is not None:  # the product alone is infinite, and the chip has a largest number
+            right |= ~v.isfinite() & ~(v == value.held) & ~(v.isnan() & value.held.isnan()) & ~actual.isnan()
+        if self.endless:
+            right |= v.isnan() & ~actual.isfinite()
+        if self.odd_codes:
+            right |= v.isnan()
+        return right
 
 
 def _as(value, native):
@@ -449,6 +524,10 @@ def _as(value, native):
 
 def _mag(value):
     return value.mag.double() if value.mag is not None else wide_abs(value.v)
+
+
+def _finite(t):
+    return t.nan_to_num(0.0, posinf=0.0, neginf=0.0)
 
 
 def wide_abs(v):
