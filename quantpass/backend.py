@@ -82,7 +82,8 @@ def compile_graph(
     on_outcome = report_of(options, gather)
 
     def compiler(aot: GraphModule, weights: StaticInputs, fake_inputs: list[Any]) -> Callable[..., Any]:
-        return compiled(aot, weights, fake_inputs, options, on_outcome)
+        made: Callable[..., Any] = compiled(aot, weights, fake_inputs, options, on_outcome)
+        return made
 
     return compile_with_aot(gm, example_inputs, compiler, decomposition_table(options.decompositions))
 

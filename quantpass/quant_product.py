@@ -148,7 +148,7 @@ def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | 
                 "round the zero point when calibrating",
             )
         whole = Const(acc_addend.tensor.round())
-        rest = ex.mul(ex.sub(acc_addend, whole), columns)
+        rest = Const((acc_addend.tensor - whole.tensor) * columns.tensor)
         addend = rest if addend is None else ex.add(wide(addend), rest)
         acc_addend, lost = None if ex.is_all(whole, 0) else whole, rounding_of(rest)
     reach = _reach(activation, weight)

@@ -93,14 +93,16 @@ def compile_with_aot(
         compiler: is given the ATen graph, its weights and its fake inputs.
         decompositions: of operators, while tracing.
     """
-    given = [gm, list(example_inputs)]
+    given: list[Any] = [gm, list(example_inputs)]
 
     def compile_aten(aot: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:
-        return compiler(aot, static_inputs(aot, *given), fake_inputs)
+        dynamo_graph, inputs = given
+        return compiler(aot, static_inputs(aot, dynamo_graph, inputs), fake_inputs)
 
     try:
         return aot_module_simplified(  # type: ignore[no-any-return]
-            *given,
+            gm,
+            given[1],
             fw_compiler=compile_aten,  # type: ignore[arg-type]
             inference_compiler=compile_aten,  # type: ignore[arg-type]
             decompositions=decompositions,
