@@ -210,10 +210,8 @@ class AffineReader:
         shape = tuple(node.meta["val"].shape)
         if fits(held, torch.int8):
             return Affine(ex.cast(Ref(node), torch.int8), held, (), None, shape)
-        int8 = None
-        reader = self._recentre.get(node.target) if node.op == "call_function" else None
-        if reader is not None:
-            int8 = call_reader(reader, node, node)
+        reader = self._recentre.get(node.target)
+        int8 = None if reader is None else call_reader(reader, node, node)
         down = Term(ex.scalar(-128.0), (1,) * len(shape))
         return Affine(int8 or recentred(node), (held[0] - 128, held[1] - 128), (), down, shape)
 
@@ -243,16 +241,18 @@ class AffineReader:
 
     def scaled(self, node: Node, value: Any, factor: Any, *, divide: bool = False) -> Affine | NotAffine:
         """``value * factor`` (or ``value / factor``)."""
-        inner, term = self._value_and_term(node, value, factor)
-        if isinstance(inner, NotAffine) or term is None:
-            return inner if isinstance(inner, NotAffine) else NotAffine("it is a product of two full tensors")
+        found = self._value_and_term(node, value, factor)
+        if isinstance(found, NotAffine):
+            return found
+        inner, term = found
         return inner.times(replace(term, expr=reciprocal(term.expr)) if divide else term)
 
     def shifted(self, node: Node, value: Any, offset: Any, multiple: Any) -> Affine | NotAffine:
         """``value + multiple * offset``; ``multiple`` is a number."""
-        inner, term = self._value_and_term(node, value, offset)
-        if isinstance(inner, NotAffine) or term is None:
-            return inner if isinstance(inner, NotAffine) else NotAffine("it is a sum of two full tensors")
+        found = self._value_and_term(node, value, offset)
+        if isinstance(found, NotAffine):
+            return found
+        inner, term = found
         if self.values.uniform(multiple) is None:
             return NotAffine("the multiple of an addend is not a number", quantized=True)
         return inner.plus(replace(term, expr=ex.mul(wide(term.expr), ex.scalar(float(multiple)))))
@@ -330,7 +330,7 @@ class AffineReader:
             low, high = low - float(zero.max()), high - float(zero.min())
         return fits((low, high), dtype)
 
-    def _value_and_term(self, node: Node, a: Any, b: Any) -> tuple[Affine | NotAffine, Term | None]:
+    def _value_and_term(self, node: Node, a: Any, b: Any) -> tuple[Affine, Term] | NotAffine:
         """Which of two operands is the value and which broadcasts against it."""
         shape = tuple(node.meta["val"].shape)
         best = NotAffine(f"no operand of {op_name(node)} is a dequantized value")
@@ -347,7 +347,7 @@ class AffineReader:
                 return inner, term
             if inner.quantized or inner.rule == UNBOUNDED:
                 best = inner
-        return best, None
+        return best
 
 
 def _unbounded(node: Node, held: Range) -> NotAffine:

@@ -88,10 +88,9 @@ class Contraction:
 
     def swapped(self) -> Contraction | None:
         """``rhs^T @ lhs^T``, transposed: the same matmul with the weight on the right."""
-        ranks = (_rank(self.lhs), _rank(self.rhs))
-        if self.whole or self.lhs_order or self.rhs_transposed or ranks[0] is None or ranks[1] is None:
+        if self.whole or self.rhs_transposed:
             return None
-        swap = tuple((*range(r - 2), r - 1, r - 2) for r in (ranks[1], self.node.meta["val"].dim()))
+        swap = tuple((*range(r - 2), r - 1, r - 2) for r in (n.meta["val"].dim() for n in (self.rhs, self.node)))
         return replace(self, lhs=self.rhs, rhs=self.lhs, rhs_transposed=True, lhs_order=swap[0], out_order=swap[1])
 
 
@@ -137,8 +136,6 @@ def contractions() -> dict[Any, Any]:
 
 def read_contraction(table: ReaderTable, node: Node) -> Contraction | NoContraction | None:
     """The matmul that ``node`` computes; None where it computes none."""
-    if node.op != "call_function":
-        return None
     if isinstance(node.target, HigherOrderOperator):
         return _out_dtype(table, node) if node.target is torch.ops.higher_order.out_dtype else None
     reader = table.get(node.target)  # type: ignore[call-overload]
@@ -242,7 +239,7 @@ def _one_tap(
     rank = x.meta["val"].dim()
     if not all(map(is_one, (*kernel, *stride))) or any(padding) or rank != len(kernel) + 2:
         return None
-    if not isinstance(n, int) or not isinstance(c, int):
+    if not all(isinstance(s, int) for s in (n, c)):
         return NoContraction(f"{op_name(node)} with a weight of symbolic sizes", (x, weight))
     own = () if bias is None else (Own("add", bias, along="columns"),)
     return Contraction(

@@ -224,10 +224,9 @@ def _round(reader: AffineReader, value: Node, node: Node, *, self: Any) -> Step 
 
 
 def _clamp(reader: AffineReader, value: Node, node: Node, *, self: Any, min: Any, max: Any) -> Step | None:
-    del value
     low = -float("inf") if min is None else reader.values.uniform(min)
     high = float("inf") if max is None else reader.values.uniform(max)
-    if low is None or high is None or self is min or self is max:
+    if self is not value or low is None or high is None:
         return None
     if (low, high) == (0, float("inf")):
         return Step("relu", node)

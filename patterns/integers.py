@@ -66,7 +66,7 @@ class IntegerReader:
 
     def _find(self, node: Node) -> Bounds:
         found = None
-        if node.op == "call_function" and node not in self.values.mutated:
+        if node not in self.values.mutated:
             movement = movement_of(self._movements, node)
             if movement is not None:
                 return self.bounds(movement.source)

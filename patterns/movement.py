@@ -112,7 +112,7 @@ def movement_table() -> ReaderTable:
 
 def movement_of(table: ReaderTable, node: Node) -> Movement | None:
     """What ``node`` does, or None where it is not a data movement (or not one of a tensor in the graph)."""
-    reader = table.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
+    reader = table.get(node.target)
     if reader is None:
         return None
     movement: Movement | None = call_reader(reader, node)

@@ -35,7 +35,7 @@ class NodeMemo(Generic[T]):
     def __call__(self, node: Node) -> T:
         if node in self._known:
             return self._known[node]
-        if self._depth >= _DEEPEST:
+        if self._depth == _DEEPEST:
             raise _Postponed(self, node)
         if self._depth:
             return self._answer(node)

@@ -86,6 +86,6 @@ def is_rebuilt(
 
 def _for_rows(parameter: torch.Tensor, group: int, rows: slice) -> torch.Tensor:
     """The parameter that belongs to each of ``rows`` of K, broadcasting against ``(rows, N)``."""
-    if parameter.dim() < 2 or not group:
+    if parameter.dim() < 2:
         return parameter
     return parameter[torch.arange(rows.start, rows.stop) // group]

@@ -131,7 +131,7 @@ def term_of(values: StaticValues, value: Any, shape: Sequence[Any]) -> Term | No
 
 def _unexpanded(node: Node) -> Node:
     """The source of a broadcast made explicit: ``expand`` adds nothing that broadcasting would not."""
-    while node.op == "call_function" and node.target is aten.expand.default:
+    while node.target is aten.expand.default:
         source = bind(node)["self"]
         if source.meta["val"].dim() != node.meta["val"].dim():
             break

@@ -204,7 +204,8 @@ def _fold_clamp(c: Composition, step: Step, before: torch.dtype) -> Composition 
     if low > high:
         return None
     # Codes may stay in a float tensor; once they are bounded, that is a place to stop as well.
-    return replace(c, requantize=Requantize(q.zero_point, low, high), complete=math.isfinite(low + high))
+    bounded = math.isfinite(low) and math.isfinite(high)
+    return replace(c, requantize=Requantize(q.zero_point, low, high), complete=bounded)
 
 
 def _fold_quantize(c: Composition, step: Step, before: torch.dtype) -> Composition | None:

@@ -29,14 +29,9 @@ class Token:
     def __init__(self, tensor: torch.Tensor) -> None:
         on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided
         # Python makes one reference object for each tensor; a storage's address is not used again while one is held.
-        self._ref: Any
-        self._place: tuple[Any, ...]
-        if on_cpu:
-            self._ref = StorageWeakRef(tensor.untyped_storage())
-            self._place = (self._ref.cdata, tensor.storage_offset())
-        else:
-            self._ref = weakref.ref(tensor)
-            self._place = (id(self._ref),)
+        ref: Any = StorageWeakRef(tensor.untyped_storage()) if on_cpu else weakref.ref(tensor)
+        self._ref = ref
+        self._place: tuple[Any, ...] = (ref.cdata, tensor.storage_offset()) if on_cpu else (id(ref),)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Token) and self._place == other._place

@@ -107,9 +107,7 @@ class StaticValues:
             if n in values:
                 continue
             if n is not node and (_makes_integers(n) or _is_smaller(n, least) or n not in carriers):
-                value = self.value(n)
-                is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-                values[n] = value.to(torch.float64) if is_float else value
+                values[n] = _as(self.value(n), torch.float64)
                 continue
             todo.extend(i for i in n.all_input_nodes if i not in seen)
             seen.update(n.all_input_nodes)
@@ -153,7 +151,7 @@ class StaticValues:
     def _keeps_uniform(self, node: Node) -> bool:
         """True for a view or cast: it holds one number where its input does, and no other way is tried."""
         target = node.target
-        if node.op != "call_function" or not isinstance(target, OpOverload) or node in self.mutated:
+        if not isinstance(target, OpOverload) or node in self.mutated:
             return False
         return target._schema.name in _KEEPS_UNIFORM and target is not aten.view.dtype
 
@@ -161,7 +159,7 @@ class StaticValues:
         fake = node.meta.get("val")
         if node in self.mutated or (isinstance(fake, torch.Tensor) and not _holds_numbers(fake)):
             return None
-        if node.op == "call_function" and isinstance(node.target, OpOverload):
+        if isinstance(node.target, OpOverload):
             name = node.target._schema.name
             arguments = bind(node)
             if name in ("aten::zeros_like", "aten::zeros", "aten::new_zeros"):
@@ -190,7 +188,7 @@ class StaticValues:
             env[n] = self._run(n, env, replaced, wide)
             for i in n.all_input_nodes if n not in replaced else ():
                 uses[i] -= 1
-                if not uses[i] and i is not node:
+                if not uses[i]:
                     del env[i]
         result = env[node]
         if wide is None and (not isinstance(result, torch.Tensor) or result.numel() <= _SMALL):
@@ -258,7 +256,7 @@ def as_dtype(number: float, dtype: torch.dtype) -> float:
 def _makes_integers(n: Node) -> bool:
     """True for a cast or rounding of floats to integers."""
     fake = n.meta.get("val")
-    if n.op != "call_function" or not isinstance(fake, torch.Tensor):
+    if not isinstance(fake, torch.Tensor):
         return False
     if n.target in (aten.round.default, aten.floor.default):
         return True
@@ -369,8 +367,6 @@ def _mutated(graph: Graph, more: Sequence[Node] = ()) -> frozenset[Node]:
 
 
 def _may_alias(n: Node) -> bool:
-    if n.op != "call_function":
-        return False
     if isinstance(n.target, OpOverload):
         returns = n.target._schema.returns
         return any(r.alias_info is not None for r in returns) or n.target in (

@@ -4,9 +4,11 @@ import operator
 
 import pytest
 import torch
+import torch.ao.quantization.fx._decomposed
 
-from quantpass.patterns.affine import Affine, NotAffine
+from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.terms import Term
+from quantpass.schema import ReaderTable
 from tests.unit.graphs import Traced, evaluate
 
 aten = torch.ops.aten
@@ -217,9 +219,18 @@ def test_rounding_makes_new_codes():
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
-def test_no_casts_to_what_is_no_real_number(dtype):
-    found = read(lambda c: c.float().to(dtype), CODES)
-    assert isinstance(found, NotAffine)
+def test_no_casts_to_or_from_what_is_no_real_number(dtype):
+    for function in (lambda c: c.float().to(dtype), lambda c: (c.to(dtype) * 1).to(dtype).to(torch.float32)):
+        t = Traced(function, CODES)
+        assert isinstance(t.reader.read(t.result), NotAffine)
+        assert "boolean or complex" in t.reader.converted(t.result.args[0], t.result.meta["val"].dtype).reason
+
+
+def test_only_tensors_are_cast():
+    t = Traced(lambda c: c.float(), CODES)
+    assert isinstance(t.reader.converted(3.0, torch.float16), NotAffine)
+    t.inputs[0].meta["val"] = 3
+    assert isinstance(t.reader.converted(t.inputs[0], torch.float16), NotAffine)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +265,18 @@ def test_a_cast_to_another_layout_or_device_is_not_read(changed, refusal):
 def test_values_are_read_through_movement(move, codes):
     found = read(lambda c, s: move((c.float() - 2) * s), codes, SCALE, known=1)
     assert isinstance(found, Affine) and found.zero_point.kind == "scalar"
+
+
+def test_every_part_follows():
+    """Several factors and a zero point: each its own way."""
+    for move in (lambda v: v.t(), lambda v: v.reshape(1, 3, 4)):
+        found = read(
+            lambda c, s, r, z, move=move: move((c.float() - z) * r * s * 0.5), CODES, COLUMNS, SCALE, ZERO, known=3
+        )
+        assert len(found.factors) == 3 and found.zero_point.kind == ("columns" if found.shape == (4, 3) else "rows")
+    t = Traced(lambda c, s, r, z: (c.float() - z) * r * s * 0.5, CODES, COLUMNS, SCALE, ZERO, known=3)
+    found = t.reader.read(t.result).permuted((1, 0))
+    assert kinds(found) == ["columns", "rows", "scalar"] and found.zero_point.constant.flatten().tolist() == [3, -2, 0]
 
 
 def test_rows_become_columns():
@@ -321,12 +344,37 @@ def test_dequantized():
 
 
 def test_the_first_of_several_results():
+    """An operator that dequantizes may return more than the value."""
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
-    x.meta["val"] = torch.rand(3, 4)
+    x.meta["val"] = CODES
     several = graph.call_function(aten.split.Tensor, (x, 2))
-    first, second = (graph.call_function(operator.getitem, (several, i)) for i in (0, 1))
-    for n in (first, second):
-        n.meta["val"] = torch.rand(2, 4)
-    reader = Traced(lambda x: x * 1, torch.rand(1)).reader
-    assert isinstance(reader.read(first), NotAffine) and isinstance(reader.read(second), NotAffine)
+    results = [graph.call_function(operator.getitem, (several, i)) for i in (0, 1)]
+    number = graph.call_function(operator.getitem, ((x, x), 0))
+    for n in (*results, number):
+        n.meta["val"] = CODES.float()
+    t = Traced(lambda x: x * 1, torch.rand(1))
+
+    def split(reader, node, *, self, split_size, dim):
+        return reader.read(self)
+
+    reader = AffineReader(
+        t.values, *(getattr(t.dialects, name) for name in ("movements", "integers", "arithmetic")),
+        ReaderTable({aten.split.Tensor: split}, leading=2), t.dialects.recentre,
+    )  # fmt: skip
+    found = [reader.read(n) for n in (*results, number)]
+    assert isinstance(found[0], Affine)
+    assert isinstance(found[1], NotAffine) and isinstance(found[2], NotAffine)
+    assert isinstance(t.reader.read(results[0]), NotAffine)
+
+
+def test_a_named_quantize_gives_int8_codes_instead():
+    t = Traced(
+        lambda x: torch.ops.quantized_decomposed.quantize_per_tensor(x, 0.1, 128, 0, 255, torch.uint8).float(),
+        torch.randn(3, 4),
+    )
+    found = t.reader.read(t.result)
+    assert found.codes.otherwise.target is torch.ops.quantized_decomposed.quantize_per_tensor.default
+    assert found.zero_point.constant == -128
+    plain = Traced(lambda c: c.float(), UNSIGNED)
+    assert plain.reader.read(plain.result).codes.otherwise.target is aten._to_copy.default

@@ -174,6 +174,24 @@ def test_other_convolutions_are_none(options):
     assert conv(**options) is None
 
 
+def test_a_kernel_of_symbolic_sizes():
+    x, w = torch.randn(2, 4, 3, 3), torch.randn(5, 4, 1, 1)
+    for d in (0, 1):
+        t = Traced(lambda x, w: F.conv2d(x, w), x, w)
+        sizes = Traced(lambda a: a + 1, torch.ones(5, 7), symbolic=True).result.meta["val"].shape
+        shape = [sizes[0] if i == d else s for i, s in enumerate(w.shape)]
+        t.inputs[1].meta["val"] = torch.empty(shape, device="meta") if d > 3 else _Shaped(shape)
+        found = read_contraction(t.dialects.contractions, t.result)
+        assert isinstance(found, NoContraction) and "symbolic" in found.reason
+
+
+class _Shaped:
+    """What a reader asks a tensor of symbolic sizes."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+
 def test_transposed_convolutions_are_none():
     inputs = torch.randn(2, 4, 3, 3), torch.randn(4, 5, 1, 1)
     assert read(lambda x, w: F.conv_transpose2d(x, w), *inputs) is None

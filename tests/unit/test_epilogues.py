@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantpass.patterns.contractions import read_contraction
+from quantpass.patterns.contractions import Contraction, Own, read_contraction
 from quantpass.patterns.epilogues import own_steps, read_epilogue
 from quantpass.static_values import StaticValues
 from tests.unit.graphs import Traced, evaluate
@@ -120,6 +120,14 @@ def test_sums_that_change_the_sign_or_size_of_the_result(function):
     assert kinds(function, COLUMNS) == []
 
 
+def test_sums_of_what_is_no_number():
+    assert kinds(lambda y, mask: y + mask, torch.ones(5).bool()) == []
+    assert kinds(lambda y, mask: y * mask, torch.ones(5).bool()) == []
+    t = Traced(lambda x, w, b: x @ w + b, X, W, COLUMNS, known=1)
+    t.result.kwargs = {"alpha": t.inputs[0]}
+    assert walked(t).steps == ()
+
+
 def test_sums_of_numbers():
     assert number(walk(lambda y: y + 2)[0].steps[0]) == [2]
     assert number(walk(lambda y: y - 2)[0].steps[0]) == [-2]
@@ -169,6 +177,12 @@ def test_views_that_keep_the_columns(move):
     assert kinds(move) == ["view"]
 
 
+def test_views_of_batches():
+    x, w = torch.randn(2, 3, 4), torch.randn(2, 4, 5)
+    assert set(kinds(lambda y: y.reshape(6, 5), inputs=(x, w))) == {"view"}
+    assert "rearranges" in ended(lambda y: y.reshape(10, 3), inputs=(x, w))
+
+
 @pytest.mark.parametrize("move", [
     lambda y: y.t(), lambda y: y.reshape(15), lambda y: y.reshape(5, 3), lambda y: y.expand(2, 3, 5),
     lambda y: y.unsqueeze(2),
@@ -210,6 +224,19 @@ def test_clamps(function, bounds):
     assert (step.kind, step.bounds) == ("clamp", bounds)
 
 
+def test_a_result_that_bounds_something_known():
+    """Also where it is one number itself."""
+    x, w = torch.ones(3, 4), torch.ones(4, 5)
+    for bounds in (lambda y: (y, None), lambda y: (None, y)):
+        t = Traced(
+            lambda x, w, bounds=bounds: aten.clamp.Tensor(torch.zeros_like(x @ w), *bounds(x @ w)), x, w, known=2
+        )
+        (clamp,) = t.calls(aten.clamp.Tensor)
+        y = next(a for a in clamp.args if isinstance(a, torch.fx.Node) and a.target is aten.mm.default)
+        c = read_contraction(t.dialects.contractions, y)
+        assert read_epilogue(t.reader, t.dialects.steps, c).steps == ()
+
+
 def test_clamps_by_tensors():
     low, high = torch.tensor(-3.0), torch.tensor(4.0)
     assert kinds(lambda y, a, b: y.clamp(a, b), low, high, known=2) == ["clamp"]
@@ -224,6 +251,11 @@ def test_a_result_that_is_a_bound(as_bound):
     t = Traced(lambda x, w: aten.clamp.Tensor(*as_bound(x @ w)), X, W)
     steps = walked(t).steps
     assert all(s.kind != "clamp" for s in steps)
+
+
+def test_a_result_taken_apart():
+    assert "not an operator on tensors" in ended(lambda y: torch.split(y, 2, -1)[0])
+    assert "not an operator on tensors" in ended(lambda y: torch.max(y, -1))
 
 
 def test_a_whole_epilogue():
@@ -242,6 +274,9 @@ def test_other_operators_end_the_walk():
     mul.replace_all_uses_with(mm)
     t.graph.erase_node(mul)
     t.graph.output(t.graph.call_method("relu", (mm,)))
+    (method,) = mm.users
+    assert "not an operator on tensors" in walked(t).ended
+    method.meta["val"] = mm.meta["val"]
     assert "not an operator on tensors" in walked(t).ended
 
 
@@ -269,6 +304,36 @@ def test_own_steps_of_addmm():
     values = {c.own[1].operand: COLUMNS}
     torch.testing.assert_close(evaluate(steps[1].term.expr, values), 3 * COLUMNS)
     assert steps[0].dtype == torch.float32
+
+
+def test_own_bias_is_kept_as_it_is_stored():
+    steps, _, t = own(aten.addmm.default, COLUMNS, X, W, known=3)
+    assert steps[0].term.expr.origin is t.inputs[0]
+
+
+@pytest.mark.parametrize(
+    ("kinds_of_own", "dtypes"),
+    [
+        (["scale"], [torch.float32]),
+        (["add", "scale", "add"], [torch.int32, torch.float32, torch.float32]),
+        (["add", "cast"], [torch.int32, torch.float16]),
+        (["scale", "cast"], [torch.float32, torch.float16]),
+    ],
+)
+def test_dtypes_between_own_steps_of_an_integer_product(kinds_of_own, dtypes):
+    """Integers are added as such; a scale makes float32, a cast what the operator returns."""
+    t = Traced(lambda x, w: (x @ w).half(), X.half(), W.half())
+    (mm,) = t.calls(aten.mm.default)
+    c = Contraction(
+        mm, "fused", *mm.args, integer=True, own=tuple(Own(k, None if k == "cast" else 2) for k in kinds_of_own)
+    )
+    assert [s.dtype for s in own_steps(t.reader, c)] == dtypes
+
+
+def test_a_floating_product_keeps_its_dtype():
+    t = Traced(lambda x, w: x @ w, X.half(), W.half())
+    c = Contraction(t.result, "fused", *t.result.args, own=(Own("scale", 2), Own("add", 1)))
+    assert [s.dtype for s in own_steps(t.reader, c)] == [torch.float16, torch.float16]
 
 
 def test_own_bias_of_a_convolution_lies_along_the_columns():

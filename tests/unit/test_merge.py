@@ -94,6 +94,16 @@ def test_what_is_left_alone(function):
     assert Twice(function).merged() == []
 
 
+def test_elementwise_operators_that_draw_numbers():
+    tags = (torch.Tag.pointwise, torch.Tag.nondeterministic_seeded)
+    with torch.library._scoped_library("quantpass_merge_test", "DEF") as lib:
+        lib.define("noisy(Tensor x) -> Tensor", tags=tags)
+        lib.define("quiet(Tensor x) -> Tensor", tags=tags[:1])
+        ops = torch.ops.quantpass_merge_test
+        assert Twice(lambda t: t.call(ops.noisy.default, t.x)).merged() == []
+        assert len(Twice(lambda t: t.call(ops.quiet.default, t.x)).merged()) == 1
+
+
 def test_results_of_the_graph_stay_tensors_of_their_own():
     t = Twice(lambda t: t.call(aten.mul.Tensor, t.x, 2.0))
     assert t.merged(results={t.second}) == []

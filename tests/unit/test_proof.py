@@ -58,6 +58,12 @@ def test_what_is_equal(monkeypatch, small):
     assert rebuilt(weight(k_scale=along_k), value() * along_k[:, None])
 
 
+def test_a_column_of_zeros():
+    nothing = SCALE.clone()
+    nothing[1] = 0.0
+    assert rebuilt(weight(), value(nothing), scale=nothing)
+
+
 def test_what_is_not():
     assert not rebuilt(weight(), value().t())
     assert not rebuilt(weight(), value(zero=ZERO))
@@ -113,6 +119,11 @@ def test_values_that_the_graph_rounded():
     tiny = torch.tensor([1e-7, 1e-7, 1e-7], dtype=torch.float64)
     assert rebuilt(weight(), value(tiny).half(), scale=tiny, same=FLOAT32, rounding=torch.float16)
     assert not rebuilt(weight(), value(tiny).half() * 2, scale=tiny, same=FLOAT32, rounding=torch.float16)
+    # by no more than that: one such number is too much
+    least = torch.finfo(torch.float16).tiny * torch.finfo(torch.float16).eps
+    ones = torch.full((N,), least, dtype=torch.float64)
+    off = (CODES.double() + 1) * least
+    assert not rebuilt(weight(), off, scale=ones, same=FLOAT32, rounding=torch.float16)
     # integers are not rounded
     ones = torch.ones(N, dtype=torch.float64)
     assert rebuilt(weight(), value(ones).int(), scale=ones, rounding=torch.int32)

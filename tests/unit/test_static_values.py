@@ -90,6 +90,20 @@ def test_a_cast_or_reshape_may_be_the_tensor():
         assert w in values.mutated
 
 
+def test_a_part_of_several_views_is_a_view():
+    values, nodes = graph_of((aten.unbind.int, 0), (operator.getitem, 2, 0))
+    nodes[3].args = (nodes[2], 1)
+    nodes[3].graph.call_function(aten.neg_.default, (nodes[3],))
+    values = StaticValues(nodes[0].graph, {nodes[0]: W})
+    assert not values.is_static(nodes[0])
+    # but the result of another function is no view
+    graph = Graph()
+    w = graph.placeholder("w")
+    made = graph.call_function(print, (w,))
+    graph.call_function(aten.neg_.default, (made,))
+    assert StaticValues(graph, {w: W}).is_static(w)
+
+
 def test_the_same_memory_under_another_name():
     graph = Graph()
     a, b, c = (graph.placeholder(n) for n in "abc")
@@ -213,6 +227,11 @@ def test_uniform_tensors(tensor, number):
     assert t.values.uniform(t.result) == number
 
 
+def test_a_part_of_several_tensors():
+    t = Traced(lambda w: w.unbind(0)[1], torch.tensor([[1.0, 2.0], [3.0, 3.0]]), known=1)
+    assert t.values.uniform(t.result) == 3
+
+
 def test_large_tensors_are_not_looked_through(monkeypatch):
     t = Traced(lambda w: w.neg(), torch.full((4,), 2.0), known=1)
     monkeypatch.setattr(static_values, "_SMALL", 3)
@@ -300,24 +319,24 @@ def test_operators_that_know_no_float64():
     """They run in float32, or in their own dtype, and their result is widened."""
     with torch.library._scoped_library("quantpass_test", "DEF") as lib:
         lib.define("single(Tensor x) -> Tensor")
-        lib.define("half(Tensor x) -> Tensor")
+        lib.define("half(Tensor x, int times=2) -> Tensor")
 
         def only(dtype):
-            def kernel(x):
+            def kernel(x, times=2):
                 if x.dtype != dtype:
                     raise RuntimeError(f"{x.dtype} is not {dtype}")
-                return x * 2
+                return x * times
 
             return kernel
 
         for name, dtype in (("single", torch.float32), ("half", torch.float16)):
             lib.impl(name, only(dtype), "CPU")
-            lib.impl(name, lambda x: x * 2, "Meta")
+            lib.impl(name, lambda x, times=2: x * times, "Meta")
             op = getattr(torch.ops.quantpass_test, name).default
             t = Traced(lambda c: c.half() * 1.5, CODES, known=1)
             node = t.result
             with t.graph.inserting_after(node):
-                doubled = t.graph.call_function(op, (node,))
+                doubled = t.graph.call_function(op, (node, 2) if name == "half" else (node,))
             doubled.meta["val"] = node.meta["val"]
             found = t.values.widened(doubled)
             assert found.dtype == torch.float64 and torch.equal(found, CODES.double() * 3)
@@ -326,3 +345,12 @@ def test_operators_that_know_no_float64():
 def test_dtypes_among_the_arguments_are_widened_too():
     found = widened(lambda c, s: torch.ops.aten._to_copy(c, dtype=torch.float16) * s, CODES, SCALE)
     assert found.dtype == torch.float64
+
+
+def test_several_tensors_at_once():
+    found = widened(lambda c, s: torch.cat((c.half() * s).split(4)), CODES, SCALE)
+    assert torch.equal(found, CODES.double() * SCALE.double())
+    found = widened(lambda c, s: torch.cat(c.split(4)).half() * s, CODES, SCALE)
+    assert torch.equal(found, CODES.double() * SCALE.double())
+    found = widened(lambda c, s: torch.cat((c & 15, c >> 4)).half() * s, CODES, SCALE)
+    assert torch.equal(found, torch.cat((CODES & 15, CODES >> 4)).double() * SCALE.double())

@@ -70,6 +70,15 @@ def test_per_row(kind, shape, known):
         assert torch.equal(evaluate(rows, values), full(t, values, VALUE)[..., 0].reshape(-1))
 
 
+def test_per_row_of_sizes_that_only_the_run_knows():
+    """A full term is a vector as it is; what would have to be repeated is not."""
+    t = Traced(lambda a: a + 1, torch.ones(5, 7), symbolic=True)
+    m, n = t.result.meta["val"].shape
+    assert Term(Ref(t.inputs[0]), (m, 1)).per_row((m, n)) is not None
+    assert Term(Ref(t.inputs[0]), (1, m, 1)).per_row((1, m, n)) is not None
+    assert Term(Ref(t.inputs[0]), (m, 1, 1)).per_row((m, 3, n)) is None
+
+
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize(("kind", "shape"), EVERY)
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 0, 1)])

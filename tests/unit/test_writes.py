@@ -50,6 +50,19 @@ def test_written_arguments(call, written):
     assert sorted(written_arguments(made[-1])) == sorted(made[i] for i in written)
 
 
+def test_operators_on_graphs_say_so_in_their_names():
+    class Wrapper(torch._ops.HigherOrderOperator):
+        def __call__(self, *args):
+            return args
+
+    graph = Graph()
+    x = graph.placeholder("x")
+    writing, plain = (
+        graph.call_function(Wrapper(name), (x,)) for name in ("kernel_mutation_test", "kernel_plain_test")
+    )
+    assert written_arguments(writing) == (x,) and written_arguments(plain) == ()
+
+
 def test_inputs_write_to_nothing():
     made = nodes((aten.add.Tensor, 0, 1))
     assert written_arguments(made[0]) == ()
