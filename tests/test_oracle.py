@@ -6,7 +6,7 @@ import torch
 import quantpass as qp
 from tests import oracle
 from tests.oracle import Wrong, judge
-from tests.spellings import all_spellings
+from tests.spellings import F16, WS, N, Spelling, W, X, all_spellings, to
 
 SPELLINGS_TO_BREAK = ("all after codes", "all after float x", "addmm, float x", "linear, codes", "int_mm_corrected")
 
@@ -45,3 +45,38 @@ def test_faults_are_noticed(name, fault, monkeypatch):
         assert broken
     else:
         assert verdict == "fused" and not broken, f"{broken} changed, and the oracle did not see it"
+
+
+ENDS = {
+    "an infinity that became the largest number": lambda y: torch.ops.aten.clamp.default(y, -65504.0, 65504.0),
+    "what is no number became one": lambda y: torch.ops.aten.nan_to_num.default(y, 0.0, float("inf"), float("-inf")),
+    "an infinity of the other sign": lambda y: torch.ops.aten.where.self(torch.ops.aten.isinf.default(y), -y, y),
+    "a number that is none any more": lambda y: torch.ops.aten.where.self(y < 0, y * float("nan"), y),
+}
+
+
+@pytest.mark.parametrize("fault", ENDS)
+@pytest.mark.parametrize("target", ["ascend310p", "ascend910b"])
+def test_values_that_are_not_finite_are_judged(fault, target, monkeypatch):
+    """A mask of banned tokens, and what is no number, have to come out as they are, on a saturating chip as well."""
+    mask = torch.zeros(N)
+    mask[1], mask[2], mask[3] = -torch.inf, torch.inf, torch.nan
+
+    def build(x, w, s, m):
+        weight = torch.ops.aten.mul.Tensor(to(w, F16), s)
+        return torch.ops.aten.add.Tensor(torch.ops.aten.mm.default(x, torch.ops.aten.t.default(weight)), m)
+
+    spelling = Spelling("mask", build, X.half(), (W, WS.half(), mask.half()))
+    assert judge(spelling.graph(), spelling.args, target=target).verdict == "fused"
+
+    def fuse_and_break(gm, **options):
+        report = fuse(gm, **options)
+        broken = ENDS[fault]
+        run = gm.forward
+        gm.forward = lambda *args: broken(run(*args))
+        return report
+
+    fuse = qp.fuse
+    monkeypatch.setattr(oracle.qp, "fuse", fuse_and_break)
+    with pytest.raises(Wrong):
+        judge(spelling.graph(), spelling.args, target=target)
