@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +71,11 @@ class IntegerReader:
             movement = movement_of(self._movements, node)
             if movement is not None:
                 return self.bounds(movement.source)
-            reader = self._table.get(node.target)  # type: ignore[call-overload]
-            if reader is not None:
-                found = call_reader(reader, node, self, node)
+            # Of an operator with several results, its reader is asked about the one that is taken.
+            source = node.args[0] if node.target is operator.getitem else node
+            reader = self._table.get(source.target) if isinstance(source, Node) else None
+            if reader is not None and isinstance(source, Node):
+                found = call_reader(reader, source, self, node)
         if found is None:
             fake = node.meta.get("val")
             if isinstance(fake, torch.Tensor) and fake.dtype in (torch.int8, torch.uint8, torch.int16):

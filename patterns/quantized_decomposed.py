@@ -6,6 +6,7 @@ zero_point, quant_min, quant_max)`` and ``dequantize = (codes - zero_point) * sc
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from quantpass.expr import Call, Recentred
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
 from quantpass.patterns.epilogues import Step
+from quantpass.patterns.integers import Bounds, IntegerReader
 
 
 def dialect() -> Dialect:
@@ -27,6 +29,10 @@ def dialect() -> Dialect:
             "quantized_decomposed::dequantize_per_channel": _dequantize_per_channel,
             "quantized_decomposed::dequantize_per_token": _dequantize_per_token,
         },
+        integers={
+            "quantized_decomposed::choose_qparams.tensor": _chosen_zero_point,
+            "quantized_decomposed::choose_qparams_symmetric.tensor": _chosen_zero_point,
+        },
         # Bounds and zero point moved by 128 give int8 codes.
         recentre={"quantized_decomposed::quantize_per_tensor": _recentred},
         steps={
@@ -34,6 +40,17 @@ def dialect() -> Dialect:
             "quantized_decomposed::quantize_per_tensor.tensor": _quantize_per_tensor,
         },
     )
+
+
+def _chosen_zero_point(
+    reader: IntegerReader, node: Node, *, input_: Any, quant_min: Any, quant_max: Any, eps: Any, dtype: torch.dtype
+) -> Bounds | None:
+    """The second result, whatever the input holds: clamped to the codes' range, or 0, or 128 (symmetric uint8)."""
+    del reader, input_, eps, dtype
+    taken = node.args[1] if node.target is operator.getitem else None
+    if taken != 1 or not isinstance(quant_min, int) or not isinstance(quant_max, int):
+        return None
+    return Bounds(min(quant_min, 0), max(quant_max, 128), whole=True)
 
 
 def _recentred(

@@ -39,13 +39,14 @@ class Holder:
         name: its path in the model.
         kind: its class, and of a weight that is a tensor subclass that class.
         tool: the package that the class comes from.
-        tensors: codes, scales and what else belongs to them; empty where they are out of reach.
+        codes: its codes (or its float weight); empty where they are out of reach. Scales do not count: one that is
+            looked up in a graph does not show the weight.
     """
 
     name: str
     kind: str
     tool: str
-    tensors: tuple[torch.Tensor, ...]
+    codes: tuple[torch.Tensor, ...]
 
 
 def holders(model: torch.nn.Module) -> Iterator[Holder]:
@@ -69,7 +70,7 @@ def holders(model: torch.nn.Module) -> Iterator[Holder]:
             and (bool(scales) or any(k.lower().endswith("amax") for k in near))
         )
         if codes and scales:
-            yield Holder(name, *_kind(module), (*codes, *scales))
+            yield Holder(name, *_kind(module), tuple(codes))
         elif is_fake and weight is not None:
             yield Holder(name, *_kind(module), (weight,))
         elif _has_packed_object(module):
@@ -96,7 +97,13 @@ def _leaf_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 def _tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     plain = {k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
-    for name, t in {**module._parameters, **module._buffers, **plain}.items():
+    state = {  # of an object beside the module's own, as bitsandbytes keeps one
+        f"{key}.{k}": v
+        for key, value in vars(module).items()
+        if not isinstance(value, torch.nn.Module | torch.Tensor | dict)
+        for k, v in getattr(value, "__dict__", {}).items()
+    }
+    for name, t in {**module._parameters, **module._buffers, **plain, **state}.items():
         if isinstance(t, torch.Tensor):
             yield from _parts(name, t)
 
@@ -154,7 +161,7 @@ class Watch:
             return ()
         groups: dict[tuple[str, str], list[str]] = {}
         for h in holders(model):
-            if not any(Token(t) in self._shown for t in h.tensors if t.layout == torch.strided):
+            if not any(Token(t) in self._shown for t in h.codes if t.layout == torch.strided):
                 groups.setdefault((h.kind, h.tool), []).append(h.name or "the model itself")
         if not groups:
             return ()

@@ -39,6 +39,20 @@ class Gptq(nn.Module):
         return x @ w
 
 
+class Gathered(Gptq):
+    """The scales are looked up in a graph, by the group of each row; the codes are in none."""
+
+    @torch._dynamo.disable
+    def codes(self):
+        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32)
+        words = (self.qweight.unsqueeze(1) >> shifts.view(1, -1, 1)) & (2**self.bits - 1)
+        return (words.flatten(0, 1) - 2 ** (self.bits - 1)).half()
+
+    def forward(self, x):
+        scales = self.scales[self.g_idx.long()]
+        return x @ (self.codes() * scales)
+
+
 class OutOfSight(Gptq):
     """The same, unpacked where Dynamo does not look."""
 
@@ -67,6 +81,23 @@ class Linear8bitLt(nn.Module):
     @torch._dynamo.disable
     def multiplied(self, x):
         return nn.functional.linear(x, (self.weight.CB * self.weight.SCB[:, None]).half())
+
+
+class KeptInState(Linear8bitLt):
+    """bitsandbytes after its first call: codes and scales have moved into an object beside the parameter."""
+
+    class State:
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.state = self.State()
+        self.state.CB, self.state.SCB = self.weight.CB, self.weight.SCB
+        del self.weight.CB, self.weight.SCB
+
+    @torch._dynamo.disable
+    def multiplied(self, x):
+        return nn.functional.linear(x, (self.state.CB * self.state.SCB[:, None]).half())
 
 
 class Quantizer(nn.Module):
@@ -119,7 +150,9 @@ HIDING = {
     "GPTQ 4 bits": lambda: (Gptq(4), X),
     "GPTQ 8 bits": lambda: (Gptq(8), X),
     "GPTQ unpacked elsewhere": lambda: (OutOfSight(), X),
+    "GPTQ scales looked up": lambda: (Gathered(), X),
     "LLM.int8": lambda: (Linear8bitLt(), X),
+    "LLM.int8 after a call": lambda: (KeptInState(), X),
     "fake quantizer": lambda: (FakeQuantized(), X),
     "wrapped forward": lambda: (Wrapped(), X),
     "legacy dynamic": legacy,

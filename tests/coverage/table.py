@@ -19,6 +19,7 @@ from tests.coverage import elsewhere, here
 from tests.coverage.captured import Captured, capture, load, run
 from tests.coverage.scheme import Scheme
 from tests.coverage.store import CAPTURES
+from tests.coverage.unread import section
 
 TARGETS = ("cpu", "ascend310p", "ascend910b", "ascend910_93")
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -33,24 +34,6 @@ them are fused. Rows whose tool the tests do not install are read from graphs st
 
 A site that no column counts is refused by the rules named in the last column; a rule there beside a full count says
 why another, better fused operator was not taken on some target, or why a chip refuses what another takes.
-"""
-
-FOOT = """## What of these tools is not read
-
-Where a tool unpacks its weight, or multiplies, outside of the graphs that Dynamo captures, no graph holds a quantized
-matmul. `qp.explain` and `qp.verify` then name the tool's modules under "Quantized weights that no graph shows" (they
-look at what modules hold: codes and scales, or a float weight with the parameters of its quantization), with Dynamo's
-reasons for the breaks, and `report.require(fused=1.0)` fails. A weight that one graph dequantizes and another one
-multiplies is refused as `read.weight.returned`, by `qp.backend` too.
-
-| tool               | what                                                        | why                                                    | what to do                                                           |
-|--------------------|-------------------------------------------------------------|--------------------------------------------------------|----------------------------------------------------------------------|
-| GPTQModel          | 2, 4 and 8 bits (`TorchLinear`)                             | a graph break while the weight is unpacked             | load the checkpoint in a tool of the table above, or unpack the codes into buffers |
-| bitsandbytes       | LLM.int8() with a threshold other than 0                    | which columns are outliers is decided at run time      | threshold 0 (the row above)                                          |
-| compressed-tensors | a module run through the library's own wrapped forward      | the wrapper breaks the graph                           | multiply with the unpacked weight in a plain module (the rows above) |
-| modelopt           | fake quantization, before `mtq.compress()`                  | `TensorQuantizer` breaks the graph                     | `mtq.compress(model)` first                                          |
-| msmodelslim        | `llm_ptq`                                                   | a compiled quantizer that Dynamo can't trace           | the newer flow, `msmodelslim.ir`                                     |
-| torch.ao           | `quantize_dynamic` and its packed modules                   | the weight is an object of TorchScript's               | PT2E, or torchao's `quantize_`                                       |
 """
 
 
@@ -114,7 +97,7 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def page(found: list[Row]) -> str:
     """The text of ``docs/coverage.md``."""
     headers = ["tool", "version", "scheme", "sites", *TARGETS, "refused by"]
-    return f"{HEAD}\n{tabulate([r.cells for r in found], headers, tablefmt='github')}\n\n{FOOT}"
+    return f"{HEAD}\n{tabulate([r.cells for r in found], headers, tablefmt='github')}\n\n{section()}"
 
 
 def main() -> int:

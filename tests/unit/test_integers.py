@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.ao.quantization.fx._decomposed  # the quantized_decomposed operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -249,3 +250,21 @@ def test_no_number_leaves_its_bounds(data):
     assert bool((result >= found.low).all()) and bool((result <= found.high).all())
     if found.whole:
         assert torch.equal(result, result.round())
+
+
+@pytest.mark.parametrize("name", ["choose_qparams", "choose_qparams_symmetric"])
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"),
+    [(0, 255, torch.uint8), (0, 15, torch.uint8), (-128, 127, torch.int8), (-8, 7, torch.int8)],
+)
+def test_a_zero_point_that_an_operator_chooses_is_one_of_the_codes(name, low, high, dtype):
+    """Whatever the activation holds, so that its share in an int32 sum is known."""
+    choose = getattr(torch.ops.quantized_decomposed, name).tensor
+    held = integer_range(lambda x: choose(x, low, high, 1e-5, dtype)[1])
+    assert held is not None
+    inf, nan = math.inf, math.nan
+    for values in ([nan, 1.0], [inf, -1.0], [-inf, inf], [0.0, 0.0], [1e38, -1e-30], [-5.0, -4.0], [4.0, 5.0]):
+        _, zero_point = choose(torch.tensor(values), low, high, 1e-5, dtype)
+        assert held[0] <= int(zero_point) <= held[1]
+    assert held[1] - held[0] < 2**9
+    assert integer_range(lambda x: choose(x, low, high, 1e-5, dtype)[0]) is None  # the scale
