@@ -134,7 +134,6 @@ def recorded(*, stale: bool, only_units: bool) -> Records:
     if only_units:
         stored = {"seconds": {}, "touched": {}, "state": ""}
     elif stored is None or (stored["state"] != state_of_the_tree() and not stale):
-        CACHE.mkdir(parents=True, exist_ok=True)
         print("recording which test executes what ...", flush=True)
         Forked(_record, (str(path), ["tests"], ["-m", "not slow"]), seconds=3600).result()
         stored = json.loads(path.read_text())
@@ -411,6 +410,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="only the edits that survived the last time")
     given = parser.parse_args()
     os.chdir(ROOT)
+    CACHE.mkdir(parents=True, exist_ok=True)
     preload()
     records = recorded(stale=given.stale, only_units=given.units)
     drawn = sample(given.sample, given.seed, tuple(given.files))

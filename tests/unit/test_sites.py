@@ -1,0 +1,167 @@
+"""Finding the quantized matmuls: each has its reading, and what a float model computes has none."""
+
+import pytest
+import torch
+
+from quantpass.patterns.affine import Affine, NotAffine
+from quantpass.records import Weight
+from quantpass.sites import find_sites, matmul_name, provenance
+from quantpass.static_values import StaticValues
+from tests.unit.graphs import Traced, node_of
+
+CODES = torch.arange(-32, 32, dtype=torch.int8).reshape(8, 8)
+SCALE = torch.linspace(0.1, 0.8, 8)
+X = torch.randn(3, 8)
+
+
+def sites(function, *inputs, known=0):
+    t = Traced(function, *inputs, known=known)
+    return list(find_sites(t.graph, t.values, t.dialects))
+
+
+def site(function, *inputs, known=0):
+    (found,) = sites(function, *inputs, known=known)
+    return found
+
+
+def rules(reading):
+    return [r.rule for r in reading.rejects]
+
+
+# -- what is a site ----------------------------------------------------------------------------------------------------
+
+
+def test_a_float_matmul_is_none():
+    assert sites(lambda x, w: x @ w, X, torch.randn(8, 4), known=1) == []
+    assert sites(lambda x, w: x @ w, X, torch.randn(8, 4)) == []
+
+
+def test_a_quantized_weight_is_one():
+    r = site(lambda x, c, s: x @ (c.float() * s), X, CODES, SCALE, known=2)
+    assert isinstance(r.weight, Weight) and isinstance(r.activation, NotAffine) and not r.rejects
+    assert r.epilogue.steps == ()
+    assert matmul_name(r.node) == "aten.mm"
+
+
+def test_a_quantized_activation_alone_is_one_with_a_reason():
+    r = site(lambda x, w: (x.float() * 0.5) @ w, CODES, torch.randn(8, 4), known=1)
+    assert isinstance(r.activation, Affine) and rules(r) == ["read.weight.float"]
+    assert r.rejects[0].hint and r.epilogue is None
+    r = site(lambda x, w: (x.float() * 0.5) @ (w * 1.0), CODES, torch.randn(8, 4))
+    assert rules(r) == ["read.weight.float"] and not r.rejects[0].hint
+    r = site(lambda x, w: (x.float() * 0.5) @ w, CODES, torch.randn(8, 4))
+    assert r.rejects[0].hint
+
+
+def test_a_quantized_weight_that_can_not_be_read():
+    r = site(lambda x, c, s: x @ (c.float() * s[:, None]), X, CODES, SCALE)
+    assert rules(r) == ["read.weight.along_k"] and r.rejects[0].hint
+
+
+def test_every_matmul_in_graph_order():
+    found = sites(lambda x, c, s: (x @ (c.float() * s)) @ (c.float() * s), X, CODES, SCALE, known=2)
+    assert [r.node.name for r in found] == ["mm", "mm_1"]
+
+
+# -- which side --------------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_on_the_left_is_swapped():
+    r = site(lambda x, c, s: (c.float() * s[:, None]) @ x, X.t(), CODES, SCALE, known=2)
+    assert isinstance(r.weight, Weight) and r.contraction.rhs_transposed and r.contraction.out_order == (1, 0)
+    assert not r.rejects
+
+
+def test_two_weights_stay_where_they_are():
+    r = site(lambda c, d: (c.float() * 0.5) @ (d.float() * 0.25), CODES, CODES + 1, known=2)
+    assert not r.contraction.rhs_transposed and isinstance(r.weight, Weight) and isinstance(r.activation, Affine)
+
+
+def test_a_quantized_left_operand_that_is_computed_is_no_weight():
+    r = site(lambda x, w: (x.round().clamp(-8, 7) * 0.5) @ w, X, torch.randn(8, 4), known=1)
+    assert not r.contraction.rhs_transposed and rules(r) == ["read.weight.float"]
+
+
+# -- what stands against a site ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "covered"), [((3, 8), False), ((1, 3, 8), False), ((2, 3, 8), True)])
+def test_one_matrix_for_more_batches_than_rows(shape, covered):
+    x = torch.randn(shape)
+    t = Traced.call(torch.ops.aten.matmul.default, x, CODES.float().expand(2, 8, 8))
+    expand, codes = t.inputs[1], CODES
+    with t.graph.inserting_before(expand):
+        source = t.graph.placeholder("codes")
+    with t.graph.inserting_after(expand):
+        cast = t.graph.call_function(torch.ops.aten._to_copy.default, (source,), {"dtype": torch.float32})
+        source.meta["val"], cast.meta["val"] = codes, codes.float()
+    with t.graph.inserting_after(cast):
+        repeated = t.graph.call_function(torch.ops.aten.expand.default, (cast, [2, 8, 8]))
+        repeated.meta["val"] = codes.float().expand(2, 8, 8)
+    t.result.args = (t.inputs[0], repeated)
+    values = StaticValues(t.graph, {source: codes})
+    (r,) = find_sites(t.graph, values, t.dialects)
+    assert rules(r) == ([] if covered else ["read.matmul"])
+
+
+def test_a_result_that_is_written_to():
+    t = Traced(lambda x, c: x @ (c.float() * 0.5), X, CODES, known=1)
+    with t.graph.inserting_after(t.result):
+        t.graph.call_function(torch.ops.aten.add_.Tensor, (t.result, 1.0))
+    values = StaticValues(t.graph, {t.inputs[1]: CODES})
+    (r,) = find_sites(t.graph, values, t.dialects)
+    assert rules(r) == ["read.mutated"]
+
+
+def test_an_activation_that_does_not_follow_a_transposition():
+    r = site(lambda x, c, s: (c.float() * s[:, None]) @ (x.float() * 0.5), CODES, CODES, SCALE, known=2)
+    assert isinstance(r.activation, Affine) or r.activation.reason
+
+
+# -- in words ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda c, s: c.float() * 0.5, "per-tensor activation codes in [-128, 127]"),
+        (lambda c, s: c.float() * s[:, None], "per-token activation codes in [-128, 127]"),
+        (lambda c, s: c.float() * s, "per-column activation codes in [-128, 127]"),
+        (lambda c, s: c.float(), "unscaled activation codes in [-128, 127]"),
+        (lambda c, s: (c.float() - 3) * 0.5, "per-tensor asymmetric activation codes in [-128, 127]"),
+        (lambda c, s: c.float() - 3, "unscaled asymmetric activation codes in [-128, 127]"),
+        (lambda c, s: s * s[:, None], "float activation"),
+    ],
+)
+def test_activations(function, words):
+    r = site(lambda c, s, w: function(c, s) @ (w.float() * 0.5), CODES, SCALE, CODES, known=1)
+    assert r.text.startswith(words + " x ")
+
+
+@pytest.mark.parametrize(
+    ("codes", "function", "words"),
+    [
+        (CODES, lambda c, s: c.float() * s, "per-channel int8 weight (8, 8)"),
+        (CODES, lambda c, s: c.float() * 0.5, "per-tensor int8 weight (8, 8)"),
+        (CODES, lambda c, s: c.float(), "unscaled int8 weight (8, 8)"),
+        (CODES, lambda c, s: (c.float() - 3) * s, "per-channel asymmetric int8 weight (8, 8)"),
+        (CODES.clamp(-8, 7), lambda c, s: c.float() * s, "per-channel int4 weight (8, 8)"),
+        (CODES.clamp(-9, 7), lambda c, s: c.float() * s, "per-channel int8 weight (8, 8)"),
+        (CODES.clamp(-8, 8), lambda c, s: c.float() * s, "per-channel int8 weight (8, 8)"),
+        (CODES, lambda c, s: c.float() * s[:2].repeat_interleave(4)[:, None], "per-group-4 int8 weight (8, 8)"),
+        (CODES, lambda c, s: c.float().exp(), "unread weight"),
+    ],
+)
+def test_weights(codes, function, words):
+    found = sites(lambda x, c, s: (x * 0.5) @ function(c, s), CODES.float().round(), codes, SCALE, known=2)
+    assert [r.text.split(" x ")[1] for r in found] == [words]
+
+
+def test_where_a_site_comes_from():
+    node = node_of(torch.ones(1), name="mm")
+    assert provenance(node) == ("mm", "")
+    node.meta["nn_module_stack"] = {"a": ("L['self']", torch.nn.Module), "b": ("L['self'].mlp.up", torch.nn.Linear)}
+    node.meta["stack_trace"] = '  File "a.py", line 3, in f\n  File "b.py", line 7, in g\n'
+    assert provenance(node) == ("mlp.up", "b.py:7")
+    node.meta["nn_module_stack"] = {"a": ("L['self']", torch.nn.Module)}
+    assert provenance(node)[0] == "mm"
