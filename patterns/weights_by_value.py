@@ -121,7 +121,7 @@ def _integer_cuts(node: Node, numel: int) -> Iterator[list[Node]]:
         if fake.numel() == numel and _is_whole(n, fake):
             past.add(n)
             yield [n]
-    alone = set(past)
+    done = [{n} for n in past]
     for n, fake in _backwards(node):
         if fake.dtype == torch.bool and fake.numel() == numel:
             yield [n]
@@ -129,7 +129,7 @@ def _integer_cuts(node: Node, numel: int) -> Iterator[list[Node]]:
     for n, fake in _backwards(node, past):
         if fake.numel() * 16 >= numel and _is_whole(n, fake):
             past.add(n)
-    if past and not (len(past) == 1 and past <= alone):
+    if past and past not in done:
         yield sorted(past)
 
 
@@ -246,7 +246,7 @@ def _varies_along_k() -> NotAffine:
 def _group_size(slope: torch.Tensor, zero: torch.Tensor, same: float) -> int | None:
     """The largest group of rows within which nothing changes; None where every row would be its own group."""
     k, n = slope.shape
-    changed = torch.zeros(max(k - 1, 0), dtype=torch.bool)
+    changed = torch.zeros(k, dtype=torch.bool)
     for rows in rows_at_a_time(k - 1, n):
         after = slice(rows.start + 1, rows.stop + 1)
         offsets = torch.maximum(zero[after].abs(), zero[rows].abs()) + 1

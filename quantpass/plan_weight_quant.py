@@ -39,7 +39,6 @@ from quantpass.sites import Reading
 _HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 _WEIGHT_ROUNDING = {torch.float16: 2 * 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2 * 2.0**-24}
 _WORST_PARAMETER = 2.0**-8
-_LARGEST_RUNTIME_CODE = 2.0**63 + 2**8
 
 
 def weight_quant_candidates(
@@ -340,8 +339,6 @@ def _parameter_error(scale: Expr, offset: Expr | None, dtype: torch.dtype) -> tu
         if isinstance(offset, Const) and isinstance(narrow_offset, Const) and isinstance(scale, Const):
             moved = (narrow_offset.tensor.double() - offset.tensor.double()).abs()
             of_x = float((moved * scale.tensor.double().abs()).max())
-    if not isinstance(scale, Const) and not lossless(held_dtype(scale), dtype):
-        of_x = _LARGEST_RUNTIME_CODE * torch.finfo(dtype).smallest_normal  # scales below the normal numbers
     named_offset = None if narrow_offset is None else ex.named(narrow_offset, "offset")
     return error, of_x, ex.named(narrow, "scale"), named_offset
 

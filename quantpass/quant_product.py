@@ -13,7 +13,7 @@ from quantpass import expr as ex
 from quantpass.candidates import FLOAT32_STEPS, Notes, aten, flattened
 from quantpass.composition import Composition
 from quantpass.expr import Call, Const, Expr
-from quantpass.guards import INT32_MAX, all_finite, magnitude
+from quantpass.guards import INT32_MAX, magnitude
 from quantpass.patterns.affine import Affine
 from quantpass.records import Reject, Weight
 from quantpass.symbolic import same_shape
@@ -173,7 +173,7 @@ def accumulator_problem(p: Product, addend: Expr | None, ranges: Mapping[Node, t
     if addend is None:
         return None
     largest = magnitude(addend, ranges)
-    if (not isinstance(addend, Const) or all_finite(addend)) and largest + p.reach <= INT32_MAX:
+    if largest + p.reach <= INT32_MAX:
         return None
     if isinstance(addend, Const):
         return Reject(

@@ -119,9 +119,10 @@ def _read_site(
     weight = _weight(reader, found)
     if not _is_quantized(weight) and reader.values.is_static(matrix_node(found.lhs)):
         swapped = found.swapped()
-        on_the_left = _weight(reader, swapped) if swapped is not None else weight
-        if swapped is not None and _is_quantized(on_the_left):
-            found, weight = swapped, on_the_left
+        if swapped is not None:
+            on_the_left = _weight(reader, swapped)
+            if _is_quantized(on_the_left):
+                found, weight = swapped, on_the_left
     if isinstance(weight, NotAffine):
         behind = net.behind(found)
         weight = behind if behind is not None and (not weight.quantized or behind.rule == EXPERTS) else weight

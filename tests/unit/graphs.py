@@ -93,6 +93,8 @@ def evaluate(e, values=None):
     if isinstance(e, Call):
         kwargs = {k: evaluate(a, values) for k, a in e.kwargs.items()}
         return e.target(*(evaluate(a, values) for a in e.args), **kwargs)
+    if isinstance(e, Node):
+        return values[e]
     if isinstance(e, list | tuple):
         return [evaluate(a, values) for a in e]
     return e

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from quantpass import expr as ex
-from quantpass.candidates import Candidate
+from quantpass.candidates import Candidate, weight_layouts
 from quantpass.chips import chip_named
+from quantpass.chips.calls import QMM
 from quantpass.composition import compositions
 from quantpass.expr import Const
 from quantpass.options import Options
@@ -205,6 +206,23 @@ def test_what_a_rounded_bias_may_change():
     assert call.numerics.absolute == 0.0
 
 
+def test_a_bias_put_together_loses_no_more_than_float32():
+    site = Site(lambda x, w, s, b: x @ (w.float() * s) + b + b, randn(M, K), CODES, SCALE, BIAS, known=3)
+    (call, *_) = site.check()
+    assert call.composition.length == 2 and call.numerics.kind == "exact" and call.numerics.absolute == 0.0
+
+
+def test_codes_and_offsets_that_overflow_together():
+    """The operator forms (codes - zero) * scale in float16."""
+    codes, scale = draw(K, N, low=0, high=127), torch.full((N,), 400.0)
+    for zero, fits in ((100.0, True), (-100.0, False)):
+        x = randn(M, K).half() * 1e-3
+        site = Site(
+            lambda x, w, s, z: x @ ((w.half() - z.half()) * s.half()), x, codes, scale, torch.full((N,), zero), known=3
+        )
+        assert ("wqmm.scale.product" not in site.refusals()) == fits or not isinstance(site.reading.weight, Weight)
+
+
 def test_int4_codes_are_moved_with_their_zero_point():
     for low, high in ((0, 15), (-7, 8), (3, 12), (-15, 0)):
         site = weight_only(codes=draw(K, N, low=0, high=high - low) + low)
@@ -245,7 +263,8 @@ def test_float32_in_float16_only_where_allowed():
     assert {c.call.args["x"].dtype for c in allowed} == {torch.float32, torch.float16}
     assert "numerics.float16" not in site.refusals("ascend910b", allow=("numerics.float16",))
     (half, *_) = [c for c in allowed if c.call.args["x"].dtype == torch.float16]
-    assert half.numerics.kind == "bounded" and half.numerics.absolute > 0
+    assert half.numerics.kind == "bounded"
+    assert half.numerics.absolute == pytest.approx(K * 127 * float(SCALE.max()) * 2.0**-14)
 
 
 def test_float64_is_refused():
@@ -416,6 +435,169 @@ def test_a_bias_that_does_not_fit_the_accumulator():
         assert (accumulator_problem(p, Const(added), {}) is None) == fits, bias
 
 
+def test_bounds_of_what_only_the_run_knows():
+    """A scale may be subnormal, and then a product with it is flushed."""
+    site = Site(lambda x, s, w: torch._int_mm(x, w).float() * s, draw(32, K), SCALE, CODES, known=1)
+    call = next(c for c in site.check() if c.call.op == "npu_quant_matmul" and c.composition.length == 2)
+    assert call.numerics.absolute == 2.0**31 * 2.0**-126 and call.numerics.relative == STEPS
+
+
+def test_what_rounding_a_zero_point_may_change():
+    """Weights near zero change by as much as the others: a part of x."""
+    zero = torch.full((N,), 2049.0)
+    site = Site(
+        lambda x, w, s, z: x.float() @ ((w.float() - z) * s), randn(M, K), CODES, rand(N) * 0.01 + 0.001, zero, known=3
+    )
+    half = next(c for c in site.calls(allow=("numerics.float16",)) if c.call.args["x"].dtype == torch.float16)
+    scale = (rand(N) * 0.01 + 0.001).double()
+    assert half.numerics.of_x == pytest.approx(float(scale.max()), rel=1e-6)
+    assert half.numerics.kind == "bounded"
+
+
+def test_quantized_results_with_a_bias_that_does_not_fit():
+    site = static_w8a8(
+        torch.float32, bias=torch.full((N,), 1e6), after=lambda y: (y * 10).round().clamp(-128, 127).to(torch.int8)
+    )
+    assert "qmm.bias.range" in site.refusals()
+    assert all(c.composition.requantize is None for c in site.calls())
+
+
+def test_an_infinite_bias_on_a_chip_that_saturates():
+    bias = BIAS.clone()
+    bias[2] = -float("inf")
+    site = static_w8a8(torch.float16, bias=bias)
+    assert "qmm.bias.saturates" in site.refusals("ascend310p")
+    assert "qmm.bias.saturates" not in static_w8a8(torch.float16).refusals("ascend310p")
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_one_scale_of_the_run_is_a_scale_for_each_row(rows):
+    site = Site(
+        lambda x, s, w: (x.float() * s) @ (w.float() * 0.01), draw(rows, K), torch.tensor([0.5]), CODES, known=1
+    )
+    calls = [c for c in site.check() if c.call.args.get("pertoken_scale") is not None]
+    assert calls and all(c.call.args["pertoken_scale"].shape == (rows,) for c in calls)
+
+
+@pytest.mark.parametrize(
+    ("known", "options", "cast"),
+    [
+        (True, {}, True),
+        (True, {"mode": "eager"}, True),
+        (True, {"lowering": "aclnn"}, True),
+        (True, {"lowering": "aclnn", "mode": "graph"}, True),
+        (True, {"nz": "never"}, False),
+        (False, {}, True),
+        (False, {"mode": "eager"}, False),
+        (False, {"lowering": "aclnn", "mode": "graph"}, False),
+    ],
+)
+def test_when_a_weight_is_cast_to_nz(known, options, cast):
+    """What only the run knows can be cast in a GE graph only."""
+    site = weight_only(codes=CODES, scale=SCALE.half(), known=None if known else 0)
+    layouts = list(
+        weight_layouts(
+            site.reading.weight, chip_named("ascend910b"), QMM, Options(target="ascend910b", **options), int4=False
+        )
+    )
+    formats = [x.format for x in layouts]
+    assert ("NZ" in formats) == cast
+    assert layouts == sorted(layouts, key=lambda x: x.format == "NZ") or known  # last where it is done at every call
+    for laid_out in layouts:
+        assert laid_out.spec.shape == (K, N)
+        stored = evaluate(laid_out.expr, site.values)
+        assert torch.equal(stored.t() if laid_out.transposed else stored, CODES)
+
+
+def test_sums_that_wrap_around():
+    def added(number, known):
+        full = torch.full((N,), number, dtype=torch.int32)
+        return Site(
+            lambda x, b, w: (torch._int_mm(x, w) + b).float(), draw(32, K), full, CODES, known=2 if known else 1
+        )
+
+    assert "qmm.bias.range" in added(2**31 - 1, known=True).refusals()
+    assert "qmm.bias.range" not in added(2**20, known=True).refusals()
+    # where the graph adds in int32 as well, what the run brings wraps alike
+    assert added(2**20, known=False).refusals() == [] and added(2**20, known=False).check()
+    # but not where the graph is a floating one
+    zero = torch.tensor([3], dtype=torch.int32)
+    site = Site(lambda x, z, w: (x.int() - z).float() @ (w.float() * 0.01), X, zero, CODES, known=1)
+    assert "qmm.bias.runtime" in site.refusals() or not isinstance(site.reading.activation, Affine)
+
+
+def test_scaled_integers_have_no_int32_result():
+    """What the product of the codes has to be multiplied by is no part of an int32 result."""
+    rows = torch.tensor([[2]] * M, dtype=torch.int32)
+    for x_of, w_of in (
+        (lambda x, r: x.int(), lambda w: w.int() * 2),
+        (lambda x, r: x.int() * r, lambda w: w.int()),
+        (lambda x, r: x.int(), lambda w: w.int()),
+    ):
+        site = Site(
+            lambda x, r, w, x_of=x_of, w_of=w_of: x_of(x, r) @ w_of(w),
+            X.clamp(-9, 9),
+            rows,
+            CODES.clamp(-9, 9),
+            known=1,
+        )
+        site.check()
+
+
+def test_a_fraction_of_a_zero_point_is_added_in_float32():
+    site = Site(lambda x, w: ((x.float() - 0.25) * 0.5) @ (w.float() * 0.01), X, CODES, known=1)
+    sums = -0.25 * CODES.double().sum(0)
+    rest = (sums - sums.round()).abs().max() * 0.5 * 0.01
+    call = next(
+        c for c in site.check() if c.call.op == "npu_quant_matmul" and c.call.args["output_dtype"] == torch.int32
+    )
+    assert call.numerics.absolute == pytest.approx(STEPS * float(rest), rel=1e-3)
+    assert call.numerics.kind == "bounded"
+
+
+def test_relative_bounds_add_up():
+    """The roundings of weights, sums, parameters and x."""
+    site = weight_only(torch.float32, codes=CODES)
+    half = next(c for c in site.calls(allow=("numerics.float16",)) if c.call.args["x"].dtype == torch.float16)
+    change = ((SCALE.half().double() - SCALE.double()).abs() / SCALE.double()).max()
+    assert half.numerics.relative == pytest.approx(2.0**-10 + K * 2.0**-24 + float(change) + 2.0**-10, rel=1e-6)
+
+
+def test_a_weight_that_reaches_the_largest_float16():
+    codes, scale = CODES.clamp(-1, 1), torch.full((N,), 65504.0)
+    x = randn(M, K).half() * 1e-3
+    site = Site(lambda x, w, s: x @ (w.half() * s.half()), x, codes, scale, known=2)
+    assert "wqmm.scale.product" not in site.refusals()
+
+
+def test_notes_say_what_was_done():
+    (call, *_) = weight_only(torch.bfloat16, codes=CODES, bias=BIAS.bfloat16()).calls()
+    assert "bias cast to float32" in call.fixups
+    (call, *_) = weight_only(torch.float32, codes=CODES, bias=BIAS).calls()
+    assert not [f for f in call.fixups if "bias" in f]
+    word = next(c for c in static_w8a8(torch.float16, bias=None).calls() if c.call.args["scale"].dtype == torch.int64)
+    assert "bias rounded to int32" not in word.fixups
+    plain = next(c for c in static_w8a8(torch.float32).calls() if c.call.args["output_dtype"] == torch.float32)
+    assert "bias rounded to int32" not in plain.fixups
+
+
+def test_infinite_biases_of_weight_only_sites():
+    bias = BIAS.clone()
+    bias[2] = -float("inf")
+    assert "wqmm.bias.saturates" in weight_only(torch.float16, codes=CODES, bias=bias).refusals("ascend310p")
+    assert "wqmm.bias.saturates" not in weight_only(torch.float16, codes=CODES, bias=BIAS).refusals("ascend310p")
+    assert "wqmm.bias.saturates" not in weight_only(torch.float16, codes=CODES, bias=bias).refusals("ascend910b")
+
+
+def test_why_an_activation_is_dequantized_in_the_graph():
+    site = w8a8(lambda x, w, s: x.half() * 0.5, lambda w, s: (w.half() - 3) * s.half(), CODES, SCALE)
+    plan = site.plan("cpu").plan
+    assert plan.op == "npu_weight_quant_batchmatmul"
+    assert [n for n in plan.notes if "stays in the graph: qmm.weight.zero_point" in n]
+    plan = w8a8(lambda x, w, s: x.half() * 0.5, lambda w, s: w.half() * s.half(), CODES, SCALE).plan("cpu").plan
+    assert plan.op == "npu_quant_matmul" and not plan.notes
+
+
 # -- what the operator has no term for ---------------------------------------------------------------------------------
 
 
@@ -457,6 +639,14 @@ def test_what_the_operator_has_no_term_for(x_of, w_of, more, rule):
     site = w8a8(x_of, w_of, CODES, more)
     assert rule in site.refusals()
     assert {c.call.op for c in site.check()} <= {"npu_weight_quant_batchmatmul"}
+
+
+def test_a_bias_that_float32_can_not_hold():
+    bias = torch.full((N,), 20.0)
+    site = integer(lambda y, s, b: (y.float() * s + b) * 3e37, SCALE, bias)
+    assert "qmm.bias.range" in site.refusals(numerics="vendor")
+    site = integer(lambda y, s, b: (y.float() * s + b) * 1e37, SCALE, bias)
+    assert "qmm.bias.range" not in site.refusals(numerics="vendor")
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------

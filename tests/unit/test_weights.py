@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from quantpass import expr as ex
 from quantpass.expr import Const
 from quantpass.patterns.affine import NotAffine
 from quantpass.patterns.weights import read_weight
@@ -190,6 +191,28 @@ def test_equal_matrices_are_one():
     ):
         w = read(lambda c, s, repeat=repeat: repeat(c.float() * s), CODES, COLUMNS)
         assert isinstance(w, Weight) and not w.transposed
+
+
+def test_a_repeated_matrix_known_at_run_time_is_one():
+    for repeat in (
+        lambda w: w.unsqueeze(0).expand(3, K, N),
+        lambda w: w.view(1, 1, K, N).expand(2, 3, K, N).reshape(6, K, N),
+        lambda w: w.unsqueeze(0).unsqueeze(0).expand(2, 3, K, N),
+    ):
+        w = read(lambda c, s, z, repeat=repeat: repeat((c.float() - z) * s), CODES, COLUMNS, ZERO, known=0)
+        assert w.zero_point is not None and evaluate_shape(w) == 2
+    # more matrices than one, or cut otherwise
+    for repeat in (
+        lambda w: w.unsqueeze(0).expand(2, 2, K, N),
+        lambda w: w.reshape(2, N, K),
+        lambda w: w.reshape(4, 3, N),
+    ):
+        w = read(lambda c, s, repeat=repeat: repeat(c.float() * s), BATCH, torch.tensor(0.5), known=0)
+        assert evaluate_shape(w) > 2
+
+
+def evaluate_shape(w):
+    return len(ex.shape_of(w.codes))
 
 
 def test_matrices_that_differ():

@@ -196,6 +196,24 @@ def test_equal_batches_are_one_and_others_none():
     assert read(lambda c, s: c.float() * s, batch, COLUMNS).rule == "read.weight.batched"
 
 
+def test_binary_weights_are_plus_and_minus_one():
+    bits = CODES > 0
+    w = read(lambda b, s: torch.where(b, s, -s), bits, COLUMNS.expand(K, N).contiguous())
+    assert w.zero_point is None and set(w.codes.tensor.unique().tolist()) == {-1, 1}
+    assert w.scale.tensor.flatten()[:N].tolist() == COLUMNS.tolist()
+    # not where there are more than two values, nor where they are not opposite
+    w = read(lambda c, s: c.float() * s - s / 2, CODES.abs().clamp(max=3), COLUMNS)
+    assert w.zero_point.tensor.tolist() == [0.5] * N
+    w = read(lambda c, s: c.float() * s, CODES.clamp(0, 1), COLUMNS)
+    assert w.zero_point is None and set(w.codes.tensor.unique().tolist()) == {0, 1}
+    mixed = torch.tensor([0.5, 0.5, 0.5, 0.0])
+    w = read(lambda c, s, m: (c.float() - m) * s, CODES.clamp(0, 1), COLUMNS, mixed)
+    assert w.zero_point.tensor.tolist() == mixed.tolist()
+    rows = torch.tensor([0.5] * 4 + [0.0] * 4)[:, None]
+    w = read(lambda c, s, m: (c.float() - m) * s, CODES.clamp(0, 1), COLUMNS, rows)
+    assert w.group_size == 4 and w.zero_point.tensor.shape == (2, N)
+
+
 # -- what is no weight -------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +249,8 @@ def test_no_line():
     table = torch.tensor([0.0, 1.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0])
     codes = CODES.abs().long()
     codes[codes == 2] = 3
-    assert read(lambda c, t: t[c], codes, table).rule == "read.weight.nonlinear"
+    for scale in (1.0, 1e-6, 1e6):
+        assert read(lambda c, t: t[c], codes, table * scale).rule == "read.weight.nonlinear"
 
 
 def test_what_bends_elsewhere_is_the_line_of_what_it_gives():
