@@ -330,22 +330,23 @@ def _scale(weight: Weight, c: Composition, notes: Notes) -> Expr:
 
 def _parameter_error(scale: Expr, offset: Expr | None, dtype: torch.dtype) -> tuple[float, float, Expr, Expr | None]:
     """Scale and offset in the operator's dtype, and what that changes: relative to the weight, and as a part of x."""
-    offset = None if offset is None else ex.expanded(offset, ex.shape_of(scale))
-    narrow = ex.cast(scale, dtype)
-    narrow_offset = None if offset is None else ex.cast(offset, dtype)
-    error, of_x = _change(scale, narrow, dtype), 0.0
-    if offset is not None and narrow_offset is not None:
-        error += _change(offset, narrow_offset, dtype)
-        if isinstance(offset, Const) and isinstance(narrow_offset, Const) and isinstance(scale, Const):
-            moved = (narrow_offset.tensor.double() - offset.tensor.double()).abs()
+    narrow = ex.named(ex.cast(scale, dtype), "scale")
+    narrow_offset: Expr | None = None
+    error, of_x = _change(scale, dtype), 0.0
+    if offset is not None:
+        offset = ex.expanded(offset, ex.shape_of(scale))
+        narrow_offset = ex.named(ex.cast(offset, dtype), "offset")
+        error += _change(offset, dtype)
+        if isinstance(offset, Const) and isinstance(scale, Const):
+            moved = (offset.tensor.to(dtype).double() - offset.tensor.double()).abs()
             of_x = float((moved * scale.tensor.double().abs()).max())
-    named_offset = None if narrow_offset is None else ex.named(narrow_offset, "offset")
-    return error, of_x, ex.named(narrow, "scale"), named_offset
+    return error, of_x, narrow, narrow_offset
 
 
-def _change(wide: Expr, narrow: Expr, dtype: torch.dtype) -> float:
-    if isinstance(wide, Const) and isinstance(narrow, Const):
-        return relative_change(wide.tensor, narrow.tensor)
+def _change(wide: Expr, dtype: torch.dtype) -> float:
+    """How far a cast to ``dtype`` may change an element, relative to it."""
+    if isinstance(wide, Const):
+        return relative_change(wide.tensor, wide.tensor.to(dtype))
     return 0.0 if lossless(held_dtype(wide), dtype) else 2 * _HALF_UNIT[dtype]
 
 

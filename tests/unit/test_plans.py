@@ -264,6 +264,8 @@ def test_float32_in_float16_only_where_allowed():
     assert "numerics.float16" not in site.refusals("ascend910b", allow=("numerics.float16",))
     (half, *_) = [c for c in allowed if c.call.args["x"].dtype == torch.float16]
     assert half.numerics.kind == "bounded"
+    assert any("overflows above 65504" in why for why in half.numerics.why)
+    assert not site.calls("ascend910b")[0].numerics.why
     assert half.numerics.absolute == pytest.approx(K * 127 * float(SCALE.max()) * 2.0**-14)
 
 
@@ -276,7 +278,14 @@ def test_a_weight_along_k_goes_onto_x():
     site = weight_only(torch.float32, codes=CODES, scale=rows)
     (call, *_) = site.check()
     assert "the weight's scale along K moved onto x" in call.fixups and call.numerics.kind == "bounded"
-    assert call.numerics.absolute > 0
+    assert call.numerics.absolute == pytest.approx(K * 127 * float(SCALE.max()) * 2.0**-126)
+    assert call.numerics.why == ("x multiplied by the weight's scale along K",)
+
+
+def test_a_scale_of_the_run_beside_a_known_zero_point():
+    site = Site(lambda x, s, w: x @ ((w.half() - 3) * s), randn(M, K).half(), SCALE.half(), CODES, known=1)
+    (call, *_) = site.check()
+    assert call.numerics.of_x == 0.0
 
 
 def test_parameters_known_at_run_time():
@@ -362,6 +371,15 @@ def test_bounds_of_the_words():
     )
     assert half.numerics.relative == STEPS + FP19 + 2.0**-11
     assert half.numerics.absolute > torch.finfo(torch.float16).smallest_normal
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_integer_and_a_floating_bias(dtype):
+    """They are added where float32 is precise enough for the result, else in the graph."""
+    calls = [c for c in static_w8a8(dtype, zero=7).calls() if c.call.op == "npu_quant_matmul"]
+    merged = [c for c in calls if c.call.args["output_dtype"] == dtype and c.composition.addend is not None]
+    assert bool(merged) == (dtype == torch.bfloat16)
+    assert all(c.call.args["bias"].dtype == torch.float32 and c.numerics.absolute > 0 for c in merged)
 
 
 def test_float32_results_come_from_the_accumulator_too():

@@ -227,6 +227,14 @@ def test_uniform_tensors(tensor, number):
     assert t.values.uniform(t.result) == number
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_numbers_that_are_not_computed_with(dtype):
+    t = Traced(lambda w: w.clone(), torch.zeros(4).to(dtype), known=1)
+    assert t.values.uniform(t.inputs[0]) is None
+    t = Traced(lambda w: w.clone(), torch.zeros(4).to(torch.float16), known=1)
+    assert t.values.uniform(t.inputs[0]) == 0
+
+
 def test_a_part_of_several_tensors():
     t = Traced(lambda w: w.unbind(0)[1], torch.tensor([[1.0, 2.0], [3.0, 3.0]]), known=1)
     assert t.values.uniform(t.result) == 3

@@ -90,6 +90,15 @@ def test_turned_codes_are_the_stored_ones(turn, known):
     assert w.transposed
 
 
+@pytest.mark.parametrize(
+    "turn", [lambda c: c.permute(0, 1), lambda c: c.permute(-2, -1), lambda c: c.permute(1, 0), lambda c: c.t()]
+)
+def test_turned_squares(turn):
+    """Their shape does not tell whether they were turned."""
+    for known in (0, None):
+        assert isinstance(read(lambda c, s: turn(c).float() * s, CODES[:N].contiguous(), COLUMNS, known=known), Weight)
+
+
 @pytest.mark.parametrize("known", [0, None])
 def test_zero_points(known):
     w = read(lambda c, s, z: (c.float() - z) * s, CODES, COLUMNS, ZERO, known=known)
