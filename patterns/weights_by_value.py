@@ -203,7 +203,7 @@ def _from_line(
         if order is not None:
             codes, slope, zero = codes[order], slope[order], zero[order]
     if group is None:
-        k_scale, slope = _split_off_k(slope, same)
+        k_scale, slope = _split_off_k(slope)
         group = _group_size(slope, zero, same) if k_scale is not None else None
     if group is None:
         return _varies_along_k()
@@ -272,7 +272,7 @@ def _act_order(slope: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor | 
     return torch.argsort(first[which], stable=True), group
 
 
-def _split_off_k(slope: torch.Tensor, same: float) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _split_off_k(slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
     """``slope[k, n] = of_k[k] * of_n[n]``: the part along K, at most 1 in magnitude, and the rest; or None."""
     largest = slope.abs().amax(dim=1)
     pivot = int(largest.argmax())
@@ -281,9 +281,6 @@ def _split_off_k(slope: torch.Tensor, same: float) -> tuple[torch.Tensor | None,
     column = int(slope[pivot].abs().argmax())
     of_k = slope[:, column] / slope[pivot, column]
     rest = slope[pivot].expand_as(slope)
-    for rows in rows_at_a_time(*slope.shape):
-        if not bool(((of_k[rows, None] * rest[rows] - slope[rows]).abs() <= same * slope[rows].abs()).all()):
-            return None, slope
     return of_k, rest
 
 

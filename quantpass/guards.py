@@ -47,7 +47,7 @@ def magnitude(e: Any, ranges: Mapping[Node, tuple[float, float]]) -> float:
         return abs(float(e))
     if isinstance(e, Const):
         largest = float(e.tensor.double().abs().max()) if e.tensor.numel() else 0.0
-        return largest if largest <= math.inf else math.inf  # NaN
+        return math.inf if math.isnan(largest) else largest
     if isinstance(e, Recentred):
         return 128.0
     if isinstance(e, Ref):

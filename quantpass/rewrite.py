@@ -193,7 +193,7 @@ class Rewriter:
     ) -> Node:
         inputs: list[Node] = []
         map_aggregate((args, kwargs), lambda x: inputs.append(x) if isinstance(x, Node) else None)
-        name = target._schema.name.split("::")[-1].strip("_")
+        name = target._schema.name.rpartition("::")[2].strip("_")
         node = self._insert(inputs, lambda: self._graph.create_node("call_function", target, args, kwargs, name=name))
         node.meta["val"] = self._fake(node, inputs, known)
         return node

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from quantpass import expr as ex
-from quantpass.candidates import Candidate, weight_layouts
+from quantpass.candidates import Candidate, rows_of, weight_layouts
 from quantpass.chips import chip_named
 from quantpass.chips.calls import QMM
 from quantpass.composition import compositions
@@ -15,7 +15,7 @@ from quantpass.expr import Const
 from quantpass.options import Options
 from quantpass.patterns.affine import Affine
 from quantpass.plan_quant_matmul import quant_matmul_candidates
-from quantpass.plan_weight_quant import weight_quant_candidates
+from quantpass.plan_weight_quant import _as_int4, weight_quant_candidates
 from quantpass.planning import plan_site
 from quantpass.quant_product import accumulator_problem, product_of
 from quantpass.records import Weight
@@ -282,6 +282,13 @@ def test_a_weight_along_k_goes_onto_x():
     assert call.numerics.why == ("x multiplied by the weight's scale along K",)
 
 
+def test_rounding_x_in_bfloat16():
+    """A scale along K of powers of two: only the product with x is rounded."""
+    rows = 2.0 ** -torch.arange(K)[:, None] * torch.ones(N)
+    (call, *_) = weight_only(torch.bfloat16, codes=CODES, scale=rows).check()
+    assert call.numerics.relative == 2.0**-8 + K * 2.0**-24 + 2.0**-8
+
+
 def test_a_scale_of_the_run_beside_a_known_zero_point():
     site = Site(lambda x, s, w: x @ ((w.half() - 3) * s), randn(M, K).half(), SCALE.half(), CODES, known=1)
     (call, *_) = site.check()
@@ -307,6 +314,22 @@ def test_a_bias_that_float16_can_not_hold():
     site = weight_only(torch.float32, codes=CODES, bias=torch.full((N,), 1e5))
     assert "wqmm.bias.value" in site.refusals("ascend910b", allow=("numerics.float16",))
     assert "wqmm.bias.value" not in site.refusals("ascend910b")
+
+
+def test_what_rounding_a_bias_may_change():
+    site = weight_only(torch.float32, codes=CODES, bias=BIAS)
+    calls = [c for c in site.calls(allow=("numerics.float16",)) if c.composition.addend is not None]
+    half = next(c for c in calls if c.call.args["x"].dtype == torch.float16)
+    rounding = (BIAS.half().double() - BIAS.double()).abs().max()
+    assert half.numerics.absolute == pytest.approx(K * 127 * float(SCALE.max()) * 2.0**-14 + float(rounding))
+
+
+def test_codes_of_four_bits_are_moved_as_one():
+    """Columns that span less keep the zero point of the others."""
+    codes = draw(K, N, low=0, high=15)
+    codes[:, 0] = codes[:, 0].clamp(4, 9)
+    moved = _as_int4(weight_only(codes=codes).reading.weight)
+    assert moved.zero_point.tensor.tolist() == [-8.0] * N
 
 
 # -- quantized activations ---------------------------------------------------------------------------------------------
@@ -440,6 +463,12 @@ def test_scales_that_a_word_can_not_hold(number, rule):
     assert ("qmm.scale.value" in site.refusals(numerics="vendor")) == rule
 
 
+def test_scales_that_float32_can_not_hold():
+    site = integer(lambda y, s: y.float() * s * 2.0**-12, torch.full((N,), 2.0**-140))
+    assert "qmm.scale.value" in site.refusals(numerics="vendor")
+    assert "qmm.scale.value" not in integer(lambda y, s: y.float() * s, SCALE).refusals(numerics="vendor")
+
+
 def test_a_bias_that_does_not_fit_the_accumulator():
     reach = 127 * 128 * K  # of codes in [-128, 127] and a weight's in [-127, 127]
     room = 2**31 - 1 - reach
@@ -571,6 +600,15 @@ def test_a_fraction_of_a_zero_point_is_added_in_float32():
     )
     assert call.numerics.absolute == pytest.approx(STEPS * float(rest), rel=1e-3)
     assert call.numerics.kind == "bounded"
+
+
+def test_a_fraction_of_a_zero_point_beside_what_only_the_run_knows():
+    """What the float32 sum may lose has to be known."""
+    x_of = lambda x: (x.float() - 0.25) * 0.5  # noqa: E731
+    scales = Site(lambda x, s, w: x_of(x) @ (w.float() * s), X, SCALE, CODES, known=1)
+    codes = Site(lambda x, w, s: x_of(x) @ (w.float() * s), X, CODES, SCALE, known=1)
+    for site in (scales, codes):
+        assert "qmm.activation.zero_point.fraction" in site.refusals()
 
 
 def test_relative_bounds_add_up():
@@ -717,9 +755,13 @@ def test_leftovers_of_addmm_are_added_behind():
     plan = site.plan("cpu").plan
     actual, expected = evaluate(plan.value, site.values), site.values[plan.output]
     torch.testing.assert_close(actual.float(), expected.float(), rtol=1e-2, atol=1e-2)
+    # the sum, which is left behind, rounds once more
+    half = next(c for c in site.calls() if c.composition.length == 0)
+    assert site.plan("cpu").numerics.relative == half.numerics.relative + 2.0**-11
 
 
 def test_convolutions():
+    """Their bias lies in the operator: no plan leaves it to another node."""
     x, kernel = randn(2, K, 3, 4).half(), CODES.t().reshape(N, K, 1, 1).contiguous()
     site = Site(
         lambda x, w, s, b: F.conv2d(x, w.half() * s.half(), b.half()),
@@ -730,6 +772,9 @@ def test_convolutions():
         known=3,
     )
     assert site.check("cpu")
+    plan = site.plan("cpu").plan
+    actual = evaluate(plan.value, site.values)
+    torch.testing.assert_close(actual, site.values[plan.output], rtol=1e-2, atol=1e-2)
 
 
 def test_weights_on_the_left():
@@ -737,6 +782,10 @@ def test_weights_on_the_left():
     site = Site(lambda x, w, s: (w.half() * s.half()) @ x, x, CODES.t().contiguous(), SCALE[:, None], known=2)
     (call, *_) = site.check("cpu")
     assert call.value is not None
+
+
+def test_rows():
+    assert rows_of((2, 3, 4)) == 6 and rows_of((5, 4)) == 5 and rows_of((4,)) == 1
 
 
 def test_batches_of_rows():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantpass.patterns import weights_by_value
 from quantpass.patterns.affine import NotAffine
 from quantpass.patterns.weights_by_value import Operand, looks_dequantized, shifted_by_group, weight_by_value
 from quantpass.records import Weight
@@ -70,6 +71,22 @@ def test_groups():
     # where only the zero point varies, and where it is the same for a whole column
     w = read(lambda c, z: ((c.float().reshape(2, 4, N) - z[:, None]) * 0.5).reshape(K, N), CODES, GROUPS * 4)
     assert w.group_size == 4 and w.scale.tensor.shape == (2, N)
+
+
+def test_where_a_group_ends():
+    """Neighbours are one where they differ by no more than the tolerance, of their size and that of their offsets."""
+    group_size = weights_by_value._group_size
+
+    def column(*numbers):
+        return torch.tensor(numbers).double()[:, None]
+
+    ones, zeros = column(1, 1), column(0, 0)
+    assert group_size(ones, column(0, 1), 0.5) == 2 and group_size(ones, column(0, 1.01), 0.5) is None
+    assert group_size(column(1, 2), zeros, 0.5) == 2 and group_size(column(1, 2.01), zeros, 0.5) is None
+    assert group_size(column(1, 3), column(1, 1), 0.5) == 2
+    assert group_size(column(1, 1, 2, 2, 3, 3), torch.zeros(6, 1).double(), 1e-9) == 2
+    assert group_size(column(1), column(0), 1e-9) == 1
+    assert group_size(column(1, 2), zeros, 1e-9) is None
 
 
 def test_groups_of_one_size_only():
