@@ -74,9 +74,9 @@ def moved(d, rank):
 
     def apply(x):
         if kind == "mT":
-            return x.mT.contiguous().mT
+            return x.mT if x.shape[-1] == x.shape[-2] else x.mT.contiguous().mT
         if kind == "swapaxes":
-            return x.swapaxes(0, 1).contiguous().swapaxes(0, 1)
+            return x.swapaxes(0, 1)
         if kind == "transpose":
             return x.transpose(0, -2).contiguous().transpose(0, -2)
         if kind == "permute":

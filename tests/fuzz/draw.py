@@ -51,7 +51,7 @@ class Draw:
     def codes(self, *shape, low, high, dtype=torch.int8):
         t = torch.randint(low, high + 1, shape, generator=self.rng)
         if self.wild and self.one_of(False, False, True):
-            t = torch.full_like(t, self.one_of(low, high))
+            t = torch.full_like(t, self.one_of(low or 5, high))  # zeros alone are no sign of codes
         return t.to(dtype)
 
     def scales(self, *shape):

@@ -36,8 +36,8 @@ def layers(draw):
         if chosen:
             x = x[(x.reshape(x.shape[0], -1)[:, 0] > 0).nonzero().squeeze(-1)]
         outputs, value = [], x
-        for move, quantized, w, product, after, codes in pieces:
-            result = after(product(quantized(move(value)), w()))
+        for move, quantized, again, w, product, after, codes in pieces:
+            result = after(product(again(quantized(move(value))), w()))
             if codes is not None:
                 q, s, z = codes(result)
                 outputs.append(q)
@@ -56,6 +56,7 @@ def _layer(d, rank, n, k, dtype):
     return (
         moved(d, rank),
         activation(d),
+        moved(d, rank),
         weight(d, n, k, dtype),
         matmul(d, rank, n, dtype),
         epilogue(d, n, dtype),
