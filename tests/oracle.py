@@ -190,7 +190,8 @@ class _Checker:
             and op_name(n).split(".")[1] in ("mul", "add", "sub", "div", "_to_copy")
         )  # fmt: skip
         self.output_rounding = sum(HALF_UNIT.get(s.plan.output.meta["val"].dtype, 0.0) for s in self.sites)
-        self.underflow = 0.0
+        # What a result of the operators loses below the smallest number of its dtype may be scaled up behind it.
+        self.underflow = sum(_smallest(s.plan.output.meta["val"].dtype) for s in self.sites)
         self.worst = 0.0
 
     def check(self, native, actual) -> float:
@@ -447,8 +448,7 @@ class _Checker:
             and base not in MOVES - {"_to_copy", "to", "convert_element_type"}
         ):
             self.rounding += HALF_UNIT[native.dtype]
-            if native.dtype == torch.float16:
-                self.underflow += 2.0**-24
+            self.underflow += _smallest(native.dtype)
 
     def allowance(self, value, node):
         largest = [self.values[n].mag for n in self.values if n.name in self.outputs and self.values[n].mag is not None]
@@ -461,7 +461,7 @@ class _Checker:
         return (
             value.mag.double() * (self.relative + self.rounding + rounded + 2.0**-23)
             + self.absolute * gain
-            + self.underflow * 256
+            + self.underflow * 256 * gain
         )
 
     def _compare(self, node, value, native, actual):
@@ -502,7 +502,7 @@ class _Checker:
         over = (actual == math.inf) & (high >= limit) | (actual == -math.inf) & (low <= -limit)
         if self.saturates:
             over |= (actual.abs() == limit) & ((actual > 0) & (high >= limit) | (actual < 0) & (low <= -limit))
-        right = torch.where(v.isfinite(), inside | over, same)
+        right = torch.where(v.isfinite(), inside | over, same) | (actual == native)
         # The graph overflows on its way to a finite number; so may what is left of it.
         lost = v.isfinite() & ~native.isfinite()
         right |= lost & (~actual.isfinite() | self.saturates)
@@ -524,6 +524,10 @@ def _as(value, native):
 
 def _mag(value):
     return value.mag.double() if value.mag is not None else wide_abs(value.v)
+
+
+def _smallest(dtype):
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 def _finite(t):
