@@ -222,6 +222,9 @@ class DerivedWeights:
             return n.all_input_nodes[:1]
         if name in _KEEPS:
             return [i for i in n.all_input_nodes if _is_float_or_codes(i)]
+        if name.split("::")[1] in _BITS:  # words are spread over a dimension of their own: (N, K / 8, 1) >> shifts
+            stored = [i for i in n.all_input_nodes if _is_float_or_codes(i) and i.meta["val"].dim() > 1]
+            return [i for i in stored if not self._reader.values.is_static(i)]
         if _is_pointwise(target):
             shape = n.meta["val"].shape
             return [i for i in n.all_input_nodes if _is_float_or_codes(i) and _same_matrix(i.meta["val"].shape, shape)]

@@ -57,6 +57,9 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) ->
         if isinstance(candidate, Reject):
             rejects.append(candidate)
             continue
+        if _splits_alpha(candidate, reading):
+            rejects.append(_split())
+            continue
         numerics = _with_leftover_roundings(candidate, reading)
         if not math.isfinite(numerics.relative + numerics.absolute + numerics.of_x):
             rejects.append(_unbounded())
@@ -212,6 +215,22 @@ def _is_quantized_later(reading: Reading) -> bool:
         if any("round" in str(u.target) or "quantize_per" in str(u.target) for u in seen):
             return True
     return False
+
+
+def _splits_alpha(candidate: Candidate, reading: Reading) -> bool:
+    """True where a factor of the matmul operator itself would follow a float16 product that the graph never forms."""
+    c = candidate.composition
+    assert reading.contraction is not None
+    return c.dtype == torch.float16 and any(own.kind == "scale" for own in reading.contraction.own[c.length :])
+
+
+def _split() -> Reject:
+    return Reject(
+        "read.matmul.alpha",
+        "the matmul operator scales its product, and the scale can't be folded",
+        "a scale that can be folded: without it the product is rounded to float16, where it may overflow",
+        "use a door that sees the weights (qp.backend, qp.npu_backend), or run the model in bfloat16",
+    )
 
 
 def _with_leftover_roundings(candidate: Candidate, reading: Reading) -> Numerics:

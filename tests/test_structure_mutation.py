@@ -465,3 +465,18 @@ def test_a_rounded_zero_point_counts_against_x():
     judged = outcome(build, X.half(), (w, WS, zero))
     assert judged.verdict == "fused"
     assert judged.report.sites[0].numerics.of_x > 0
+
+
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("beta", [1, 0.5])
+@pytest.mark.parametrize("target", ["cpu", "ascend310p", "ascend910b"])
+def test_a_factor_of_the_matmul_itself_is_not_taken_out_of_it(target, beta, static):
+    """``addmm(b, x, w, alpha=0.01)``: the product alone overflows float16, what the graph returns does not."""
+    x, w = torch.full((M, K), 30.0).half(), torch.full((N, K), 100, dtype=torch.int8)
+
+    def build(x, w, s, b):
+        weight = aten.mul.Tensor(to(w, F16), s)
+        return aten.addmm.default(b, x, aten.t.default(weight), alpha=0.01, beta=beta)
+
+    judged = outcome(build, x, (w, torch.ones(N, 1).half(), B.half()), static, target=target)
+    assert static or judged.rules >= {"read.matmul.alpha"}

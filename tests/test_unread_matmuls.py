@@ -289,6 +289,10 @@ def test_a_tools_dequantization_of_unknown_values_has_a_verdict():
             nibbles = torch.stack([(words >> 4 * i) & 15 for i in range(8)], -1).flatten(1)
             return torch.mm(a, ((nibbles.float() - 8) * s).t())
 
+        def spread(a, words, s):
+            nibbles = ((words.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15).view(N, K)
+            return torch.mm(a, ((nibbles.to(torch.int8).to(torch.int32) - s.to(torch.int32)).float() * s).t())
+
         def positions(a, words, s):
             return torch.mm(a, (words.float() * s).t())
 
@@ -297,6 +301,7 @@ def test_a_tools_dequantization_of_unknown_values_has_a_verdict():
         for function, weights, rules in [
             (opaque, codes(N, K), ["read.weight.opaque"]),
             (packed, words, ["read.weight.packed"]),
+            (spread, words, ["read.weight.packed"]),
             (positions, wide, []),
         ]:
             graph = torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake")(x, weights, floats(N, 1))

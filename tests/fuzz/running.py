@@ -98,7 +98,11 @@ def judged(case, target):
     result = judge(gm, case.args, target=target)
     assert result.verdict != "dropped", f"the graph does not run\n{gm.graph}"
     seen = result.report.total
-    assert seen >= case.matmuls, f"{case.matmuls} quantized matmuls, {seen} verdicts\n{gm.graph}\n{result.report}"
+    # A weight that is not finite is no scale times codes: whether it was quantized nobody can tell.
+    told = all(bool(t.isfinite().all()) for t in gm.buffers())
+    assert seen >= case.matmuls or not told, (
+        f"{case.matmuls} quantized matmuls, {seen} verdicts\n{gm.graph}\n{result.report}"
+    )
     return result.verdict
 
 
