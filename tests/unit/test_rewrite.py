@@ -218,3 +218,17 @@ def test_what_is_quantized_twice_is_merged():
         for r in t.results
     ]
     assert rewritten(t, *plans, written_to={t.inputs[0]}) < merged
+
+
+def test_new_nodes_come_after_all_inputs():
+    t = Traced(lambda x, y: (x * 2.0) + y, X, X)
+    (mul,) = t.calls(aten.mul.Tensor)
+    rewritten(t, plan(mul, ex.neg(Ref(t.inputs[0]))))
+    assert [n.op for n in t.graph.nodes][:2] == ["placeholder", "placeholder"]
+
+
+def test_constants_lie_where_the_graph_computes():
+    for device in ("cpu", "meta"):
+        t = Traced(lambda x: x * 2.0, X.to(device))
+        rewritten(t, plan(t.result, ex.mul(Ref(t.inputs[0]), Const(torch.tensor([3.0, 4.0, 5.0, 6.0]), label="scale"))))
+        assert t.gm.get_buffer("quantpass_scale").device.type == device
