@@ -74,7 +74,8 @@ class Net:
         found = self._derived.find(c.rhs)
         if found is None and not static(c.rhs):
             found = self._derived.find(c.lhs)
-            if found is not None and (found.kind == "lookup" or not static(found.codes)):
+            stored = found is not None and (found.kind == "packed" or static(found.codes))
+            if found is not None and (found.kind == "lookup" or not stored):
                 return None  # an activation: looked up in a quantized table, or quantized itself
         elif found is not None and found.kind == "lookup" and static(c.lhs):
             return None

@@ -65,8 +65,11 @@ def activation(d):
     return forms[kind]
 
 
-def moved(d, rank):
-    """A movement of ``x`` that leaves it ``(..., K)``, spelled in ways that only some graphs keep."""
+def moved(d, rank, square):
+    """A movement of ``x`` that leaves it ``(..., K)``, spelled in ways that only some graphs keep.
+
+    ``square``: its last two sizes are the same number, so that it may stay transposed.
+    """
     if rank < 3:
         return lambda x: x
     kind = d.one_of("as it is", "as it is", "as it is", "mT", "swapaxes", "transpose", "permute", "movedim")
@@ -74,7 +77,7 @@ def moved(d, rank):
 
     def apply(x):
         if kind == "mT":
-            return x.mT if x.shape[-1] == x.shape[-2] else x.mT.contiguous().mT
+            return x.mT if square else x.mT.contiguous().mT
         if kind == "swapaxes":
             return x.swapaxes(0, 1)
         if kind == "transpose":

@@ -16,8 +16,8 @@ def layers(draw):
     d = Draw(draw)
     dtype = d.one_of(*DTYPES)
     rank = d.one_of(2, 2, 3, 3, 4, 5, 6)
-    sizes = [d.int(1, 3) for _ in range(rank - 2)] + [d.int(1, 6)]
     k, n = d.one_of(1, 3, 8, 16, 32, 64), d.one_of(1, 2, 5, 8, 16, 32)
+    sizes = [d.int(1, 3) for _ in range(rank - 2)] + [d.one_of(1, 2, 3, 4, 5, 6, k)]
     capture = d.one_of("fake", "fake", "pre_dispatch", "keywords", "symbolic")
     x = d.activation(*sizes, k).to(dtype)
     strided = d.one_of("plain", "plain", "transposed", "strided")
@@ -27,7 +27,9 @@ def layers(draw):
         x = torch.cat([x, x], dim=-1)[..., :k]
     # The rows that are worth something, as a mixture of experts takes them: their number is known at run time only.
     chosen = capture == "symbolic" and rank < 4 and d.maybe()
-    pieces = [_layer(d, rank, n, k, dtype)]
+    if chosen:
+        x[(0,) * rank] = 1  # a row is left
+    pieces = [_layer(d, rank, n, k, dtype, square=sizes[-1] == k and not chosen)]
     if d.maybe():
         pieces.append(_layer(d, rank, d.one_of(2, 8, n), n, dtype))
     residual = d.maybe() and not chosen
@@ -52,11 +54,11 @@ def layers(draw):
     return d.case(graph, x, matmuls=len(pieces), capture=capture)
 
 
-def _layer(d, rank, n, k, dtype):
+def _layer(d, rank, n, k, dtype, square=False):
     return (
-        moved(d, rank),
+        moved(d, rank, square),
         activation(d),
-        moved(d, rank),
+        moved(d, rank, square),
         weight(d, n, k, dtype),
         matmul(d, rank, n, dtype),
         epilogue(d, n, dtype),
