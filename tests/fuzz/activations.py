@@ -77,7 +77,7 @@ def moved(d, rank, square):
 
     def apply(x):
         if kind == "mT":
-            return x.mT if square else x.mT.contiguous().mT
+            return x.mT if square and x.shape[-1] == x.shape[-2] else x.mT.contiguous().mT
         if kind == "swapaxes":
             return x.swapaxes(0, 1)
         if kind == "transpose":
