@@ -53,7 +53,8 @@ def quant_matmul_candidates(
 ) -> Iterator[Candidate | Reject]:
     """Candidates from the most to the least complete epilogue, and reasons where there can be none."""
     activation, weight = reading.activation, reading.weight
-    assert isinstance(activation, Affine) and isinstance(weight, Weight)
+    assert isinstance(activation, Affine)
+    assert isinstance(weight, Weight)
     rejects = list(refusals(activation, weight))
     if rejects:
         yield from rejects
@@ -226,7 +227,7 @@ def _scale_reject(columns: Const) -> Reject:
 
 def _addend_problem(p: Product, chip: Chip) -> Reject | None:
     """A floating bias that is changed on its way through the operator."""
-    if p.addend is None or not p.composition.dtype.is_floating_point:
+    if not p.composition.dtype.is_floating_point:
         return None
     if chip.saturates and p.composition.dtype == torch.float16 and not all_finite(p.addend):
         return saturated("qmm", chip)

@@ -46,7 +46,8 @@ def weight_quant_candidates(
 ) -> Iterator[Candidate | Reject]:
     """Candidates from the most to the least complete epilogue, and reasons where there can be none."""
     weight, x = reading.weight, reading.x
-    assert isinstance(weight, Weight) and x is not None
+    assert isinstance(weight, Weight)
+    assert x is not None
     if not ex.dtype_of(x).is_floating_point:
         return
     if ex.dtype_of(x) not in _WEIGHT_ROUNDING:
@@ -231,7 +232,8 @@ def _activation(x: Expr, weight: Weight, dtype: torch.dtype, notes: Notes) -> tu
 
 def _largest_column(weight: Weight) -> float:
     """An upper bound of ``sum_k |w_kn|`` over all columns."""
-    assert isinstance(weight.scale, Const) and ex.known(weight.zero_point)
+    assert isinstance(weight.scale, Const)
+    assert ex.known(weight.zero_point)
     zero = weight.zero_point.tensor.abs().max() if isinstance(weight.zero_point, Const) else 0.0
     return weight.k * (max(abs(weight.low), abs(weight.high)) + float(zero)) * float(weight.scale.tensor.abs().max())
 

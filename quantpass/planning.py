@@ -45,7 +45,8 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) ->
     """Find the best legal fused call for one site on one chip; ``writes`` is what the graph writes to in place."""
     if reading.rejects:
         return Planned(None, None, reading.rejects)
-    assert reading.epilogue is not None and isinstance(reading.weight, Weight)
+    assert reading.epilogue is not None
+    assert isinstance(reading.weight, Weight)
     assert reading.contraction is not None
     prefixes = compositions(reading.node, reading.contraction.product_dtype, reading.epilogue.steps)
     if reading.contraction.whole:

@@ -210,7 +210,7 @@ def _reading_rejects(reader: AffineReader, c: Contraction, weight: Weight | NotA
 
 def _covers_batches(c: Contraction) -> bool:
     """True where the left operand has a row for each row of the product, so that one matrix serves them all."""
-    if c.matrix is not None or c.rhs.meta["val"].dim() <= 2:
+    if c.matrix is not None:
         return True
     left = [s for s in c.lhs.meta["val"].shape[:-2] if not is_one(s)]
     return same_shape(left, [s for s in c.product_shape[:-2] if not is_one(s)])

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from quantpass import expr as ex
-from quantpass.candidates import Candidate, rows_of, weight_layouts
+from quantpass.candidates import Candidate, flattened, rows_of, weight_layouts
 from quantpass.chips import chip_named
 from quantpass.chips.calls import QMM
 from quantpass.composition import compositions
-from quantpass.expr import Const
+from quantpass.expr import Const, Ref
 from quantpass.options import Options
 from quantpass.patterns.affine import Affine
 from quantpass.plan_quant_matmul import quant_matmul_candidates
@@ -21,7 +21,7 @@ from quantpass.quant_product import accumulator_problem, product_of
 from quantpass.records import Weight
 from quantpass.sites import find_sites
 from quantpass.writes import writes_of
-from tests.unit.graphs import Traced, evaluate
+from tests.unit.graphs import Traced, evaluate, node_of
 
 M, K, N = 5, 64, 32
 TARGETS = ("ascend310p", "ascend910b", "cpu")
@@ -207,7 +207,7 @@ def test_what_a_rounded_bias_may_change():
 
 
 def test_a_bias_put_together_loses_no_more_than_float32():
-    site = Site(lambda x, w, s, b: x @ (w.float() * s) + b + b, randn(M, K), CODES, SCALE, BIAS, known=3)
+    site = Site(lambda x, w, s, b: x @ (w.float() * s) + b + b / 3 * 100, randn(M, K), CODES, SCALE, BIAS, known=3)
     (call, *_) = site.check()
     assert call.composition.length == 2 and call.numerics.kind == "exact" and call.numerics.absolute == 0.0
 
@@ -782,6 +782,35 @@ def test_weights_on_the_left():
     site = Site(lambda x, w, s: (w.half() * s.half()) @ x, x, CODES.t().contiguous(), SCALE[:, None], known=2)
     (call, *_) = site.check("cpu")
     assert call.value is not None
+
+
+def test_whole_zero_points_leave_nothing_to_add():
+    for zero, whole in ((7.0, True), (0.5, False)):
+        site = Site(lambda x, w, zero=zero: (x.float() - zero) @ (w.float() * 0.01), X, CODES, known=1)
+        c = compositions(site.reading.node, site.reading.contraction.product_dtype, ())[0]
+        p = product_of(site.reading.activation, site.reading.weight, c)
+        assert (p.addend is None) == whole and (p.lost == 0.0) == whole
+
+
+def test_a_bias_too_large_for_the_word_stays_a_float():
+    site = static_w8a8(torch.float16, bias=torch.full((N,), 6e4), x_scale=1e-4, w_scale=SCALE / 10)
+    assert "qmm.bias.range" in site.refusals()
+    floats = [c for c in site.calls() if c.composition.addend is not None and c.call.op == "npu_quant_matmul"]
+    assert {c.call.args["pertoken_scale"] is None for c in floats} == {True, False}
+
+
+def test_arguments_at_their_defaults_are_left_out():
+    (call, *_) = weight_only(torch.float16, codes=CODES).calls()
+    assert set(call.value.kwargs) <= {"transpose_weight"}
+
+
+def test_why_a_chip_takes_no_nz():
+    assert "in ND in graph mode" in weight_only(torch.float16, codes=CODES).plan("cpu").plan.nd_reason
+
+
+def test_flattened():
+    three, two = (Ref(node_of(torch.empty(shape))) for shape in ((2, 3, 4), (6, 4)))
+    assert ex.shape_of(flattened(three)) == (6, 4) and flattened(two) is two
 
 
 def test_rows():

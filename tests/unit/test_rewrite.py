@@ -65,6 +65,15 @@ def test_asserts_of_what_is_gone_go_with_it():
     assert targets(t) == [aten.neg.default, aten.relu.default]
 
 
+def test_a_node_that_is_needed_twice_goes_once():
+    t = Traced(lambda x: ((x * 2.0).exp() + (x * 2.0).exp()).relu(), X)
+    (add,) = t.calls(aten.add.Tensor)
+    first, second = add.args
+    second.replace_all_uses_with(first, propagate_meta=False)
+    rewritten(t, plan(add, ex.neg(Ref(t.inputs[0]))))
+    assert aten.add.Tensor not in targets(t) and first._erased
+
+
 def test_impure_nodes_stay():
     t = Traced(lambda x: (x * 2.0 + 1.0).relu(), X)
     (mul,) = t.calls(aten.mul.Tensor)
