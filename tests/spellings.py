@@ -353,8 +353,21 @@ def _decomposed():
         real = qd.dequantize_per_token.default(q, t, zeros, -128, 127, i8, F32)
         return linear_t(real, qd.dequantize_per_channel.default(w, s, None, 0, -127, 127, i8))
 
+    def chosen(choose, low, high, dtype):
+        def build(x, w, s):
+            t, z = choose(x, low, high, 1e-5, dtype)
+            q = qd.quantize_per_tensor.tensor(x, t, z, low, high, dtype)
+            real = qd.dequantize_per_tensor.tensor(q, t, z, low, high, dtype)
+            return linear_t(real, qd.dequantize_per_channel.default(w, s, None, 0, -127, 127, i8))
+
+        return build
+
     for build in (per_tensor, tensors, tensors2):
         yield Spelling(f"decomposed: {build.__name__}", build, X, (W, WS.flatten()))
+    for name, choose in (("", qd.choose_qparams.tensor), (" symmetrically", qd.choose_qparams_symmetric.tensor)):
+        for low, high, dtype in ((-128, 127, i8), (0, 255, u8)):
+            spelling = chosen(choose, low, high, dtype)
+            yield Spelling(f"decomposed: chosen{name}, {dtype}", spelling, X, (W, WS.flatten()))
     yield Spelling("decomposed: square", per_tensor, X, (SQUARE, scales(K)))
     yield Spelling("decomposed: per_token", per_token, X, (W, WS.flatten(), scales(M, 1).double() + 0.02))
 
