@@ -20,7 +20,7 @@ from quantpass.patterns.derived import DerivedWeights, Found
 from quantpass.patterns.unread import higher_order, unread_contraction
 from quantpass.patterns.weights import read_weight
 from quantpass.records import Reject
-from quantpass.torch_internals import FakeTensor
+from quantpass.symbolic import has_no_elements
 
 _STORED = (torch.int8, torch.uint8, torch.int16, torch.int32)
 _CERTAIN = ("read.weight", "read.weight.along_k", "read.weight.batched", "read.weight.bits")
@@ -110,7 +110,7 @@ class Net:
     def _is_weight(self, node: Node) -> bool:
         """True where a static value is made of stored or rounded integers and is surely a quantized weight."""
         fake = node.meta["val"]
-        if fake.dim() < 2 or 0 in fake.shape or not self._made_of_integers(node, fake.numel()):
+        if fake.dim() < 2 or has_no_elements(fake.shape) or not self._made_of_integers(node, fake.numel()):
             return False
         read = read_weight(self._reader, node, transposed=False)
         return read.quantized and (not isinstance(read, NotAffine) or read.rule in _CERTAIN)
@@ -140,10 +140,6 @@ class Net:
 
     def _known(self, target: Any) -> bool:
         return any(table.get(target) is not None for table in self._dialects.tables)
-
-
-def _only_bits(held: torch.Tensor) -> bool:
-    return not held.is_meta and not isinstance(held, FakeTensor) and bool(((held == 0) | (held == 1)).all())
 
 
 def _rounds(n: Node) -> bool:
