@@ -20,9 +20,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes import freezing_patterns
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from quantpass.options import Options
+from quantpass.graph.torch_internals import attribute_values
 from quantpass.pipeline import fuse_graph
-from quantpass.torch_internals import attribute_values
+from quantpass.planning.options import Options
 
 SITES = (50, 200, 800)
 WIDTH = 32

@@ -23,8 +23,8 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from quantpass.ir import DTYPE_NUMBERS
-from quantpass.torch_internals import real_tensors
+from quantpass.graph.torch_internals import real_tensors
+from quantpass.operators.ir import DTYPE_NUMBERS
 
 ops, aten = torch.ops.quantpass, torch.ops.aten
 

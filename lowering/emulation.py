@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.library import Library
 
-from quantpass.ir import require
 from quantpass.lowering import quantizers
+from quantpass.operators.ir import require
 
 ops = torch.ops.quantpass
 

@@ -20,12 +20,12 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule, Node
 
-from quantpass.constants import Constants
-from quantpass.ir import NZ
+from quantpass.graph.constants import Constants
+from quantpass.graph.records import WeightFormat
+from quantpass.graph.torch_internals import real_tensors
 from quantpass.lowering.fractal_nz import nz_bytes
 from quantpass.lowering.int4 import unpack_int4
-from quantpass.records import WeightFormat
-from quantpass.torch_internals import real_tensors
+from quantpass.operators.ir import NZ
 
 ops = torch.ops.quantpass
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from quantpass.ir import require
+from quantpass.operators.ir import require
 
 ROWS = 16
 """Rows of a tile."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from quantpass.ir import ND, NZ
+from quantpass.operators.ir import ND, NZ
 
 _FORMATS = {ND: "ND", NZ: "FRACTAL_NZ"}
 _OUTPUTS = (torch.int8, torch.float16, torch.bfloat16, torch.int32)

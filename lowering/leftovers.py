@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from quantpass.torch_internals import fake_mode_of
+from quantpass.graph.torch_internals import fake_mode_of
 
 
 def expand_leftovers(gm: GraphModule, table: Mapping[Any, Callable[..., Any]] | None = None) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from quantpass.ir import OUTPUT_DTYPES, require
 from quantpass.lowering.int4 import unpack_int4
 from quantpass.lowering.integer_matmul import int_matmul
 from quantpass.lowering.scale_words import pack_scale_word, unpack_scale_word
+from quantpass.operators.ir import OUTPUT_DTYPES, require
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _FLOAT16_MAX = 65504.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from quantpass.ir import require
 from quantpass.lowering.int4 import pack_int4, unpack_int4
+from quantpass.operators.ir import require
 
 _QINT8, _QUINT8, _QINT32, _QUINT4X2 = torch.qint8, torch.quint8, torch.qint32, torch.quint4x2
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from quantpass.ir import LIBRARY, require
 from quantpass.lowering.int4 import pack_int4
 from quantpass.lowering.quant_matmul import quant_matmul
 from quantpass.lowering.scale_words import pack_scale_word
 from quantpass.lowering.weight_quant_matmul import weight_quant_matmul
+from quantpass.operators.ir import LIBRARY, require
 
 
 def trans_quant_param(scale: torch.Tensor, offset: torch.Tensor | None = None, round_mode: int = 0) -> torch.Tensor:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from quantpass.ir import ND
 from quantpass.lowering.fx_parcel import TensorValue, unpack
 from quantpass.lowering.ge_graph import GeGraph, from_proto
 from quantpass.lowering.standin_process import Reply, Request
+from quantpass.operators.ir import ND
 
 _NEEDED = ("torch.ao.quantization.fx._decomposed",)
 """Modules that define operators a graph may hold."""
@@ -30,7 +30,7 @@ def convert(request: Request, torchair: Any) -> Reply:
     from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from quantpass.npu import make_torchair_compiler
+    from quantpass.lowering.torchair_graphs import make_torchair_compiler
 
     mode, device = FakeTensorMode(), torch.device("npu:0")
 

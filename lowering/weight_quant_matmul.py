@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from quantpass.ir import matrix_shape, require
 from quantpass.lowering.int4 import unpack_int4
 from quantpass.lowering.integer_matmul import int_matmul
 from quantpass.lowering.quant_matmul import requantize, scale_and_offset, to_float
 from quantpass.lowering.scale_words import unpack_scale_word
+from quantpass.operators.ir import matrix_shape, require
 
 TEMPLATES = ("custom", "msd", "fixpipe", "310p", "auto")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+from quantpass.graph.schema import ReaderTable
 from quantpass.patterns import (
     arithmetic,
     ascend,
@@ -25,7 +26,6 @@ from quantpass.patterns import (
     torchao_affine,
 )
 from quantpass.patterns.dialect import Dialect
-from quantpass.schema import ReaderTable
 
 __all__ = ["Dialect", "Dialects", "default_dialects"]
 

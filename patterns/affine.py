@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from quantpass import expr as ex
-from quantpass.expr import Call, Expr, Recentred, Ref
+from quantpass.basics.symbolic import broadcast_shape, elements, same_shape, same_size
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Call, Expr, Recentred, Ref
+from quantpass.graph.node_memo import NodeMemo
+from quantpass.graph.schema import ReaderTable, bind, call_reader, op_name, positional
+from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.integers import IntegerReader, Range, fits, integer_span
 from quantpass.patterns.movement import Movement, movement_of
-from quantpass.patterns.node_memo import NodeMemo
 from quantpass.patterns.terms import Term, term_of, wide
-from quantpass.schema import ReaderTable, bind, call_reader, op_name, positional
-from quantpass.static_values import StaticValues
-from quantpass.symbolic import broadcast_shape, elements, same_shape, same_size
 
 aten = torch.ops.aten
 

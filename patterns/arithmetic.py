@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from quantpass.basics.symbolic import same_shape
+from quantpass.graph.schema import ReaderTable
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
-from quantpass.schema import ReaderTable
-from quantpass.symbolic import same_shape
 
 aten = torch.ops.aten
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from quantpass.expr import Const
+from quantpass.graph.expr import Const
+from quantpass.graph.records import Weight
+from quantpass.graph.schema import op_name
 from quantpass.patterns.affine import AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, Own
 from quantpass.patterns.dialect import Dialect
-from quantpass.records import Weight
-from quantpass.schema import op_name
 
 aten = torch.ops.aten
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch.fx import Node
 
+from quantpass.graph.schema import op_name
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, Own
 from quantpass.patterns.dialect import Dialect
-from quantpass.schema import op_name
 
 
 def dialect() -> Dialect:

@@ -10,8 +10,8 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
-from quantpass.schema import ReaderTable, call_reader, op_name
-from quantpass.symbolic import is_one
+from quantpass.basics.symbolic import is_one
+from quantpass.graph.schema import ReaderTable, call_reader, op_name
 
 aten = torch.ops.aten
 

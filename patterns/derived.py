@@ -14,10 +14,10 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from quantpass.expr import Call, Expr, Recentred, Ref
+from quantpass.graph.expr import Call, Expr, Recentred, Ref
+from quantpass.graph.schema import op_name
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
-from quantpass.patterns.unread import EXPERTS, EXPERTS_HINT
-from quantpass.schema import op_name
+from quantpass.patterns.unread_matmuls import EXPERTS, EXPERTS_HINT
 
 _CHOOSES = frozenset(
     f"aten::{name}"
@@ -70,7 +70,7 @@ _OPAQUE_HINT = (
 )
 _PACKED_HINT = (
     "let the pass see the values: torch._inductor.config.freezing = False, weights as parameters or buffers of the "
-    "module, and a door that gets the tensors (quantpass.backend, npu_backend)"
+    "module, and a door that gets the tensors (quantpass.doors.backend, npu_backend)"
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantpass.schema import Reader
+from quantpass.graph.schema import Reader
 
 Readers = Mapping[Any, Reader]
 """Operator (an overload, or its name such as ``"quanto::qbytes_mm"``) to reader. A reader's keyword parameters are all
@@ -23,7 +23,7 @@ class Dialect:
             ``(reader, node, **arguments)`` with an :class:`~quantpass.patterns.affine.AffineReader` and return an
             ``Affine`` or ``NotAffine``. Of an operator with several results the first one is read.
         recentre: quantize operators that can give int8 codes instead of uint8 ones. Readers take
-            ``(node, **arguments)`` and return a :class:`~quantpass.expr.Recentred` or None.
+            ``(node, **arguments)`` and return a :class:`~quantpass.graph.expr.Recentred` or None.
         integers: operators that return bounded integers. Readers take ``(reader, node, **arguments)`` with an
             :class:`~quantpass.patterns.integers.IntegerReader` and return ``Bounds`` or None.
         contractions: matmuls. Readers take ``(node, **arguments)`` and return a

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from quantpass import expr as ex
+from quantpass.basics.symbolic import same_shape, same_size
+from quantpass.graph import expr as ex
+from quantpass.graph.schema import ReaderTable, call_reader
 from quantpass.patterns.affine import AffineReader, reciprocal
 from quantpass.patterns.contractions import Contraction, Own
 from quantpass.patterns.terms import Term, wide
-from quantpass.schema import ReaderTable, call_reader
-from quantpass.symbolic import same_shape, same_size
 
 aten = torch.ops.aten
 

@@ -26,11 +26,11 @@ from enum import IntEnum
 import torch
 from torch.fx import Node
 
-from quantpass import expr as ex
-from quantpass.expr import Const, Expr
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Const, Expr
+from quantpass.graph.records import Weight
+from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
-from quantpass.records import Weight
-from quantpass.static_values import StaticValues
 
 aten = torch.ops.aten
 

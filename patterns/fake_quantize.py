@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from quantpass import expr as ex
-from quantpass.expr import Expr
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Expr
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
 from quantpass.patterns.terms import Term, wide

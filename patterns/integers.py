@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from quantpass.graph.node_memo import NodeMemo
+from quantpass.graph.schema import ReaderTable, call_reader
+from quantpass.graph.static_values import StaticValues, as_dtype
 from quantpass.patterns.movement import movement_of
-from quantpass.patterns.node_memo import NodeMemo
-from quantpass.schema import ReaderTable, call_reader
-from quantpass.static_values import StaticValues, as_dtype
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from quantpass.schema import ReaderTable, call_reader
+from quantpass.graph.schema import ReaderTable, call_reader
 
 aten = torch.ops.aten
 

@@ -13,14 +13,14 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from quantpass.basics.reject import Reject
+from quantpass.basics.symbolic import has_no_elements
 from quantpass.patterns import Dialects
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction
 from quantpass.patterns.derived import DerivedWeights, Found
-from quantpass.patterns.unread import higher_order, unread_contraction
+from quantpass.patterns.unread_matmuls import higher_order, unread_contraction
 from quantpass.patterns.weights import read_weight
-from quantpass.records import Reject
-from quantpass.symbolic import has_no_elements
 
 _STORED = (torch.int8, torch.uint8, torch.int16, torch.int32)
 _CERTAIN = ("read.weight", "read.weight.along_k", "read.weight.batched", "read.weight.bits")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from quantpass.records import Weight
+from quantpass.graph.records import Weight
 
 TOLERANCE = 1e-3
 """How far an element may be from its code, in codes, whatever its magnitude."""

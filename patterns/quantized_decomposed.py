@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from quantpass.expr import Call, Recentred
+from quantpass.graph.expr import Call, Recentred
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
 from quantpass.patterns.epilogues import Step

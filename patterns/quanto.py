@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from quantpass.graph.schema import op_name
 from quantpass.patterns.contractions import Contraction, NoContraction, Own
 from quantpass.patterns.dialect import Dialect
-from quantpass.schema import op_name
 
 
 def dialect() -> Dialect:

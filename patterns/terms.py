@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from quantpass import expr as ex
-from quantpass.expr import Const, Expr
+from quantpass.basics.symbolic import is_one, same_size
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Const, Expr
+from quantpass.graph.schema import bind
+from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.movement import Movement
-from quantpass.schema import bind
-from quantpass.static_values import StaticValues
-from quantpass.symbolic import is_one, same_size
 
 aten = torch.ops.aten
 

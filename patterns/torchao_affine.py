@@ -10,11 +10,11 @@ from typing import Any
 
 from torch.fx import Node
 
+from quantpass.basics.symbolic import is_one, same_size
+from quantpass.graph.schema import op_name
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
 from quantpass.patterns.terms import Term
-from quantpass.schema import op_name
-from quantpass.symbolic import is_one, same_size
 
 
 def dialect() -> Dialect:

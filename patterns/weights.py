@@ -12,17 +12,17 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from quantpass import expr as ex
-from quantpass.expr import Call, Const, Expr, Recentred, Ref
+from quantpass.basics.symbolic import elements, has_no_elements, is_one, same_shape, same_size
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Call, Const, Expr, Recentred, Ref
+from quantpass.graph.records import Weight
+from quantpass.graph.schema import bind
+from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.evidence import is_readable, judged
 from quantpass.patterns.proof import FLOAT32, is_rebuilt
 from quantpass.patterns.terms import Term
 from quantpass.patterns.weights_by_value import Operand, weight_by_value
-from quantpass.records import Weight
-from quantpass.schema import bind
-from quantpass.static_values import StaticValues
-from quantpass.symbolic import elements, has_no_elements, is_one, same_shape, same_size
 
 aten = torch.ops.aten
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from quantpass.expr import Const
+from quantpass.graph.expr import Const
+from quantpass.graph.records import Weight
+from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import NotAffine
 from quantpass.patterns.folded import looks_dequantized
 from quantpass.patterns.proof import FLOAT32, FLOAT64, TOLERANCE, is_rebuilt, rows_at_a_time
-from quantpass.records import Weight
-from quantpass.static_values import StaticValues
 
 aten = torch.ops.aten
 

@@ -8,18 +8,20 @@ if (_root / "patterns" / "dialect.py").is_file():
     __path__.append(str(_root))
 del _Path, _root
 
-from quantpass import ir as _ir
 from quantpass import nn
-from quantpass.backend import backend
-from quantpass.checking import check_op
-from quantpass.doors import diff, explain, fuse
+from quantpass.basics.reject import Reject
+from quantpass.basics.tensor_spec import TensorSpec
+from quantpass.chips.checking import check_op
+from quantpass.doors.backend import backend
+from quantpass.doors.explain import diff, explain, fuse
+from quantpass.doors.npu import npu_backend, npugraph_ex_options, register
+from quantpass.doors.preview import GePreview, preview_ge
+from quantpass.doors.verification import Difference, Verification, verify
+from quantpass.graph.records import Numerics, Plan, Site, WeightFormat
 from quantpass.lowering import reference as _reference
 from quantpass.lowering.emulation import emulate_npu
-from quantpass.npu_doors import npu_backend, npugraph_ex_options, register
-from quantpass.preview import GePreview, preview_ge
-from quantpass.records import Numerics, Plan, Reject, Site, TensorSpec, WeightFormat
+from quantpass.operators import ir as _ir
 from quantpass.report import Report
-from quantpass.verification import Difference, Verification, verify
 from quantpass.version import __version__
 
 __all__ = [

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips import chip_named
 from quantpass.chips.calls import QMM, WQMM, OpCall
-from quantpass.legality import Verdict, judge
-from quantpass.records import TensorSpec
+from quantpass.chips.legality import Verdict, judge
 
 ops = torch.ops.quantpass
 
@@ -151,7 +151,7 @@ class LinearWeightQuant(_QuantizedLinear):
         )  # fmt: skip
 
     def call(self, x: torch.Tensor, *, mode: str = "eager") -> OpCall:
-        """The operator call that the forward makes, for :func:`quantpass.legality.judge`."""
+        """The operator call that the forward makes, for :func:`quantpass.chips.legality.judge`."""
         scale, offset = _column_major(self.antiquant_scale), _column_major(self.antiquant_offset)
         return OpCall(
             WQMM,
@@ -311,7 +311,7 @@ class LinearQuant(_QuantizedLinear):
         return self.scale.dtype == torch.float32 and self.pertoken_scale is None and word and not self.group_size
 
     def call(self, x1: torch.Tensor, *, mode: str = "eager") -> OpCall:
-        """The operator call that the forward makes, for :func:`quantpass.legality.judge`."""
+        """The operator call that the forward makes, for :func:`quantpass.chips.legality.judge`."""
         scale = _spec(self.scale)
         if scale is not None and self._packs_scale():
             scale = TensorSpec(torch.int64, scale.shape)

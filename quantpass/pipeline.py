@@ -10,23 +10,24 @@ from functools import partial
 import torch
 from torch.fx import GraphModule, Node
 
-from quantpass.already_fused import already_fused, own_calls
-from quantpass.boundary import failed, guarded, must_raise
-from quantpass.dump import dump
-from quantpass.hidden import weights_behind
-from quantpass.options import Options
+from quantpass.basics.boundary import failed, guarded, must_raise
+from quantpass.basics.reject import Reject
+from quantpass.graph.dump import dump
+from quantpass.graph.hidden_weights import weights_behind
+from quantpass.graph.records import Plan, Site
+from quantpass.graph.site_keys import Token, site_keys
+from quantpass.graph.static_values import StaticValues
+from quantpass.graph.torch_internals import real_tensors
+from quantpass.graph.user_streams import stream_labels, stream_reject
+from quantpass.graph.writes import Writes, writes_of
 from quantpass.patterns import default_dialects
 from quantpass.patterns.contractions import read_contraction
-from quantpass.planning import Planned, plan_site
-from quantpass.records import Plan, Reject, Site
+from quantpass.patterns.sites import Reading, find_sites, matmul_name, unreadable
+from quantpass.planning.already_fused import already_fused, own_calls
+from quantpass.planning.choose import Planned, plan_site
+from quantpass.planning.options import Options
+from quantpass.planning.unknown_values import UNREAD, conditional, fed_by_unread, made_of_integers, unread_note
 from quantpass.rewrite import RewriteError, Rewriter
-from quantpass.site_keys import Token, site_keys
-from quantpass.sites import Reading, find_sites, matmul_name, unreadable
-from quantpass.static_values import StaticValues
-from quantpass.streams import stream_labels, stream_reject
-from quantpass.torch_internals import real_tensors
-from quantpass.unread import UNREAD, conditional, fed_by_unread, made_of_integers, unread_note
-from quantpass.writes import Writes, writes_of
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 from tabulate import tabulate
 
-from quantpass.dump import diff_text
-from quantpass.records import Reject, Site, WeightFormat
+from quantpass.basics.reject import Reject
+from quantpass.graph.dump import diff_text
+from quantpass.graph.records import Site, WeightFormat
 from quantpass.version import __version__
 
 _CAUSES = """No quantized matmul was found. The likely causes:
@@ -27,11 +28,12 @@ class Report:
     """Every quantized matmul of one or more graphs, with a verdict for each target.
 
     Attributes:
-        sites: one :class:`~quantpass.records.Site` for each matmul and target.
+        sites: one :class:`~quantpass.graph.records.Site` for each matmul and target.
         targets: the targets asked for.
         mode: ``"graph"`` or ``"eager"``.
         graphs: text of each rewritten graph, before and after; empty for ``explain``.
-        formats: how each weight is stored, one :class:`~quantpass.records.WeightFormat` each; empty for ``explain``.
+        formats: how each weight is stored, one :class:`~quantpass.graph.records.WeightFormat` each; empty for
+            ``explain``.
         notes: what else a user should know, in words.
         hidden: signs of quantized weights that no graph shows, in words; :meth:`require` does not pass over them.
     """

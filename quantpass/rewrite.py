@@ -13,12 +13,18 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from quantpass.constants import ModuleConstants
-from quantpass.dump import describe_node
-from quantpass.expr import Call, Const, Expr, Recentred, Ref, Size
-from quantpass.merge import duplicates
-from quantpass.records import Plan
-from quantpass.torch_internals import FakeTensorMode, contiguous_fake, fake_mode_of, known_contiguous, real_tensors
+from quantpass.graph.constants import ModuleConstants
+from quantpass.graph.dump import describe_node
+from quantpass.graph.expr import Call, Const, Expr, Recentred, Ref, Size
+from quantpass.graph.merge import duplicates
+from quantpass.graph.records import Plan
+from quantpass.graph.torch_internals import (
+    FakeTensorMode,
+    contiguous_fake,
+    fake_mode_of,
+    known_contiguous,
+    real_tensors,
+)
 
 aten = torch.ops.aten
 

@@ -21,9 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 import quantpass as qp
-from quantpass.compiled import copied
-from quantpass.schema import bind, op_name
-from quantpass.torch_internals import fill_in_values
+from quantpass.doors.compiled import copied
+from quantpass.graph.schema import bind, op_name
+from quantpass.graph.torch_internals import fill_in_values
 
 HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, symbolic_trace
 
 import quantpass as qp
-from quantpass.torch_internals import fill_in_values
+from quantpass.graph.torch_internals import fill_in_values
 
 aten, prims = torch.ops.aten, torch.ops.prims
 M, K, N, G = 5, 32, 24, 8

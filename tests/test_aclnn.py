@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import quantpass as qp
-from quantpass.dump import dump
+from quantpass.graph.dump import dump
 from quantpass.lowering.aclnn import lower_to_aclnn
 from tests.helpers import CHIPS, IntegerW8A8, StaticW8A8, WeightOnly, assert_close, compiled
 

@@ -17,8 +17,8 @@ from torch.fx import Node
 torchao = pytest.importorskip("torchao", reason="torchao is not installed (pip install 'quantpass[test]')")
 import torch.ao.quantization.fx._decomposed  # the quantized_decomposed operators
 
+from quantpass.graph.schema import arguments_of, bind, qualified_name
 from quantpass.patterns import default_dialects
-from quantpass.schema import arguments_of, bind, qualified_name
 from tests.oracle import Unsupported, copied, judge
 from tests.spellings import all_spellings, with_values
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import quantpass as qp
-from quantpass.compiled import copied
-from quantpass.torch_internals import traced_as_on_npu
+from quantpass.doors.compiled import copied
+from quantpass.graph.torch_internals import traced_as_on_npu
 from tests.coverage import elsewhere, here
 from tests.coverage.captured import capture, load
 from tests.coverage.store import CAPTURES

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import quantpass as qp
-from quantpass.cli import main
+from quantpass.doors.cli import main
 from tests.helpers import CHIPS, StaticW8A8, WeightOnly, assert_close, compiled
 
 X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).half()
@@ -248,7 +248,7 @@ def test_command_line_errors(arguments, message):
 @pytest.mark.parametrize("option", ["--json", "--html"])
 @pytest.mark.parametrize("path", ["no/such/dir/x", ".", "r.json/x"])
 def test_a_path_that_can_not_be_written_is_found_before_the_work(option, path, monkeypatch):
-    from quantpass import cli
+    from quantpass.doors import cli
 
     open("r.json", "w").close()
     monkeypatch.setattr(cli, "load_factory", lambda text: pytest.fail("the model was built"))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import quantpass as qp
-from quantpass.dump import dump
+from quantpass.graph.dump import dump
 from tests.helpers import CHIPS, assert_close, compiled, rules
 from tests.oracle import judge, traced
 

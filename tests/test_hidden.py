@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from torch import nn
 
 import quantpass as qp
-from quantpass.cli import main
-from quantpass.hidden import holders
+from quantpass.doors.cli import main
+from quantpass.graph.hidden_weights import holders
 from tests.helpers import StaticW8A8, WeightOnly, compiled
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).half()

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import quantpass as qp
-from quantpass import identity
-from quantpass.torch_internals import FakeTensorMode, StorageWeakRef, no_data_reason
+from quantpass.graph import identity
+from quantpass.graph.torch_internals import FakeTensorMode, StorageWeakRef, no_data_reason
 from tests.helpers import WeightOnly, assert_close
 
 CODES = (96, 64)

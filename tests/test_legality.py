@@ -11,14 +11,14 @@ from click.testing import CliRunner
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import quantpass as qp
-from quantpass.checking import _NUMBERS as NUMBERS
 from quantpass.chips import CHIPS
 from quantpass.chips.calls import QMM, WQMM, OpCall
+from quantpass.chips.checking import _NUMBERS as NUMBERS
 from quantpass.chips.companions import ANTI_QUANT, DYNAMIC_QUANT, FORMAT_CAST, INT4PACK, QUANTIZE, TQP
 from quantpass.chips.dtype_table import DtypeTable
-from quantpass.cli import main, parse_argument
-from quantpass.legality import broken_rules, judge
-from quantpass.tables import markdown
+from quantpass.chips.legality import broken_rules, judge
+from quantpass.chips.tables import markdown
+from quantpass.doors.cli import main, parse_argument
 
 T = qp.TensorSpec
 I8, I32, I64, F16, BF16, F32 = torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32

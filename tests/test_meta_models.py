@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import quantpass as qp
-from quantpass.torch_internals import FakeTensorMode
+from quantpass.graph.torch_internals import FakeTensorMode
 from tests.helpers import IntegerW8A8, StaticW8A8, WeightOnly
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).half()

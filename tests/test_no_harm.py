@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import quantpass as qp
-from quantpass.dump import dump
+from quantpass.graph.dump import dump
 from tests.helpers import CHIPS
 
 transformers = pytest.importorskip(

@@ -95,7 +95,7 @@ def test_the_vendors_own_shape_functions_agree_with_the_lowered_graph(child):
     """The graph for aclnn, traced again with torch_npu's fake kernels: shapes, dtypes and arguments as it wants them."""
     checked = child("""
         start("Ascend910B2")
-        from quantpass.torch_internals import compile_with_aot
+        from quantpass.graph.torch_internals import compile_with_aot
         from torch.fx.experimental.proxy_tensor import make_fx
         from tests.test_aclnn import Chain, Int4
         checked = []

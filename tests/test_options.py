@@ -6,7 +6,7 @@ import torch
 import quantpass as qp
 from quantpass.chips import CHIPS, chip_named, chip_of_device, liftable_rules
 from quantpass.lowering.standin_device import SOC_NAMES
-from quantpass.options import Options, make_options
+from quantpass.planning.options import Options, make_options
 from tests.helpers import WeightOnly
 
 X = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).half()

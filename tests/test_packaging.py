@@ -105,8 +105,8 @@ def test_a_second_checkout_uses_its_own_folders(tmp_path):
 
 def test_the_name_registered_with_dynamo():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert settings["entry-points"]["torch_dynamo_backends"] == {"quantpass": "quantpass.backend:dynamo_backend"}
-    assert settings["scripts"] == {"quantpass": "quantpass.cli:main"}
+    assert settings["entry-points"]["torch_dynamo_backends"] == {"quantpass": "quantpass.doors.backend:dynamo_backend"}
+    assert settings["scripts"] == {"quantpass": "quantpass.doors.cli:main"}
 
 
 def test_no_module_grows_past_its_purpose():

@@ -6,7 +6,7 @@ from expecttest import TestCase
 from torch import nn
 
 import quantpass as qp
-from quantpass.cli import main
+from quantpass.doors.cli import main
 from quantpass.lowering.standin_process import PreviewError
 from tests.helpers import CHIPS, IntegerW8A8, StaticW8A8, WeightOnly, assert_close
 

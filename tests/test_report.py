@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import quantpass as qp
-from quantpass.site_keys import Token
+from quantpass.graph.site_keys import Token
 from tests.helpers import StaticW8A8, WeightOnly
 
 

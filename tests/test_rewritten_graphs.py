@@ -10,10 +10,10 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 import quantpass as qp
-from quantpass.compiled import copied
-from quantpass.preview import _written_inputs
-from quantpass.static_values import StaticValues
-from quantpass.torch_internals import fake_mode_of
+from quantpass.doors.compiled import copied
+from quantpass.doors.preview import _written_inputs
+from quantpass.graph.static_values import StaticValues
+from quantpass.graph.torch_internals import fake_mode_of
 from tests.coverage import here
 from tests.coverage.captured import capture
 

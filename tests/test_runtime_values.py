@@ -8,8 +8,8 @@ from torch.fx import Graph
 from torch.nn.functional import linear
 
 import quantpass as qp
-from quantpass import expr as ex
-from quantpass.guards import magnitude, relative_change
+from quantpass.graph import expr as ex
+from quantpass.planning.guards import magnitude, relative_change
 from tests.helpers import CHIPS
 from tests.oracle import traced
 

@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import quantpass as qp
-from quantpass import already_fused, pipeline, rewrite, sites
-from quantpass.boundary import RAISE
+from quantpass import pipeline, rewrite
+from quantpass.basics.boundary import RAISE
+from quantpass.patterns import sites
+from quantpass.planning import already_fused
 
 
 class Two(nn.Module):

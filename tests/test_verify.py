@@ -29,7 +29,7 @@ def test_every_fused_site_and_every_result_is_compared():
 
 def test_a_wrong_site_is_seen_and_does_not_spoil_the_next(monkeypatch):
     """A scale made wrong while planning: its own site says so, the site after it stays clean."""
-    from quantpass import plan_quant_matmul
+    from quantpass.planning import quant_matmul as plan_quant_matmul
 
     right = plan_quant_matmul._scale_word
     monkeypatch.setattr(
@@ -202,7 +202,7 @@ def test_refusals_are_printed():
 
 def test_require_fails_where_a_fused_site_was_not_compared(monkeypatch):
     """A site whose fused node is not met when the graph runs is named."""
-    from quantpass import verification
+    from quantpass.doors import verification
 
     class Blind(verification._Forced):
         def run_node(self, n):
@@ -278,7 +278,7 @@ def test_random_operators_draw_the_same_numbers_in_both_graphs():
 @pytest.mark.parametrize("site", [0, 1, 2])
 def test_codes_that_one_site_hands_to_the_next_are_compared_too(site, monkeypatch):
     """The uint8 codes between two sites are not in the fused graph, only the int8 ones; a wrong scale still shows."""
-    from quantpass import plan_quant_matmul
+    from quantpass.planning import quant_matmul as plan_quant_matmul
 
     right, calls = plan_quant_matmul._scale_word, []
 

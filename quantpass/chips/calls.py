@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from quantpass.records import TensorSpec
+from quantpass.basics.tensor_spec import TensorSpec
 
 QMM = "npu_quant_matmul"
 WQMM = "npu_weight_quant_batchmatmul"

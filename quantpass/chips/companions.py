@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from quantpass.basics.symbolic import statically_true
+from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips.calls import OpCall
 from quantpass.chips.requirements import DtypeIn, Finding, Layout, NotEmpty, Present, Rank, SameDtype, Shape, Value
 from quantpass.chips.rules import Rule, When
-from quantpass.records import TensorSpec
-from quantpass.symbolic import statically_true
 
 TQP = "npu_trans_quant_param"
 INT4PACK = "npu_convert_weight_to_int4pack"

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips.calls import OpCall
 from quantpass.chips.requirements import Dtype, Finding, name_of, with_dtype
-from quantpass.records import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

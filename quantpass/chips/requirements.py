@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
+from quantpass.basics.symbolic import statically_true
+from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips.calls import INT4_PER_INT32, OpCall
-from quantpass.records import TensorSpec
-from quantpass.symbolic import statically_true
 
 Dtype = torch.dtype | None
 

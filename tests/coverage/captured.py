@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from quantpass.torch_internals import (
+from quantpass.graph.torch_internals import (
     FakeTensorMode,
     StaticInputs,
     compile_isolated,

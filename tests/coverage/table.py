@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 
 import quantpass as qp
-from quantpass.compiled import copied
+from quantpass.doors.compiled import copied
 from tests.coverage import elsewhere, here
 from tests.coverage.captured import Captured, capture, load, run
 from tests.coverage.scheme import Scheme

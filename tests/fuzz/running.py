@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
-from quantpass.schema import bind
+from quantpass.graph.schema import bind
 from tests.helpers import CHIPS
 from tests.oracle import Unsupported, judge, traced
 

@@ -6,9 +6,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from quantpass.graph.static_values import StaticValues
 from quantpass.patterns import default_dialects
 from quantpass.patterns.affine import AffineReader
-from quantpass.static_values import StaticValues
 
 
 class Traced:
@@ -80,7 +80,7 @@ class Traced:
 
 def evaluate(e, values=None):
     """What an expression of constants and of nodes with the given ``values`` computes to."""
-    from quantpass.expr import Call, Const, Recentred, Ref, Size
+    from quantpass.graph.expr import Call, Const, Recentred, Ref, Size
 
     if isinstance(e, Const):
         return e.tensor

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.ao.quantization.fx._decomposed
 
+from quantpass.graph.schema import ReaderTable
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.terms import Term
-from quantpass.schema import ReaderTable
 from tests.unit.graphs import Traced, evaluate
 
 aten = torch.ops.aten

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantpass.composition import Requantize, compositions
-from quantpass.expr import Const, Ref
+from quantpass.graph.expr import Const, Ref
 from quantpass.patterns.epilogues import Step
 from quantpass.patterns.terms import Term
+from quantpass.planning.composition import Requantize, compositions
 from tests.unit.graphs import evaluate
 
 M, N = 3, 4

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.contractions import Contraction, Own, read_contraction
 from quantpass.patterns.epilogues import own_steps, read_epilogue
-from quantpass.static_values import StaticValues
 from tests.unit.graphs import Traced, evaluate
 
 aten = torch.ops.aten

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx import Graph
 
-from quantpass import expr as ex
-from quantpass.expr import Call, Const, Recentred, Ref, Size
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Call, Const, Recentred, Ref, Size
 from tests.unit.graphs import evaluate, node_of
 
 aten = torch.ops.aten

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantpass import expr as ex
-from quantpass.expr import Call, Const, Recentred, Ref
-from quantpass.guards import all_finite, held_dtype, lossless, magnitude, relative_change, same_range
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Call, Const, Recentred, Ref
+from quantpass.planning.guards import all_finite, held_dtype, lossless, magnitude, relative_change, same_range
 from tests.unit.graphs import evaluate, node_of
 
 aten = torch.ops.aten

@@ -196,7 +196,7 @@ def test_what_the_graph_writes_to_is_not_bounded():
     for n in (rounded, y):
         n.meta["val"] = X
     t = Traced(lambda x: x, X)
-    from quantpass.static_values import StaticValues
+    from quantpass.graph.static_values import StaticValues
 
     reader = IntegerReader(StaticValues(graph, {}), t.dialects.movements, t.dialects.integers)
     assert reader.integer_range(y) is None

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from quantpass import ir as _ir  # noqa: F401  (defines the fused operators)
-from quantpass.merge import duplicates
+from quantpass.graph.merge import duplicates
+from quantpass.operators import ir as _ir  # noqa: F401  (defines the fused operators)
 
 aten = torch.ops.aten
 

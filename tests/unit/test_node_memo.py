@@ -5,7 +5,7 @@ import sys
 import pytest
 from torch.fx import Graph
 
-from quantpass.patterns.node_memo import NodeMemo
+from quantpass.graph.node_memo import NodeMemo
 
 
 def chain(length):

@@ -6,21 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quantpass import expr as ex
-from quantpass.candidates import Candidate, flattened, rows_of, weight_layouts
 from quantpass.chips import chip_named
 from quantpass.chips.calls import QMM
-from quantpass.composition import compositions
-from quantpass.expr import Const, Ref
-from quantpass.options import Options
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Const, Ref
+from quantpass.graph.records import Weight
+from quantpass.graph.writes import writes_of
 from quantpass.patterns.affine import Affine
-from quantpass.plan_quant_matmul import quant_matmul_candidates
-from quantpass.plan_weight_quant import _as_int4, weight_quant_candidates
-from quantpass.planning import plan_site
-from quantpass.quant_product import accumulator_problem, product_of
-from quantpass.records import Weight
-from quantpass.sites import find_sites
-from quantpass.writes import writes_of
+from quantpass.patterns.sites import find_sites
+from quantpass.planning.candidates import Candidate, flattened, rows_of, weight_layouts
+from quantpass.planning.choose import plan_site
+from quantpass.planning.composition import compositions
+from quantpass.planning.options import Options
+from quantpass.planning.quant_matmul import quant_matmul_candidates
+from quantpass.planning.quant_product import accumulator_problem, product_of
+from quantpass.planning.weight_quant_matmul import _as_int4, weight_quant_candidates
 from tests.unit.graphs import Traced, evaluate, node_of
 
 M, K, N = 5, 64, 32

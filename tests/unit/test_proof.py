@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from quantpass.expr import Const
+from quantpass.graph.expr import Const
+from quantpass.graph.records import Weight
 from quantpass.patterns import proof
 from quantpass.patterns.proof import FLOAT32, FLOAT64, TOLERANCE, is_rebuilt, rows_at_a_time
-from quantpass.records import Weight
 
 K, N = 8, 3
 CODES = torch.arange(K * N).reshape(K, N).sub(12).to(torch.int8)

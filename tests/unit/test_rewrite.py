@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from quantpass import expr as ex
-from quantpass.expr import Call, Const, Recentred, Ref, Size
-from quantpass.records import Plan
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Call, Const, Recentred, Ref, Size
+from quantpass.graph.records import Plan
 from quantpass.rewrite import RewriteError, Rewriter
 from tests.unit.graphs import Traced
 

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from quantpass.schema import REQUIRED, ReaderTable, arguments_of, bind, call_reader, is_op, op_name, qualified_name
+from quantpass.graph.schema import (
+    REQUIRED,
+    ReaderTable,
+    arguments_of,
+    bind,
+    call_reader,
+    is_op,
+    op_name,
+    qualified_name,
+)
 
 aten = torch.ops.aten
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from quantpass.graph.records import Weight
+from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import Affine, NotAffine
-from quantpass.records import Weight
-from quantpass.sites import find_sites, matmul_name, provenance
-from quantpass.static_values import StaticValues
+from quantpass.patterns.sites import find_sites, matmul_name, provenance
 from tests.unit.graphs import Traced, node_of
 
 CODES = torch.arange(-32, 32, dtype=torch.int8).reshape(8, 8)

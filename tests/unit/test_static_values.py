@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from quantpass import static_values
-from quantpass.expr import Const, Ref
-from quantpass.static_values import StaticValues, as_dtype
+from quantpass.graph import static_values
+from quantpass.graph.expr import Const, Ref
+from quantpass.graph.static_values import StaticValues, as_dtype
 from tests.unit.graphs import Traced
 
 aten = torch.ops.aten

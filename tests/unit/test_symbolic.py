@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from quantpass.symbolic import (
+from quantpass.basics.symbolic import (
     broadcast_shape,
     elements,
     has_no_elements,

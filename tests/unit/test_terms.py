@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantpass.expr import Const, Ref
+from quantpass.graph.expr import Const, Ref
 from quantpass.patterns.movement import Movement
 from quantpass.patterns.terms import Term, term_of, wide
 from tests.unit.graphs import Traced, evaluate, node_of

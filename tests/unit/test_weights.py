@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from quantpass import expr as ex
-from quantpass.expr import Const
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Const
+from quantpass.graph.records import Weight
 from quantpass.patterns.affine import NotAffine
 from quantpass.patterns.weights import read_weight
-from quantpass.records import Weight
 from tests.unit.graphs import Traced, evaluate
 
 aten = torch.ops.aten

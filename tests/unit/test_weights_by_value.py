@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantpass.graph.records import Weight
 from quantpass.patterns import weights_by_value
 from quantpass.patterns.affine import NotAffine
 from quantpass.patterns.weights_by_value import Operand, looks_dequantized, shifted_by_group, weight_by_value
-from quantpass.records import Weight
 from tests.unit.graphs import Traced
 from tests.unit.test_weights import meaning
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from quantpass.expr import Call, Const, Ref
-from quantpass.writes import Writes, writes_of, written_arguments, written_before
+from quantpass.graph.expr import Call, Const, Ref
+from quantpass.graph.writes import Writes, writes_of, written_arguments, written_before
 
 aten = torch.ops.aten
 

@@ -1,0 +1,260 @@
+"""Finding the quantized matmuls of a graph and reading everything around them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from torch.fx import Graph, Node
+
+from quantpass.basics.boundary import guarded
+from quantpass.basics.reject import Reject
+from quantpass.basics.symbolic import is_one, same_shape
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Expr, Ref
+from quantpass.graph.records import Weight
+from quantpass.graph.schema import op_name
+from quantpass.graph.static_values import StaticValues
+from quantpass.patterns import Dialects
+from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.contractions import Contraction, NoContraction, read_contraction
+from quantpass.patterns.derived import Found
+from quantpass.patterns.epilogues import Epilogue, read_epilogue
+from quantpass.patterns.evidence import is_evident_activation
+from quantpass.patterns.integers import Range
+from quantpass.patterns.net import Net
+from quantpass.patterns.subgraphs import Body, bodies_of
+from quantpass.patterns.unread_matmuls import EXPERTS
+from quantpass.patterns.weights import matrix_node, read_weight
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A matmul with a quantized operand, as read.
+
+    Attributes:
+        name: module path or node name.
+        source: ``file:line`` of the user's code, or empty.
+        node: the matmul.
+        contraction: its operands; None where the form is not read.
+        x: the left operand, ``(..., M, K)``.
+        activation: the left operand as affine value, or why it is not one.
+        weight: the right operand, or why it could not be read.
+        epilogue: what follows.
+        text: what was read, in words.
+        rejects: why the site can't be fused whatever the target.
+        ranges: what the graph guarantees of the integers in the activation's zero point.
+        body: the graph of a higher-order operator that it lies in, or empty.
+    """
+
+    name: str
+    source: str
+    node: Node
+    contraction: Contraction | None
+    x: Expr | None
+    activation: Affine | NotAffine
+    weight: Weight | NotAffine
+    epilogue: Epilogue | None
+    text: str
+    rejects: tuple[Reject, ...] = ()
+    ranges: Mapping[Node, Range] = field(default_factory=dict)
+    body: str = ""
+
+
+def find_sites(
+    graph: Graph, values: StaticValues, dialects: Dialects, given: Mapping[Node, NotAffine] | None = None
+) -> Iterator[Reading]:
+    """Read every matmul of ``graph`` that has a quantized operand, in graph order, bodies of its operators included.
+
+    Args:
+        graph: the graph.
+        values: its static values.
+        dialects: how things are spelled.
+        given: what is known of nodes from outside of the graph.
+    """
+    reader = AffineReader(
+        values,
+        dialects.movements,
+        dialects.integers,
+        dialects.arithmetic,
+        dialects.dequantizers,
+        dialects.recentre,
+        given,
+    )
+    net = Net(reader, dialects)
+    for node in graph.nodes:
+        yield from guarded(partial(_read, reader, dialects, net, node), partial(_failed, node), f"reading {node.name}")
+
+
+def _read(reader: AffineReader, dialects: Dialects, net: Net, node: Node) -> tuple[Reading, ...]:
+    """The sites of one node: itself, or those of the graphs that it calls."""
+    if node.op == "output":
+        return tuple(unreadable(returned, reject) for returned, reject in net.returned(node))
+    bodies = tuple(bodies_of(node))
+    inside = tuple(reading for body in bodies for reading in _sites_of_body(reader, dialects, body))
+    found = read_contraction(dialects.contractions, node) or net.unread(node, looked_into=bool(bodies))
+    reading = None if found is None else _read_site(reader, dialects, net, node, found)
+    return inside if reading is None else (*inside, reading)
+
+
+def _failed(node: Node, reject: Reject) -> tuple[Reading, ...]:
+    return (unreadable(node, reject),)
+
+
+def _sites_of_body(reader: AffineReader, dialects: Dialects, body: Body) -> Iterator[Reading]:
+    """A body is read like a graph, but left as it is: it may be called several times, with other values."""
+    values = StaticValues(body.graph, body.leaves(reader))
+    for reading in find_sites(body.graph, values, dialects, body.given(reader)):
+        path = f"{body.name}.{reading.body}" if reading.body else body.name
+        rejects = reading.rejects or (body.reject(),)
+        yield replace(reading, name=f"{body.name}.{reading.name}", rejects=rejects, body=path)
+
+
+def _read_site(
+    reader: AffineReader, dialects: Dialects, net: Net, node: Node, found: Contraction | NoContraction
+) -> Reading | None:
+    if isinstance(found, NoContraction):
+        return _unread_site(net, node, found)
+    weight = _weight(reader, found)
+    if not _is_quantized(weight) and reader.values.is_static(matrix_node(found.lhs)):
+        swapped = found.swapped()
+        if swapped is not None:
+            on_the_left = _weight(reader, swapped)
+            if _is_quantized(on_the_left):
+                found, weight = swapped, on_the_left
+    if isinstance(weight, NotAffine):
+        behind = net.behind(found)
+        weight = behind if behind is not None and (not weight.quantized or behind.rule == EXPERTS) else weight
+    x, activation = _activation(reader, found)
+    if not _is_quantized(weight) and not is_evident_activation(reader, found.lhs, activation):
+        return None
+    rejects = tuple(_reading_rejects(reader, found, weight))
+    epilogue = read_epilogue(reader, dialects.steps, found) if not rejects else None
+    text = f"{_describe_activation(activation)} x {_describe_weight(weight)}"
+    ranges = _ranges(reader, activation)
+    return Reading(*provenance(node), node, found, x, activation, weight, epilogue, text, rejects, ranges)
+
+
+def _ranges(reader: AffineReader, read: Affine | NotAffine) -> dict[Node, Range]:
+    if isinstance(read, NotAffine) or read.zero_point is None:
+        return {}
+    nodes = [leaf.node for leaf in ex.leaves_of(read.zero_point.expr) if isinstance(leaf, Ref)]
+    held = {n: reader.integer_range(n) for n in nodes}
+    return {n: r for n, r in held.items() if r is not None}
+
+
+def _unread_site(net: Net, node: Node, found: NoContraction) -> Reading | None:
+    operand = None if found.certain else net.quantized_operand(found)
+    if operand is None and not found.certain:
+        return None
+    reject = Reject(found.rule, found.reason, "a matmul of two matrices that can be read", found.hint)
+    if isinstance(operand, Found):
+        behind = operand.reason()
+        if behind.rule == EXPERTS:
+            reject = Reject(EXPERTS, f"{found.reason}; {behind.reason}", "one matrix for all rows", behind.hint)
+    return unreadable(node, reject)
+
+
+def unreadable(node: Node, reject: Reject) -> Reading:
+    """A site of which nothing is known but why it can't be read."""
+    unread = NotAffine("not read")
+    return Reading(*provenance(node), node, None, None, unread, unread, None, "not read", (reject,))
+
+
+def _weight(reader: AffineReader, c: Contraction) -> Weight | NotAffine:
+    if c.weight is not None:
+        special: Weight | NotAffine = c.weight(reader)
+        return special
+    return read_weight(reader, c.rhs, transposed=c.rhs_transposed, matrix=c.matrix)
+
+
+def _activation(reader: AffineReader, c: Contraction) -> tuple[Expr, Affine | NotAffine]:
+    x, read = Ref(c.lhs), reader.read(c.lhs)
+    if c.lhs_order is None:
+        return x, read
+    if isinstance(read, Affine):
+        read = read.permuted(c.lhs_order) or NotAffine("its scale does not follow the transposition", quantized=True)
+    return ex.permute(x, c.lhs_order), read
+
+
+def _is_quantized(read: Affine | Weight | NotAffine) -> bool:
+    return isinstance(read, Affine) or read.quantized
+
+
+def _reading_rejects(reader: AffineReader, c: Contraction, weight: Weight | NotAffine) -> Iterator[Reject]:
+    if c.node in reader.values.mutated:
+        yield Reject(
+            "read.mutated",
+            "the graph writes to the result in place",
+            "a result that is not written to",
+            "make the graph functional first: run_decompositions({}) on an exported program",
+        )
+    if not isinstance(weight, NotAffine):
+        if len(ex.shape_of(weight.codes)) == 2 and not _covers_batches(c):
+            yield Reject(
+                "read.matmul",
+                f"the right operand of {c.form} ({c.rhs.name}) is one matrix for more batches than the left one has",
+                "a left operand with all rows of the result",
+                "multiply once and expand the result",
+            )
+        return
+    static = reader.values.is_static(c.rhs)
+    what = f"the right operand of {c.form} ({c.rhs.name}): {weight.reason}"
+    if not weight.quantized:
+        hint = "quantize the weight as well" if static or c.rhs.op == "placeholder" else ""
+        yield Reject("read.weight.float", what, "a weight read as scale * (codes - zero_point)", hint)
+        return
+    yield Reject(weight.rule, what, "a weight read as scale * (codes - zero_point)", weight.hint)
+
+
+def _covers_batches(c: Contraction) -> bool:
+    """True where the left operand has a row for each row of the product, so that one matrix serves them all."""
+    if c.matrix is not None:
+        return True
+    left = [s for s in c.lhs.meta["val"].shape[:-2] if not is_one(s)]
+    return same_shape(left, [s for s in c.product_shape[:-2] if not is_one(s)])
+
+
+def provenance(node: Node) -> tuple[str, str]:
+    """Module path and ``file:line`` of a node, as far as its metadata tells them."""
+    stack = node.meta.get("nn_module_stack")
+    name = ""
+    if stack:
+        path = list(stack.values())[-1][0]
+        name = re.sub(r"^L\['\w+'\]\.?|^self\.", "", str(path))
+    trace = node.meta.get("stack_trace") or ""
+    places = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    source = f"{places[-1][0]}:{places[-1][1]}" if places else ""
+    return name or node.name, source
+
+
+def _describe_activation(read: Affine | NotAffine) -> str:
+    if isinstance(read, NotAffine):
+        return "float activation"
+    kinds = {t.kind for t in read.factors} - {"scalar"}
+    per = "per-token" if "rows" in kinds else "per-tensor" if not kinds else "per-column"
+    if not read.factors:
+        per = "unscaled"
+    zero = "" if read.zero_point is None else " asymmetric"
+    return f"{per}{zero} activation codes in [{read.span[0]:g}, {read.span[1]:g}]"
+
+
+def _describe_weight(read: Weight | NotAffine) -> str:
+    if isinstance(read, NotAffine):
+        return "unread weight"
+    if read.group_size:
+        per = f"per-group-{read.group_size}"
+    elif ex.is_all(read.scale, 1.0):
+        per = "unscaled"
+    else:
+        per = "per-tensor" if ex.shape_of(read.scale) == (1,) else "per-channel"
+    zero = "" if read.zero_point is None else " asymmetric"
+    bits = "int4" if read.low >= -8 and read.high <= 7 else "int8"
+    return f"{per}{zero} {bits} weight ({read.k}, {read.n})"
+
+
+def matmul_name(node: Node) -> str:
+    """The matmul's operator, for reports."""
+    return op_name(node)

@@ -1,0 +1,197 @@
+"""The GE graph that torchair would compile, on a machine without CANN and without an NPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from quantpass.chips.rules import Chip
+from quantpass.doors.npu_compiler import compile_for_npu
+from quantpass.graph.dump import dump
+from quantpass.graph.torch_internals import compile_isolated, traced_as_on_npu
+from quantpass.graph.writes import written_arguments
+from quantpass.lowering.fx_parcel import pack
+from quantpass.lowering.ge_graph import GeGraph
+from quantpass.lowering.standin_device import SOC_NAMES
+from quantpass.lowering.standin_process import Request, TorchairProcess
+from quantpass.planning.options import Options, make_options
+from quantpass.report import Report
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewedGraph:
+    """One graph of a previewed model; a model has one unless Dynamo broke it.
+
+    Attributes:
+        graph: the GE graph.
+        pbtxt: torchair's ``GraphDef`` as text.
+        fx: the FX graph that torchair was given, as text.
+        inputs: the inputs of that graph, weights and prepared constants among them, as they were at the call.
+        outputs: what the FX graph computed from them, on the CPU.
+    """
+
+    graph: GeGraph
+    pbtxt: str
+    fx: str
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GePreview:
+    """What torchair makes of a model for one chip.
+
+    Attributes:
+        target: the chip.
+        soc_name: the chip's name as its driver gives it.
+        graphs: one for each graph that Dynamo made.
+        report: the verdict on every quantized matmul; empty without fusion.
+    """
+
+    target: str
+    soc_name: str
+    graphs: tuple[PreviewedGraph, ...]
+    report: Report
+
+    @property
+    def ops(self) -> list[str]:
+        """The types of the operators that compute something, in order, over all graphs."""
+        return [name for g in self.graphs for name in g.graph.op_types]
+
+    @property
+    def pbtxt(self) -> str:
+        """The ``GraphDef`` of every graph as text."""
+        return "\n".join(g.pbtxt for g in self.graphs)
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(g.graph) for g in self.graphs)
+
+    def outline(self) -> str:
+        """The operators without their numbers, for comparing texts; see :meth:`GeGraph.outline`."""
+        return "\n".join(g.graph.outline() for g in self.graphs)
+
+    def run(self, *, exact_gelu: bool = False) -> list[tuple[Any, ...]]:
+        """Interpret the GE graphs on the inputs they were made with; one tuple of outputs for each graph.
+
+        Args:
+            exact_gelu: compute ``Gelu`` with erf, as the model does. GE has the tanh form, which torchair emits for
+                both.
+
+        Raises:
+            NotImplementedError: an operator or attribute that the interpreter does not know; the message names it.
+        """
+        from quantpass.lowering.ge_interpreter import interpret
+
+        return [interpret(g.graph, g.inputs, target=self.target, exact_gelu=exact_gelu) for g in self.graphs]
+
+
+@dataclass(slots=True)
+class _Captured:
+    """A graph on its way to torchair."""
+
+    gm: GraphModule
+    inputs: tuple[Any, ...] = ()
+    outputs: tuple[Any, ...] = ()
+
+
+def preview_ge(
+    model: torch.nn.Module | Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    target: str,
+    fuse: bool = True,
+    torch_npu: str | os.PathLike[str] | None = None,
+    process: TorchairProcess | None = None,
+    **options: Any,
+) -> GePreview:
+    """The GE graph that torchair compiles for a chip. Needs torch_npu's wheel and a C compiler, no device, no CANN.
+
+    The model is captured here, as ``torch.compile`` would (and runs once on ``args``); only graphs go to the child
+    process that runs torchair, so any model that compiles can be previewed, and no weight is copied. Shapes are static.
+
+    Args:
+        model: a module or function on CPU tensors.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        target: one chip: ``"ascend310p"``, ``"ascend910b"``, ``"ascend910_93"``, ``"ascend950"``, or a SoC name.
+        fuse: False gives the graph that the model has without quantpass.
+        torch_npu: the folder that holds torch_npu, where it is not installed beside torch; default: the environment
+            variable ``QUANTPASS_TORCH_NPU``.
+        process: a started :class:`quantpass.lowering.standin_process.TorchairProcess`, for many previews in a row.
+        options: as for :func:`quantpass.backend`.
+
+    Raises:
+        TypeError: ``args`` is not a tuple or list, or an option that does not exist.
+        ValueError: a value that is not accepted.
+        quantpass.lowering.standin_cann.StandinError: torch_npu or the C compiler is missing; says what to install.
+        quantpass.lowering.standin_process.PreviewError: torchair refuses the graph; names the operator.
+    """
+    if not isinstance(args, tuple | list):
+        raise TypeError(f"args is a {type(args).__name__}; give the model's inputs as a tuple, e.g. args=(x,)")
+    settings = make_options({"target": target, **options}, "preview_ge")
+    chip, soc_name = settings.chip, soc_name_of(target, settings.chip)
+    captured, reports = _capture(model, args, kwargs or {}, settings, fuse)
+    if process is not None:
+        graphs = _converted(captured, soc_name, process)
+    else:
+        with TorchairProcess(torch_npu) as own:
+            graphs = _converted(captured, soc_name, own)
+    return GePreview(chip.name, soc_name, graphs, sum(reports, Report((), (chip.name,), settings.mode)))
+
+
+def soc_name_of(target: str, chip: Chip) -> str:
+    """The SoC name to pretend to be: the target itself where it is one, else one of the family."""
+    if chip.name not in SOC_NAMES:
+        raise ValueError(f"target is {target!r}; a GE preview takes one of {', '.join(SOC_NAMES)}, or a SoC name")
+    return target if target in chip.soc_names else SOC_NAMES[chip.name]
+
+
+def _capture(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], settings: Options, fuse: bool
+) -> tuple[list[_Captured], list[Report]]:
+    captured: list[_Captured] = []
+    reports: list[Report] = []
+
+    def keep(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        del inputs
+        record = _Captured(gm)
+        captured.append(record)
+        written = _written_inputs(gm)
+
+        def run(*real: Any) -> Any:
+            if not record.inputs:
+                record.inputs = tuple(t.clone() if i in written else t for i, t in enumerate(real))
+                record.outputs = tuple(gm(*real))
+                return record.outputs
+            return gm(*real)
+
+        return run
+
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        return compile_for_npu(gm, example_inputs, settings, keep, fuse=fuse, gather=reports.append)
+
+    with torch.no_grad(), traced_as_on_npu():
+        compile_isolated(model, backend, False)(*args, **kwargs)
+    return captured, reports
+
+
+def _written_inputs(gm: GraphModule) -> set[int]:
+    """The positions of inputs that the graph writes to."""
+    position = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    written = {given for node in gm.graph.nodes for given in written_arguments(node)}
+    return {position[given] for given in written if given in position}
+
+
+def _converted(captured: list[_Captured], soc_name: str, process: TorchairProcess) -> tuple[PreviewedGraph, ...]:
+    found = []
+    for record in captured:
+        reply = process.convert(Request(pack(record.gm), soc_name))
+        assert reply.graph is not None
+        found.append(PreviewedGraph(reply.graph, reply.pbtxt, dump(record.gm), record.inputs, record.outputs))
+    return tuple(found)

@@ -1,0 +1,212 @@
+"""A possible fused call for a site, and the pieces that both operators need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from quantpass.basics.reject import Reject
+from quantpass.basics.tensor_spec import TensorSpec
+from quantpass.chips.calls import OpCall
+from quantpass.chips.rules import Chip, WeightLayout
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Call, Const, Expr
+from quantpass.graph.records import Numerics, Weight
+from quantpass.operators.ir import NZ
+from quantpass.patterns.sites import Reading
+from quantpass.planning.composition import Composition
+from quantpass.planning.options import Options
+
+aten = torch.ops.aten
+ops = torch.ops.quantpass
+
+_CAST = "weight in FRACTAL_NZ"
+AT_EVERY_CALL = "weight cast to FRACTAL_NZ at every call: it is not known when compiling"
+
+FLOAT32_STEPS = 2.0**-22
+"""Relative rounding of the few float32 operations between an accumulator and the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A weight as an operator takes it."""
+
+    expr: Expr
+    transposed: bool
+    format: str
+    fixups: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> TensorSpec:
+        shape = ex.shape_of(self.expr)
+        logical = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+        return TensorSpec(ex.dtype_of(self.expr), logical, self.format, self.transposed)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A fused call, fully described, not yet in the graph.
+
+    Attributes:
+        call: the vendor's call as legality sees it.
+        composition: which part of the epilogue it takes in.
+        value: the expression that replaces ``composition.output``.
+        weight_format: ``"ND"`` or ``"NZ"``.
+        numerics: its contract.
+        fixups: what was changed to make it legal, in words.
+        int8_codes: where ``value`` is a uint8 tensor made from int8 codes, those codes.
+        int8_shift: how much greater than those the codes of ``value`` are.
+    """
+
+    call: OpCall
+    composition: Composition
+    value: Expr
+    weight_format: str
+    numerics: Numerics
+    fixups: tuple[str, ...] = ()
+    int8_codes: Expr | None = None
+    int8_shift: int = 0
+
+
+def weight_layouts(weight: Weight, chip: Chip, op: str, options: Options, *, int4: bool) -> Iterator[LaidOut]:
+    """The ways to lay ``weight`` out, best first; packed as int4 where asked and possible."""
+    layouts = chip.layouts_of(op, options.mode)
+    if options.nz == "never":
+        layouts = (*(x for x in layouts if x.format == "ND"), WeightLayout("ND", None, "FRACTAL_NZ was switched off"))
+    # A weight that is not known when compiling would be re-tiled at every call: only where nothing else is legal.
+    later = () if isinstance(weight.codes, Const) else tuple(x for x in layouts if x.format == "NZ")
+    stored: dict[bool, LaidOut | None] = {}
+    for layout in (*(x for x in layouts if x not in later), *later):
+        transposed = weight.transposed if layout.transposed is None else layout.transposed
+        if transposed not in stored:
+            stored[transposed] = _stored(weight, transposed, int4)
+        laid_out = _in_format(stored[transposed], layout.format, options)
+        if laid_out is not None:
+            yield laid_out
+
+
+def no_layout(family: str, chip: Chip) -> Reject:
+    """Why a weight can't be laid out at all; ``family`` is the first part of the rule's name."""
+    return Reject(
+        f"{family}.weight.runtime",
+        "the right operand is computed when the graph runs",
+        f"a weight that is known when compiling: {chip.title} takes it in FRACTAL_NZ",
+        "use a door that sees the weights (qp.backend, qp.npu_backend); for attention products choose another chip",
+    )
+
+
+def saturated(family: str, chip: Chip) -> Reject:
+    """Why a bias that may be infinite stays outside; ``family`` is the first part of the rule's name."""
+    return Reject(
+        f"{family}.bias.saturates",
+        f"the bias is, or may be when the graph runs, infinite, and {chip.title} limits float16 results to 65504",
+        "a finite bias that is known when compiling",
+        "a mask of -inf is added behind the matmul; use a door that sees the weights (qp.backend, qp.npu_backend)",
+    )
+
+
+def _stored(weight: Weight, transposed: bool, int4: bool) -> LaidOut | None:
+    """``weight`` in ND, stored ``(N, K)`` where ``transposed``; None where it can't be packed."""
+    codes, fixups = weight.codes, []
+    if transposed != weight.transposed:
+        codes = _turned(codes)
+        fixups.append(f"weight stored as {'(N, K)' if transposed else '(K, N)'}")
+    if int4:
+        inner = ex.shape_of(codes)[-1]
+        if not isinstance(codes, Const) or inner % 8:
+            return None
+        codes = Const(ops.pack_int4(codes.tensor), label=codes.label)
+        fixups.append("weight packed as int4")
+    return LaidOut(codes, transposed, "ND", tuple(fixups))
+
+
+def _in_format(stored: LaidOut | None, name: str, options: Options) -> LaidOut | None:
+    if stored is None or name != "NZ":
+        return stored
+    codes = stored.expr
+    known = isinstance(codes, Const)
+    if len(ex.shape_of(codes)) > 2 or (not known and (options.mode != "graph" or options.lowering == "aclnn")):
+        return None  # no batches; and the cast of a tensor that is computed can only be part of a GE graph
+    cast = Call(ops.format_cast.default, (codes, NZ), {}, ex.dtype_of(codes), ex.shape_of(codes))
+    return replace(stored, expr=cast, format="NZ", fixups=(*stored.fixups, _CAST if known else AT_EVERY_CALL))
+
+
+def _turned(codes: Expr) -> Expr:
+    if isinstance(codes, Const):
+        return Const(codes.tensor.t().contiguous(), label=codes.label)
+    return ex.swap_last(codes)
+
+
+def rows_of(shape: tuple[Any, ...]) -> Any:
+    """How many rows a tensor of this shape has when all leading dimensions are one."""
+    rows: Any = 1
+    for size in shape[:-1]:
+        rows = rows * size
+    return rows
+
+
+def flattened(e: Expr) -> Expr:
+    """``e`` as a matrix: leading dimensions made one."""
+    shape = ex.shape_of(e)
+    return e if len(shape) == 2 else ex.reshape(e, (-1, shape[-1]))
+
+
+def in_output_form(value: Expr, reading: Reading, c: Composition) -> Expr:
+    """``value``, ``(M, N)`` or with batch dimensions, in the shape of the node that it replaces."""
+    contraction = reading.contraction
+    assert contraction is not None
+    if contraction.out_order is not None:
+        sizes = _product_sizes(reading, tuple(contraction.product_shape))
+        return ex.permute(ex.reshape(value, sizes), contraction.out_order)
+    shape = tuple(c.output.meta["val"].shape)
+    if len(shape) == len(ex.shape_of(value)) == len(contraction.product_shape) and c.last_view is None:
+        return value
+    symbolic = [s for s in shape if not isinstance(s, int)]
+    if len(symbolic) < 2:
+        return ex.reshape(value, [s if isinstance(s, int) else -1 for s in shape])
+    if c.last_view is not None and len(c.last_view.args) == 2 and isinstance(c.last_view.args[1], list | tuple):
+        return ex.reshape(value, list(c.last_view.args[1]))
+    return ex.reshape(value, _product_sizes(reading, shape))
+
+
+def _product_sizes(reading: Reading, shape: tuple[Any, ...]) -> list[Any]:
+    """``shape``, ``(..., M, N)``, in a form that a rewritten graph can use."""
+    assert reading.contraction is not None
+    if all(isinstance(s, int) for s in shape):
+        return list(shape)
+    sizes = ex.sizes_of(reading.contraction.lhs)
+    order = reading.contraction.lhs_order or range(len(sizes))
+    return [*[sizes[d] for d in order][:-1], shape[-1]]
+
+
+def spec_of(e: Expr | None, shape: tuple[Any, ...] | None = None) -> TensorSpec | None:
+    """The description of an argument."""
+    return None if e is None else TensorSpec(ex.dtype_of(e), shape or ex.shape_of(e))
+
+
+def call_op(target: Any, arguments: dict[str, Any], dtype: torch.dtype, shape: tuple[Any, ...]) -> Call:
+    """A fused call; arguments at their schema's default are left out, so that graphs stay readable."""
+    schema = target._schema
+    positional, keywords = [], {}
+    for a in schema.arguments:
+        value = arguments.get(a.name, a.default_value if a.has_default_value() else None)
+        is_default = a.has_default_value() and not isinstance(value, Const | ex.Ref | Call) and value == a.default_value
+        if not a.has_default_value():
+            positional.append(value)
+        elif not is_default:
+            keywords[a.name] = value
+    return Call(target, tuple(positional), keywords, dtype, shape)
+
+
+@dataclass(slots=True)
+class Notes:
+    """Collects what was done for one candidate."""
+
+    fixups: list[str] = field(default_factory=list)
+
+    def did(self, what: str) -> None:
+        if what not in self.fixups:
+            self.fixups.append(what)

@@ -1,0 +1,267 @@
+"""Choosing a fused operator for a site, with the fix-ups that make it legal on a chip.
+
+Candidates are tried from the most to the least complete; each is described to :mod:`quantpass.chips.legality`, and the
+first legal one is the plan. Nothing here touches the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from quantpass.basics.reject import Reject
+from quantpass.chips.calls import QMM
+from quantpass.chips.legality import judge
+from quantpass.chips.rules import Chip
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Const, Expr, Ref
+from quantpass.graph.records import Numerics, Plan, Weight
+from quantpass.graph.writes import Writes, written_before
+from quantpass.patterns.affine import UNBOUNDED, Affine, NotAffine
+from quantpass.patterns.sites import Reading
+from quantpass.planning.candidates import Candidate, aten
+from quantpass.planning.composition import Composition, compositions
+from quantpass.planning.options import Options
+from quantpass.planning.quant_matmul import quant_matmul_candidates
+from quantpass.planning.weight_quant_matmul import weight_quant_candidates
+
+_LOOK_AHEAD = 4
+"""How many nodes behind an epilogue to look for a quantize, for a note."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The outcome for a site: a plan with its numerics, or the reasons why there is none."""
+
+    plan: Plan | None
+    numerics: Numerics | None
+    rejects: tuple[Reject, ...] = ()
+
+
+def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) -> Planned:
+    """Find the best legal fused call for one site on one chip; ``writes`` is what the graph writes to in place."""
+    if reading.rejects:
+        return Planned(None, None, reading.rejects)
+    assert reading.epilogue is not None
+    assert isinstance(reading.weight, Weight)
+    assert reading.contraction is not None
+    prefixes = compositions(reading.node, reading.contraction.product_dtype, reading.epilogue.steps)
+    if reading.contraction.whole:
+        prefixes = [p for p in prefixes if p.length >= len(reading.contraction.own)]
+    rejects: list[Reject] = []
+    not_nz: list[Reject] = []
+    nearest: dict[str, tuple[Reject, ...]] = {}
+    for candidate in _candidates(reading, prefixes, chip, options):
+        if isinstance(candidate, Reject):
+            rejects.append(candidate)
+            continue
+        if _splits_alpha(candidate, reading):
+            rejects.append(_split())
+            continue
+        numerics = _with_leftover_roundings(candidate, reading)
+        if not math.isfinite(numerics.relative + numerics.absolute + numerics.of_x):
+            rejects.append(_unbounded())
+            continue
+        verdict = judge(candidate.call, chip, options.allow)
+        if verdict.legal:
+            plan = _as_plan(candidate, reading, _why_not(rejects, nearest), verdict.assumptions)
+            written = written_before(plan.value, plan.output, writes)
+            if written is not None:
+                rejects.append(_written(written))
+                continue
+            if plan.weight_format == "ND":
+                plan = replace(plan, nd_reason=_nd_reason(plan, reading.weight, not_nz, chip, options))
+            return Planned(plan, numerics)
+        if candidate.weight_format == "NZ":
+            not_nz.extend(verdict.rejects)
+        family = _family(candidate)
+        if family not in nearest or len(verdict.rejects) < len(nearest[family]):
+            nearest[family] = verdict.rejects
+    return Planned(None, None, _why_not(rejects, nearest) or (_nothing_fits(reading),))
+
+
+def _why_not(rejects: list[Reject], nearest: dict[str, tuple[Reject, ...]]) -> tuple[Reject, ...]:
+    """What stands against a site: reasons from planning, and what each operator's most nearly legal call breaks."""
+    planned = [family for family in nearest if any(r.rule.startswith(family) for r in rejects)]
+    broken = [r for family, found in nearest.items() if family not in planned for r in found]
+    return tuple(dict.fromkeys((*rejects, *broken)))
+
+
+def _nd_reason(plan: Plan, weight: Weight, not_nz: list[Reject], chip: Chip, options: Options) -> str:
+    """Why a weight is not laid out in FRACTAL_NZ."""
+    layouts = chip.layouts_of(plan.op, options.mode)
+    if options.nz == "never":
+        return "nz='never'"
+    if all(x.format == "ND" for x in layouts):
+        return f"{chip.name} takes this operator's weight in ND in {options.mode} mode ({layouts[0].reason})"
+    if not isinstance(weight.codes, Const):
+        return "its values are not known when compiling"
+    return f"{not_nz[0].rule}: {not_nz[0].fact}" if not_nz else "it can't be packed in the layout that FRACTAL_NZ needs"
+
+
+def _candidates(
+    reading: Reading, prefixes: list[Composition], chip: Chip, options: Options
+) -> Iterator[Candidate | Reject]:
+    if isinstance(reading.activation, Affine):
+        yield from quant_matmul_candidates(reading, prefixes, chip, options)
+    elif reading.activation.quantized:
+        yield _activation_reject(reading.activation)
+    yield from weight_quant_candidates(reading, prefixes, chip, options)
+
+
+def _family(candidate: Candidate) -> str:
+    return "qmm." if candidate.call.op == QMM else "wqmm."
+
+
+def _activation_reject(read: NotAffine) -> Reject:
+    return Reject(
+        "read.activation",
+        f"the activation: {read.reason}",
+        "an activation read as scale * (codes - zero_point)",
+        read.hint,
+    )
+
+
+def _written(node: Node) -> Reject:
+    return Reject(
+        "read.mutated",
+        f"the graph writes to {node.name} in place before it uses the matmul's result",
+        "operands that keep their value: the fused operator runs where its operands are ready",
+        "use the functional form (torch.export, torch.compile) or move the write behind the matmul",
+    )
+
+
+def _unbounded() -> Reject:
+    return Reject(
+        "plan.bound",
+        "how far the fused result may be off rests on a value that only the run knows",
+        "parameters that are known when compiling",
+        "use a door that sees the weights (qp.backend, qp.npu_backend)",
+    )
+
+
+def _nothing_fits(reading: Reading) -> Reject:
+    assert reading.x is not None
+    return Reject(
+        "plan.none",
+        f"no fused operator takes a {ex.dtype_of(reading.x)} activation here",
+        "a floating or int8 activation",
+    )
+
+
+def _as_plan(
+    candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...], assumptions: tuple[str, ...]
+) -> Plan:
+    notes = [f"assumes {a}" for a in assumptions]
+    notes.extend(_weaker(candidate, reading, passed_over))
+    notes.extend(_left_behind(candidate, reading, passed_over))
+    return Plan(
+        op=candidate.call.op,
+        output=candidate.composition.output,
+        value=_with_leftover(candidate, reading),
+        fixups=candidate.fixups,
+        call=dict(candidate.call.args),
+        weight_format=candidate.weight_format,
+        notes=tuple(notes),
+        int8_codes=candidate.int8_codes,
+        int8_shift=candidate.int8_shift,
+    )
+
+
+def _weaker(candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...]) -> Iterator[str]:
+    """Why a quantized activation is dequantized in the graph and the matmul is not an integer one."""
+    if candidate.call.op == QMM:
+        return
+    activation = reading.activation
+    if isinstance(activation, Affine) or activation.quantized:
+        why = [r for r in passed_over if not r.rule.startswith("wqmm.")]
+        if why:
+            yield f"the activation's quantization stays in the graph: {why[0].rule}: {why[0].fact}"
+    elif activation.rule == UNBOUNDED:
+        yield f"the activation's quantization stays in the graph: {activation.rule}: {activation.reason}"
+
+
+def _left_behind(candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...]) -> Iterator[str]:
+    """Why steps after the matmul were not taken in: what was refused, or why the reading of them ended."""
+    assert reading.epilogue is not None
+    steps = reading.epilogue.steps
+    if candidate.composition.length < len(steps):
+        family = _family(candidate)
+        for r in passed_over:
+            if r.rule.startswith(family):
+                yield f"what comes next stays in the graph: {r.rule}: {r.fact}"
+                return
+    behind = steps[candidate.composition.length :]
+    if any(step.kind in ("round", "quantize") for step in behind) or _is_quantized_later(reading):
+        what = (
+            f"{candidate.call.op} has no form for the next step ({behind[0].kind})"
+            if behind
+            else reading.epilogue.ended
+        )
+        yield f"the quantize that follows stays in the graph: {what}"
+
+
+def _is_quantized_later(reading: Reading) -> bool:
+    """True where a few steps behind the last one that was read the value is rounded to codes."""
+    assert reading.epilogue is not None
+    steps = reading.epilogue.steps
+    if any(step.kind in ("round", "quantize") for step in steps):
+        return False  # it was read
+    seen = [steps[-1].node if steps else reading.node]
+    for _ in range(_LOOK_AHEAD):
+        seen = [u for n in seen for u in n.users if u.op == "call_function"]
+        if any("round" in str(u.target) or "quantize_per" in str(u.target) for u in seen):
+            return True
+    return False
+
+
+def _splits_alpha(candidate: Candidate, reading: Reading) -> bool:
+    """True where a factor of the matmul operator itself would follow a float16 product that the graph never forms."""
+    c = candidate.composition
+    assert reading.contraction is not None
+    return c.dtype == torch.float16 and any(own.kind == "scale" for own in reading.contraction.own[c.length :])
+
+
+def _split() -> Reject:
+    return Reject(
+        "read.matmul.alpha",
+        "the matmul operator scales its product, and the scale can't be folded",
+        "a scale that can be folded: without it the product is rounded to float16, where it may overflow",
+        "use a door that sees the weights (qp.backend, qp.npu_backend), or run the model in bfloat16",
+    )
+
+
+def _with_leftover_roundings(candidate: Candidate, reading: Reading) -> Numerics:
+    """A candidate's contract, with the roundings of what the matmul operator does by itself and the plan left out."""
+    numerics = candidate.numerics
+    assert reading.contraction is not None
+    left = len(reading.contraction.own) - candidate.composition.length
+    dtype = candidate.composition.dtype
+    if left <= 0 or not dtype.is_floating_point:
+        return numerics
+    rounding = left * torch.finfo(dtype).eps / 2
+    return replace(numerics, relative=numerics.relative + rounding)
+
+
+def _with_leftover(candidate: Candidate, reading: Reading) -> Expr:
+    """The fused value, with what the matmul operator adds or scales by itself and the plan did not take in."""
+    c, value = reading.contraction, candidate.value
+    assert c is not None
+    dtype, shape = c.node.meta["val"].dtype, tuple(c.node.meta["val"].shape)
+    for own in c.own[candidate.composition.length :]:
+        operand = Ref(own.operand) if isinstance(own.operand, Node) else own.operand
+        if own.kind == "scale":
+            value = ex.apply(aten.mul.Tensor, value, operand, dtype=dtype, shape=shape)
+        else:
+            value = ex.apply(aten.add.Tensor, _times(operand, own.times), value, dtype=dtype, shape=shape)
+    return value
+
+
+def _times(operand: Expr, times: object) -> Expr:
+    if isinstance(times, int | float) and times == 1:
+        return operand
+    return ex.apply(aten.mul.Tensor, operand, times, dtype=ex.dtype_of(operand), shape=ex.shape_of(operand))

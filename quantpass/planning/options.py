@@ -1,0 +1,180 @@
+"""What a user can ask for, validated once."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+from quantpass.chips import chip_named, chip_of_device
+from quantpass.chips.legality import checked_allow
+from quantpass.chips.rules import Chip
+from quantpass.patterns import Dialect
+from quantpass.version import __version__
+
+LOWERINGS = ("reference", "aclnn")
+INNERS = ("eager", "inductor")
+NUMERICS = ("strict", "vendor")
+MODES = ("graph", "eager")
+NZ_MODES = ("auto", "never")
+DECOMPOSITIONS = ("none", "inductor", "core")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The settings of one compilation.
+
+    Attributes:
+        target: chip name, SoC name or ``"cpu"``; None asks the device.
+        lowering: how fused operators are carried out: ``"reference"`` (CPU kernels that define their semantics) or
+            ``"aclnn"`` (``torch.ops.npu.*``: on an NPU, or on a CPU after :func:`quantpass.emulate_npu`).
+        inner: what compiles the rest of the graph: None or ``"eager"``, ``"inductor"``, or a function
+            ``(graph_module, example_inputs) -> callable``.
+        numerics: ``"strict"`` keeps the integer codes that the graph's own quantize operators produce, and after an
+            integer matmul the graph's own roundings; ``"vendor"`` lets the operator take in the whole epilogue, which
+            rounds once where the graph rounds several times.
+        mode: which of a chip's rules hold: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn). None, the
+            default, becomes ``"eager"`` with ``lowering="aclnn"`` and ``"graph"`` otherwise.
+        nz: ``"auto"`` lays weights out in FRACTAL_NZ where the chip wants it, ``"never"`` leaves them in ND.
+        allow: rules to lift by name: contradicted ones, about which documents and code disagree, and
+            ``"numerics.float16"``, which has float32 sites computed in float16 where a chip needs that.
+        decompositions: which operators are broken down before the pass sees the graph: ``"none"``, ``"inductor"``
+            (Inductor's table) or ``"core"`` (core ATen); for backends only.
+        dialects: tools that quantpass does not know, as :class:`quantpass.patterns.Dialect` objects.
+        on_report: called with the :class:`quantpass.Report` of every graph that is compiled.
+    """
+
+    target: str | None = None
+    lowering: str = "reference"
+    inner: str | Callable[..., Any] | None = None
+    numerics: str = "strict"
+    mode: str = None  # type: ignore[assignment]  # never None once made
+    nz: str = "auto"
+    allow: tuple[str, ...] = ()
+    decompositions: str = "none"
+    dialects: tuple[Dialect, ...] = ()
+    on_report: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.target is not None:
+            chip_named(self.target)
+        _one_of("lowering", self.lowering, LOWERINGS)
+        if self.lowering == "aclnn" and self.target is not None and chip_named(self.target).name == "cpu":
+            raise ValueError(
+                "lowering is 'aclnn' and target 'cpu': the vendor's operators follow a chip's rules. Give target="
+                "'ascend310p', 'ascend910b' or 'ascend910_93'; with quantpass.emulate_npu() they run on CPU tensors."
+            )
+        _one_of("numerics", self.numerics, NUMERICS)
+        if self.mode is None:
+            object.__setattr__(self, "mode", "eager" if self.lowering == "aclnn" else "graph")
+        _one_of("mode", self.mode, MODES)
+        _one_of("nz", self.nz, NZ_MODES)
+        _one_of("decompositions", self.decompositions, DECOMPOSITIONS)
+        if self.inner is not None and not callable(self.inner):
+            _one_of(
+                "inner",
+                self.inner,
+                INNERS,
+                extra=" Also accepted: None, or a function (graph_module, example_inputs) -> callable.",
+            )
+        object.__setattr__(self, "allow", checked_allow(self.allow))
+        if not isinstance(self.dialects, tuple | list) or not all(isinstance(d, Dialect) for d in self.dialects):
+            raise TypeError(f"dialects is {self.dialects!r}; give a tuple of quantpass.patterns.Dialect")
+        object.__setattr__(self, "dialects", tuple(self.dialects))
+        if self.on_report is not None and not callable(self.on_report):
+            raise TypeError(f"on_report is {self.on_report!r}; give a function of one argument, the Report")
+
+    @property
+    def chip(self) -> Chip:
+        """The chip that ``target`` names."""
+        return chip_named(self.target if self.target is not None else device_target())
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for these settings under this version of quantpass."""
+        left_out = ("inner", "on_report", "dialects")
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        settings["dialects"] = [d.name for d in self.dialects]
+        text = repr((__version__, sorted(settings.items())))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_BACKENDS = ("backend", "torch.compile(backend='quantpass')")
+_NPU_DOORS = ("npu_backend", "register", "npugraph_ex_options")
+
+_TORCHAIRS = ("lowering", "mode", "inner")
+
+_TAKEN_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "lowering": (*_BACKENDS, "explain", "fuse", "verify"),
+        "mode": (*_BACKENDS, "explain", "fuse", "verify", "preview_ge"),
+        "inner": _BACKENDS,
+        "decompositions": (*_BACKENDS, "explain", "verify"),
+        "on_report": (*_BACKENDS, *_NPU_DOORS, "preview_ge"),
+    }
+)
+"""Options that not every door carries out, and the doors that do."""
+
+_WHY: Mapping[tuple[str, str], str] = MappingProxyType(
+    {
+        **{(d, n): f": {d} sets {n} itself, from torchair's mode" for d in _NPU_DOORS for n in _TORCHAIRS},
+        ("npu_backend", "decompositions"): ": it has custom_decompositions, as torchair.get_npu_backend does",
+        ("fuse", "decompositions"): ": it takes the graph as it is; call run_decompositions() on the program first",
+        **{(d, "on_report"): ": the report is returned" for d in ("explain", "fuse", "verify")},
+    }
+)
+"""Why a door does not take one of them, where there is more to say."""
+
+
+def make_options(given: Mapping[str, Any], door: str = "backend") -> Options:
+    """Options from the keyword arguments of a door.
+
+    Raises:
+        TypeError: an argument that does not exist (the message names the nearest one that does), or one that ``door``
+            would not carry out (the message names the doors that do).
+        ValueError: a value that is not accepted.
+    """
+    names = [f.name for f in fields(Options)]
+    accepted = [n for n in names if door in _TAKEN_BY.get(n, (door,))]
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), accepted, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"unknown option {name!r}. Accepted: {', '.join(accepted)}.{meant}")
+        if name not in accepted:
+            why = _WHY.get((door, name), "")
+            takers = ", ".join(_TAKEN_BY[name])
+            raise TypeError(
+                f"{door} does not take the option {name!r}{why}. Taken by: {takers}. "
+                f"{door} takes: {', '.join(accepted)}."
+            )
+    return Options(**given)
+
+
+def device_target() -> str:
+    """The name of the NPU in this machine; that of its family where the NPU is newer than the names known here.
+
+    Raises:
+        ValueError: there is none to ask.
+    """
+    try:
+        import torch_npu
+
+        name = str(torch_npu.npu.get_device_name())
+    except Exception as error:
+        raise ValueError(
+            "target is None, which asks the NPU for its name, and no NPU can be asked here "
+            f"({type(error).__name__}: {error}). Name one: target='ascend310p', 'ascend910b', 'ascend910_93' or 'cpu'."
+        ) from error
+    chip = chip_of_device(name)
+    return name if name in chip.soc_names else chip.name
+
+
+def _one_of(name: str, value: Any, accepted: tuple[str, ...], extra: str = "") -> None:
+    if value not in accepted:
+        near = difflib.get_close_matches(str(value), accepted, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} is {value!r}. Accepted: {', '.join(map(repr, accepted))}.{extra}{meant}")

@@ -1,0 +1,249 @@
+"""The product of two quantized operands as ``npu_quant_matmul`` forms it, and what it has no term for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from quantpass.basics.reject import Reject
+from quantpass.basics.symbolic import same_shape
+from quantpass.graph import expr as ex
+from quantpass.graph.expr import Call, Const, Expr
+from quantpass.graph.records import Weight
+from quantpass.patterns.affine import Affine
+from quantpass.planning import conventions
+from quantpass.planning.candidates import FLOAT32_STEPS, Notes, aten, flattened
+from quantpass.planning.composition import Composition
+from quantpass.planning.guards import INT32_MAX, magnitude
+
+_LARGEST_K = 65535
+"""What the chips' rules demand of a K that only the run knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """``codes_x @ codes_w`` and everything that turns it into the output, dtype of the output aside."""
+
+    x: Expr
+    weight: Weight
+    composition: Composition
+    columns: Expr
+    rows: Expr | None
+    acc_addend: Expr | None
+    addend: Expr | None
+    fixups: tuple[str, ...]
+    reach: float
+    """An upper bound of ``|codes_x @ codes_w|``."""
+    lost: float = 0.0
+    """What float32 sums may lose beside the bound that is relative to the products and the bias."""
+
+    def with_row_scales(self) -> Product:
+        """The same with a scale for each row, of ones where there was none: the form that takes a floating bias."""
+        if self.rows is not None:
+            return self
+        return replace(
+            self, rows=_ones(self.x), fixups=(*self.fixups, "a scale of 1 for each row: the bias stays a float")
+        )
+
+
+def refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
+    """What the operator has no term for, whatever the chip."""
+    if weight.zero_point is not None:
+        yield Reject(
+            "qmm.weight.zero_point",
+            "the weight has a zero point",
+            "a symmetric weight: the operator has no term for the row sums of x",
+            "quantize the weight symmetrically",
+        )
+    if weight.group_size:
+        yield Reject(
+            "qmm.weight.group",
+            f"the weight has a scale for each group of {weight.group_size} rows of K",
+            "one scale for each column of N",
+            "quantize the weight per channel",
+        )
+    if weight.k_scale is not None:
+        yield Reject(
+            "qmm.weight.k_scale",
+            "the weight's scale varies along K",
+            "one scale for each column of N",
+            "move the scale along K onto the activation before quantizing it (as SmoothQuant does)",
+        )
+    for factor in activation.factors:
+        if factor.kind not in ("scalar", "rows"):
+            yield Reject(
+                "qmm.activation.scale",
+                f"the activation's scale varies along K ({factor.kind})",
+                "one scale, or one for each row",
+                "move the scale into the weight before quantizing it",
+            )
+    batched = len(ex.shape_of(weight.codes)) > 2
+    if batched and any(f.kind == "rows" for f in activation.factors):
+        yield Reject(
+            "qmm.batched.rows",
+            "both operands are computed at run time and the left one has a scale for each row",
+            "one scale for the whole tensor",
+            "quantize both operands of an attention matmul per tensor",
+        )
+    zero = activation.zero_point
+    if zero is None:
+        return
+    if zero.kind != "scalar" or batched:
+        per = "stands beside a right operand of several matrices" if batched else "is different for each row"
+        yield Reject(
+            "qmm.activation.zero_point",
+            f"the activation's zero point {per}",
+            "one zero point for the whole tensor: the operator has no rank-1 term",
+            "quantize activations symmetrically",
+        )
+    elif zero.constant is None and ex.dtype_of(zero.expr).is_floating_point:
+        yield Reject(
+            "qmm.activation.zero_point.dtype",
+            "the activation's zero point is known only at run time and is a float",
+            "an integer: it goes into the int32 bias",
+            "quantize activations symmetrically, or keep their zero point in an integer tensor",
+        )
+
+
+def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | Reject | None:
+    """The product with everything that the epilogue ``c`` makes of it; None where the operator can't form it."""
+    notes = Notes()
+    codes = activation.codes
+    x = codes
+    if len(ex.shape_of(codes)) != 2 and len(ex.shape_of(weight.codes)) == 2:
+        x = flattened(codes)
+        notes.did("x flattened to 2-D")
+    columns, rows, lost = ex.mul(weight.scale, c.columns), list(c.rows), 0.0
+    if len(ex.shape_of(weight.codes)) > 2 and not all(same_shape(ex.shape_of(r), (1,)) for r in rows):
+        return None  # pertoken_scale has no batch dimension
+    for factor in activation.factors:
+        if factor.kind == "scalar" and factor.constant is not None:
+            columns = ex.mul(columns, factor.flat())
+            continue
+        of_rows = factor.per_row(activation.shape)
+        if of_rows is None:
+            return None
+        rows.append(of_rows)
+    acc_addend, addend = c.acc_addend, c.addend
+    if activation.zero_point is not None:
+        zero = ex.cast(
+            activation.zero_point.flat(), torch.float64 if ex.known(activation.zero_point.expr) else torch.int32
+        )
+        correction = conventions.activation_correction(zero, _column_sums(weight))
+        acc_addend = correction if acc_addend is None else ex.add(acc_addend, correction)
+        notes.did("activation zero point folded into the bias")
+    if isinstance(acc_addend, Const) and ex.is_all(acc_addend, 0):
+        acc_addend = None
+    if acc_addend is not None and not _is_whole(acc_addend):
+        # Of a zero point that is no integer, only the whole part can enter the integer accumulator.
+        if rows:
+            return None
+        if not isinstance(acc_addend, Const) or not isinstance(columns, Const):
+            return Reject(
+                "qmm.activation.zero_point.fraction",
+                "the activation's zero point is no integer, and a scale or the weight is known only at run time",
+                "an integer zero point, or constants: what a float32 sum with the rest of it may lose has to be known",
+                "round the zero point when calibrating",
+            )
+        whole = Const(acc_addend.tensor.round())
+        rest = Const((acc_addend.tensor - whole.tensor) * columns.tensor)
+        addend = rest if addend is None else ex.add(wide(addend), rest)
+        acc_addend, lost = None if ex.is_all(whole, 0) else whole, rounding_of(rest)
+    reach = _reach(activation, weight)
+    return Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups), reach, lost)
+
+
+def _reach(activation: Affine, weight: Weight) -> float:
+    largest_x = max(map(abs, activation.span))
+    largest_w = max(abs(weight.low), abs(weight.high))
+    k = weight.k if isinstance(weight.k, int) else _LARGEST_K
+    return float(k * largest_x * largest_w)
+
+
+def accumulator_problem(p: Product, addend: Expr | None, ranges: Mapping[Node, tuple[float, float]]) -> Reject | None:
+    """Why ``acc + addend`` might not fit int32, ``addend`` in units of the accumulator.
+
+    Args:
+        p: the product.
+        addend: constants, or integers of the run.
+        ranges: what the graph guarantees of integer nodes.
+    """
+    if addend is None:
+        return None
+    largest = magnitude(addend, ranges)
+    if largest + p.reach <= INT32_MAX:
+        return None
+    if isinstance(addend, Const):
+        return Reject(
+            "qmm.bias.range",
+            f"the bias is up to {largest:.3g} in units of the scale",
+            f"a sum with the product of at most {INT32_MAX}",
+            "the scale is very small beside the bias, or a zero point is very large: check the calibration",
+        )
+    return Reject(
+        "qmm.bias.runtime",
+        "what is added to the accumulator is known only at run time, and nothing in the graph bounds it",
+        f"a sum with the product of at most {INT32_MAX}, whatever the run brings",
+        "clamp the zero point to the codes' range, keep it in an int8 or uint8 tensor, or quantize symmetrically",
+    )
+
+
+def rounding_of(addend: Const) -> float:
+    """How far a float32 sum with ``addend`` may be off where the rest of the sum cancels it."""
+    return FLOAT32_STEPS * float(addend.tensor.abs().max())
+
+
+def _is_whole(e: Expr) -> bool:
+    if isinstance(e, Const):
+        return bool((e.tensor == e.tensor.round()).all())
+    return not ex.dtype_of(e).is_floating_point
+
+
+def wide(e: Expr) -> Expr:
+    """A constant in float64, so that folding adds no rounding; a node as it is."""
+    return ex.cast(e, torch.float64) if isinstance(e, Const) else e
+
+
+def _column_sums(weight: Weight) -> Expr:
+    """Sum of the codes of each column, ``(N,)``."""
+    dim = 1 if weight.transposed else 0
+    if isinstance(weight.codes, Const):
+        return Const(weight.codes.tensor.sum(dim=dim, dtype=torch.int64).to(torch.float64))
+    return Call(aten.sum.dim_IntList, (weight.codes, [dim]), {"dtype": torch.int32}, torch.int32, (weight.n,))
+
+
+def _row_scale(rows: list[Expr], x: Expr) -> Expr | None:
+    """The product of the row factors as a float32 vector ``(M,)``."""
+    if not rows:
+        return None
+    product = ex.cast(rows[0], torch.float32)
+    for factor in rows[1:]:
+        product = ex.mul(product, ex.cast(factor, torch.float32))
+    if not same_shape(ex.shape_of(product), (1,)):
+        return product
+    m = ex.shape_of(x)[-2]
+    if isinstance(m, int) and m == 1:
+        return product
+    ones = ex.apply(aten.new_ones.default, product, [_rows_size(x)], dtype=torch.float32, shape=(m,))
+    return ex.mul(product, ones)
+
+
+def _ones(x: Expr) -> Expr:
+    """``(M,)`` ones in float32; M is that of ``x``."""
+    m = ex.shape_of(x)[-2]
+    if isinstance(m, int):
+        return Const(torch.ones(m), label="unit_rows")
+    return Call(aten.new_ones.default, (x, [_rows_size(x)]), {"dtype": torch.float32}, torch.float32, (m,))
+
+
+def _rows_size(x: Expr) -> object:
+    m = ex.shape_of(x)[-2]
+    return m if isinstance(m, int) else Call(aten.sym_size.int, (x, -2), {}, torch.int64, ())
+
+
+def wide_node(e: Expr) -> Expr:
+    """A node in float32; a constant as it is."""
+    return e if isinstance(e, Const) else ex.cast(e, torch.float32)
