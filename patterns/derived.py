@@ -70,7 +70,7 @@ _OPAQUE_HINT = (
 )
 _PACKED_HINT = (
     "let the pass see the values: torch._inductor.config.freezing = False, weights as parameters or buffers of the "
-    "module, and a door that gets the tensors (quantpass.doors.backend, npu_backend)"
+    "module, and a door that gets the tensors (quantpass.backend, npu_backend)"
 )
 
 

@@ -509,6 +509,8 @@ class _Checker:
         right |= ~v.isfinite() & native.isnan() & actual.isnan()
         if value.held is not None:  # the product alone is infinite, and the chip has a largest number
             right |= ~v.isfinite() & ~(v == value.held) & ~(v.isnan() & value.held.isnan()) & ~actual.isnan()
+        if value.mag is not None:  # zero but for rounding, times infinity
+            right |= v.isnan() & (value.mag == math.inf) & ~actual.isfinite()
         if self.endless:
             right |= v.isnan() & ~actual.isfinite()
         if self.odd_codes:

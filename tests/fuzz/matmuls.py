@@ -43,7 +43,7 @@ def matmul(d, rank, n, dtype):
         if form == "addbmm":
             right = w.t().unsqueeze(0).expand(x.shape[0], -1, -1)
             return torch.addbmm(b(), x, right, beta=factors[0], alpha=factors[1]).unsqueeze(0)
-        if form == "einsum":
+        if form == "einsum" and x.shape[-1] > 1:  # of one row of K it makes an elementwise product
             return torch.einsum("bmk,nk->bmn", x, w)
         if form == "mT":
             return torch.matmul(w, x.mT).mT
