@@ -28,6 +28,7 @@ from quantpass.planning.choose import Planned, plan_site
 from quantpass.planning.options import Options
 from quantpass.planning.unknown_values import UNREAD, conditional, fed_by_unread, made_of_integers, unread_note
 from quantpass.rewrite import RewriteError, Rewriter
+from quantpass.verify_graph import is_asked_for, verify_graph
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,8 @@ def fuse_graph(
             sites.append(_site(reading, _refused(reject), options, keys, fused=False))
     if rewriter is not None:
         rewriter.finish(found.mutated)
+        if is_asked_for():
+            verify_graph(gm, options)
     sites.extend(called)
     return Outcome(tuple(sites), found.leaves, before, _notes(sites, unread), shown)
 

@@ -35,6 +35,11 @@ def exceptions_are_seen():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def every_rewritten_graph_is_verified():
+    os.environ["QUANTPASS_VERIFY_GRAPH"] = "1"
+
+
+@pytest.fixture(autouse=True, scope="session")
 def offline():
     os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -19,7 +19,7 @@ from quantpass.chips.checking import logical, spec_of_tensor
 from quantpass.chips.legality import Verdict, judge
 from quantpass.graph.records import Numerics, Plan, Site
 from quantpass.graph.schema import bind, op_name
-from quantpass.operators.ir import DTYPE_NUMBERS
+from quantpass.operators.ir import DTYPE_NUMBERS, NZ
 from quantpass.patterns.sites import provenance
 from quantpass.planning.options import Options
 
@@ -63,6 +63,24 @@ def already_fused(calls: Iterable[Node], options: Options, keys: Mapping[Node, H
         assert op is not None
         judge_call, unjudged = partial(_judged_site, node, op, options), partial(_unjudged, node, op, options)
         yield replace(guarded(judge_call, unjudged, f"judging {node.name}"), key=keys[node])
+
+
+def broken_calls(graph: Graph, options: Options) -> Iterator[str]:
+    """What is illegal about the fused calls that the pass has put into a graph, as they stand there."""
+    for node in graph.nodes:
+        op = _operator(node)
+        if op is None or "quantpass" not in node.meta:
+            continue
+        call = OpCall(op, options.mode, _arguments(node))
+        weight, given = call.tensor(_WEIGHT[op]), bind(node)[_WEIGHT[op]]
+        if weight is not None and _is_cast_to_nz(given):
+            call = call.replaced(**{_WEIGHT[op]: TensorSpec(weight.dtype, weight.shape, "NZ", weight.transposed)})
+        verdict = judge(call, options.chip, options.allow)
+        yield from (f"{node.name} for {node.meta['quantpass']!r}: {reject}" for reject in verdict.rejects)
+
+
+def _is_cast_to_nz(node: Any) -> bool:
+    return isinstance(node, Node) and node.target is torch.ops.quantpass.format_cast.default and node.args[1] == NZ
 
 
 def _judged_site(node: Node, op: str, options: Options) -> Site:

@@ -1,0 +1,100 @@
+"""The graph after the rewrite, checked as compilers check theirs: what stands in it is what its operators give.
+
+Nothing here trusts what planning or rewriting have said. Every value is recomputed by its operator's own shape
+function, every fused call is judged again on what is really in the graph. The tests run it on every graph that the pass
+rewrites; users ask for it with the environment variable ``QUANTPASS_VERIFY_GRAPH=1``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from quantpass.graph.dump import describe_node
+from quantpass.graph.torch_internals import fake_mode_of
+from quantpass.planning.already_fused import broken_calls
+from quantpass.planning.options import Options
+
+VERIFY = "QUANTPASS_VERIFY_GRAPH"
+"""Environment variable: where it is set and not empty, every rewritten graph is verified."""
+
+
+class GraphVerificationError(RuntimeError):
+    """A rewritten graph is not what the pass says it is. This is a fault of quantpass."""
+
+
+def is_asked_for() -> bool:
+    """True where :data:`VERIFY` is set."""
+    return bool(os.environ.get(VERIFY))
+
+
+def verify_graph(gm: GraphModule, options: Options) -> None:
+    """Check a graph that :func:`quantpass.pipeline.fuse_graph` has rewritten.
+
+    * the graph is well-formed (``Graph.lint``);
+    * the dtype, shape, strides and device that each node claims are those that its operator gives;
+    * no operator that the pass made is unused;
+    * each of them says which site it belongs to;
+    * each fused call is legal on the chip as it stands in the graph.
+
+    Raises:
+        GraphVerificationError: names every node that fails, and what was expected.
+    """
+    gm.graph.lint()
+    problems = [*_untrue_values(gm), *_loose_ends(gm), *broken_calls(gm.graph, options)]
+    if problems:
+        raise GraphVerificationError(
+            f"the rewritten graph is not sound ({len(problems)} problems); please report it:\n" + "\n".join(problems)
+        )
+
+
+def _is_of_the_pass(node: Node) -> bool:
+    return "quantpass" in node.meta
+
+
+def _untrue_values(gm: GraphModule) -> Iterator[str]:
+    """What the pass made, and what reads it, against the operators' own shape functions."""
+    mode = fake_mode_of([v for n in gm.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)])
+    if mode is None:
+        return
+    for node in gm.graph.nodes:
+        if not isinstance(node.target, OpOverload) or not any(map(_is_of_the_pass, (node, *node.all_input_nodes))):
+            continue
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
+        try:
+            with mode, torch.no_grad():
+                found = node.target(*args, **kwargs)
+        except Exception as error:
+            yield f"{describe_node(node)}: refused by its operator: {type(error).__name__}: {error}"
+            continue
+        claimed = node.meta.get("val")
+        if isinstance(found, torch.Tensor) and not (isinstance(claimed, torch.Tensor) and _agree(found, claimed)):
+            yield f"{describe_node(node)}: claimed to be {_look(claimed)}, its operator gives {_look(found)}"
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Sizes and strides that are symbolic on one side only are no contradiction."""
+    if (a.dtype, a.device, a.dim()) != (b.dtype, b.device, b.dim()):
+        return False
+    pairs = [*zip(a.shape, b.shape, strict=True), *zip(a.stride(), b.stride(), strict=True)]
+    return all(x == y for x, y in pairs if isinstance(x, int) and isinstance(y, int))
+
+
+def _look(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} {list(value.shape)} with strides {list(value.stride())} on {value.device}"
+
+
+def _loose_ends(gm: GraphModule) -> Iterator[str]:
+    for node in gm.graph.nodes:
+        if _is_of_the_pass(node) and not node.users and not node.is_impure():
+            yield f"{describe_node(node)}: made for {node.meta['quantpass']!r} and read by nobody"
+        elif _is_of_the_pass(node) and not node.meta["quantpass"]:
+            yield f"{describe_node(node)}: does not say which site it belongs to"

@@ -1,0 +1,108 @@
+"""The verifier behind the rewrite says what is wrong with a graph, whoever spoiled it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import quantpass as qp
+from quantpass import pipeline
+from quantpass.graph.torch_internals import contiguous_fake, fake_mode_of
+from quantpass.planning.options import Options
+from quantpass.verify_graph import VERIFY, GraphVerificationError, verify_graph
+from tests.oracle import traced
+
+ops = torch.ops.quantpass
+OPTIONS = Options(target="ascend910b")
+
+
+class Static(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.randint(-127, 128, (32, 64), dtype=torch.int8))
+
+    def forward(self, x):
+        q = torch.clamp(torch.round(x / 0.05), -128, 127).to(torch.int8)
+        return F.linear(q.half() * 0.05, self.codes.half() * 0.01)
+
+
+@pytest.fixture
+def fused():
+    gm = traced(Static(), torch.randn(4, 64).half())
+    assert qp.fuse(gm, target="ascend910b").fused == 1
+    (node,) = gm.graph.find_nodes(op="call_function", target=ops.quant_matmul.default)
+    return gm, node
+
+
+def spoilt(gm):
+    with pytest.raises(GraphVerificationError) as caught:
+        verify_graph(gm, OPTIONS)
+    return str(caught.value)
+
+
+def as_shape(node, shape, dtype):
+    val = node.meta["val"]
+    return contiguous_fake(fake_mode_of([val]), shape, dtype, val.device)
+
+
+def test_a_rewritten_graph_passes(fused):
+    verify_graph(fused[0], OPTIONS)
+
+
+def test_a_wrong_dtype(fused):
+    gm, node = fused
+    node.meta["val"] = as_shape(node, node.meta["val"].shape, torch.float32)
+    assert "claimed to be torch.float32 [4, 32]" in spoilt(gm)
+
+
+def test_a_wrong_shape(fused):
+    gm, node = fused
+    node.meta["val"] = as_shape(node, (32, 4), torch.float16)
+    assert "its operator gives torch.float16 [4, 32]" in spoilt(gm)
+
+
+def test_wrong_strides(fused):
+    gm, node = fused
+    node.meta["val"] = as_shape(node, (32, 4), torch.float16).t()
+    assert "with strides [1, 4]" in spoilt(gm)
+
+
+def test_an_operator_that_nobody_reads(fused):
+    gm, node = fused
+    with gm.graph.inserting_after(node):
+        extra = gm.graph.call_function(torch.ops.aten.neg.default, (node,))
+    extra.meta.update({"val": node.meta["val"], "quantpass": "linear"})
+    assert "read by nobody" in spoilt(gm)
+
+
+def test_an_operator_without_a_site(fused):
+    gm, node = fused
+    node.meta["quantpass"] = ""
+    assert "which site" in spoilt(gm)
+
+
+def test_an_illegal_call(fused):
+    """A per-token scale with a float16 result takes a float32 scale, not the word that is there."""
+    gm, node = fused
+    with gm.graph.inserting_before(node):
+        rows = gm.graph.call_function(
+            torch.ops.aten.full.default, ([4], 1.0), {"dtype": torch.float32, "device": torch.device("cpu")}
+        )
+    rows.meta["val"] = as_shape(node, (4,), torch.float32)
+    node.kwargs = {**node.kwargs, "pertoken_scale": rows}
+    assert "dtypes" in spoilt(gm)
+
+
+def test_an_operator_that_refuses_its_arguments(fused):
+    gm, node = fused
+    node.args = (node.args[0], node.args[2], node.args[2])
+    assert "refused by its operator" in spoilt(gm)
+
+
+def test_it_runs_where_it_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, "verify_graph", lambda gm, options: asked.append(options.chip.name))
+    qp.fuse(traced(Static(), torch.randn(4, 64).half()), target="ascend310p")
+    monkeypatch.delenv(VERIFY)  # as users run it
+    qp.fuse(traced(Static(), torch.randn(4, 64).half()), target="ascend310p")
+    assert asked == ["ascend310p"]
