@@ -1,6 +1,9 @@
 """quantpass: fuse dequantize -> matmul -> (quantize) in FX graphs into Ascend's quantized matmul operators."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from types import MappingProxyType as _MappingProxyType
+from typing import TYPE_CHECKING
 
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "patterns" / "dialect.py").is_file():
@@ -8,21 +11,22 @@ if (_root / "patterns" / "dialect.py").is_file():
     __path__.append(str(_root))
 del _Path, _root
 
-from quantpass import nn
-from quantpass.basics.reject import Reject
-from quantpass.basics.tensor_spec import TensorSpec
-from quantpass.chips.checking import check_op
-from quantpass.doors.backend import backend
-from quantpass.doors.explain import diff, explain, fuse
-from quantpass.doors.npu import npu_backend, npugraph_ex_options, register
-from quantpass.doors.preview import GePreview, preview_ge
-from quantpass.doors.verification import Difference, Verification, verify
-from quantpass.graph.records import Numerics, Plan, Site, WeightFormat
-from quantpass.lowering import reference as _reference
-from quantpass.lowering.emulation import emulate_npu
-from quantpass.operators import ir as _ir
-from quantpass.report import Report
+from quantpass.basics.late_import import when_imported as _when_imported
 from quantpass.version import __version__
+
+if TYPE_CHECKING:
+    from quantpass import nn
+    from quantpass.basics.reject import Reject
+    from quantpass.basics.tensor_spec import TensorSpec
+    from quantpass.chips.checking import check_op
+    from quantpass.doors.backend import backend
+    from quantpass.doors.explain import diff, explain, fuse
+    from quantpass.doors.npu import npu_backend, npugraph_ex_options, register
+    from quantpass.doors.preview import GePreview, preview_ge
+    from quantpass.doors.verification import Difference, Verification, verify
+    from quantpass.graph.records import Numerics, Plan, Site, WeightFormat
+    from quantpass.lowering.emulation import emulate_npu
+    from quantpass.report import Report
 
 __all__ = [
     "Difference",
@@ -50,4 +54,50 @@ __all__ = [
     "verify",
 ]
 
-del _ir, _reference  # imported for the operators that they define
+_NAMES = {
+    "basics.reject": ("Reject",),
+    "basics.tensor_spec": ("TensorSpec",),
+    "chips.checking": ("check_op",),
+    "doors.backend": ("backend",),
+    "doors.explain": ("diff", "explain", "fuse"),
+    "doors.npu": ("npu_backend", "npugraph_ex_options", "register"),
+    "doors.preview": ("GePreview", "preview_ge"),
+    "doors.verification": ("Difference", "Verification", "verify"),
+    "graph.records": ("Numerics", "Plan", "Site", "WeightFormat"),
+    "lowering.emulation": ("emulate_npu",),
+    "report": ("Report",),
+}
+_HOMES = _MappingProxyType({name: f"quantpass.{module}" for module, names in _NAMES.items() for name in names})
+_MODULES = frozenset(
+    (
+        *("basics", "chips", "graph", "patterns", "operators", "planning", "lowering", "doors"),
+        *("nn", "pipeline", "report", "rewrite", "version"),
+    )
+)
+del _NAMES
+
+if not TYPE_CHECKING:  # where mypy sees it, it takes every name to be there
+
+    def __getattr__(name):
+        """A public name or a module, imported at its first use: most of them need PyTorch, which takes seconds."""
+        if name in _HOMES:
+            value = getattr(_import_module(_HOMES[name]), name)
+        elif name in _MODULES:
+            value = _import_module(f"quantpass.{name}")
+        else:
+            raise AttributeError(f"module 'quantpass' has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__, *_MODULES})
+
+
+def _define_operators() -> None:
+    for module in ("operators.ir", "lowering.reference"):
+        _import_module(f"quantpass.{module}")
+
+
+# A saved program that holds torch.ops.quantpass.* loads wherever quantpass and torch were imported, in either order and
+# whatever was used of quantpass: the operators are defined as soon as both are there.
+_when_imported("torch", _define_operators)

@@ -14,6 +14,7 @@ import quantpass as qp
 from quantpass.chips import CHIPS
 from quantpass.chips.calls import QMM, WQMM, OpCall
 from quantpass.chips.checking import _NUMBERS as NUMBERS
+from quantpass.chips.checking import spec_of_tensor
 from quantpass.chips.companions import ANTI_QUANT, DYNAMIC_QUANT, FORMAT_CAST, INT4PACK, QUANTIZE, TQP
 from quantpass.chips.dtype_table import DtypeTable
 from quantpass.chips.legality import broken_rules, judge
@@ -289,17 +290,17 @@ def _call_of_row(rule, row, mode, chip):
         elif dtype is None:
             yield column, None
         elif column in ("x1", "x"):
-            yield column, T(dtype, (16, 64 if dtype == I32 else 512))
+            yield column, T(dtype, (16, 64 if dtype == "int32" else 512))
         elif column in ("x2", "weight"):
             form = "NZ" if turned and mode == "graph" else "ND"
-            word = column == "weight" and row.cells[2][0] == I64  # the int64 scale wants a transposed weight
-            if dtype == I32:
+            word = column == "weight" and row.cells[2][0] == "int64"  # the int64 scale wants a transposed weight
+            if dtype == "int32":
                 yield column, T(dtype, (512, 16))
             else:
                 yield column, T(dtype, (512, 128), form, turned or word)
         elif column == "pertoken_scale":
             yield column, T(dtype, (16, 1) if grouped else (16,))
-        elif grouped and (column == "scale" or (column == "offset" and row.cells[0][0] == I32)):
+        elif grouped and (column == "scale" or (column == "offset" and row.cells[0][0] == "int32")):
             yield column, T(dtype, (2, 128))
         else:
             yield column, T(dtype, (128,))
@@ -395,7 +396,8 @@ def test_questions_that_make_no_sense(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("int8", (2, 2)), TypeError, "give a torch.dtype"),
+        (("int9", (2, 2)), TypeError, "give a torch.dtype .*Did you mean 'int8'"),
+        ((8, (2, 2)), TypeError, "give a torch.dtype"),
         ((I8, 5), TypeError, "give a tuple of sizes"),
         ((I8, (2.0,)), TypeError, "every size is an int"),
         ((I8, (-1, 2)), ValueError, "negative size"),
@@ -412,7 +414,7 @@ def test_real_tensors_are_described_by_their_strides():
     x, w = torch.zeros(16, 512, dtype=I8), torch.zeros(128, 512, dtype=I8)
     verdict = qp.check_op(QMM, target="ascend910b", x1=x, x2=w.t(), scale=torch.zeros(128, dtype=I64), output_dtype=F16)
     assert verdict.legal
-    assert qp.checking.spec_of_tensor(w.t()) == T(I8, (512, 128), "ND", True)
+    assert spec_of_tensor(w.t()) == T(I8, (512, 128), "ND", True)
 
 
 # -- the command line and the page ---------------------------------------------------------------------------------

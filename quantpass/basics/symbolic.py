@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 
 def statically_true(condition: Any) -> bool | None:
     """True or False where that is known without guarding on a symbolic size, None where it depends on it."""
     if isinstance(condition, bool):
         return condition
+    import torch
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     if statically_known_true(condition):

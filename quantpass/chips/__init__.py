@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from types import MappingProxyType
 
+from quantpass.basics.suggestions import nearest, suggestion
 from quantpass.chips.ascend310p import ASCEND310P
 from quantpass.chips.ascend910_93 import ASCEND910_93
 from quantpass.chips.ascend910b import ASCEND910B
@@ -34,8 +34,7 @@ def chip_named(target: str) -> Chip:
             f"target {target!r} names several chips in one text. Give one name each: a list where a function takes "
             "several targets, -t repeated on the command line."
         )
-    near = _nearest(target)
-    meant = f" Did you mean {near!r}?" if near else ""
+    meant = suggestion(_nearest(target))
     raise ValueError(
         f"unknown target {target!r}. Accepted: {', '.join(CHIPS)}, and SoC names such as 'Ascend310P3' or "
         f"'Ascend910B2'.{meant}"
@@ -54,14 +53,14 @@ def chip_of_device(soc_name: str) -> Chip:
     return chip_named(soc_name)
 
 
-def _nearest(target: str) -> str | None:
-    """The accepted name most like ``target``, whatever its case."""
+def _nearest(target: str) -> list[str]:
+    """The accepted names most like ``target``, whatever its case."""
     names = {n.lower(): n for c in CHIPS.values() for n in (*c.soc_names, c.name)}
     given = target.strip().lower()
-    near = difflib.get_close_matches(given, names, n=8)
+    near = nearest(given, names, at_most=8)
     # A family's name is meant where digits are missing, not one chip of the family.
     family = [n for n in near if n in CHIPS and len(n) >= len(given)]
-    return names[(family if near[:1] != [given] and family else near)[0]] if near else None
+    return [names[n] for n in (family if near[:1] != [given] and family else near)]
 
 
 def liftable_rules() -> dict[str, tuple[str, ...]]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from quantpass.basics.tensor_spec import TensorSpec
+from quantpass.basics.torch_types import I32, dtype_name, is_dtype
 
 QMM = "npu_quant_matmul"
 WQMM = "npu_weight_quant_batchmatmul"
@@ -35,6 +34,11 @@ class OpCall:
         value = self.args.get(name)
         return value if isinstance(value, TensorSpec) else None
 
+    def value(self, name: str) -> Any:
+        """An argument as rules compare it: a dtype by its name."""
+        value = self.args.get(name)
+        return dtype_name(value) if is_dtype(value) else value
+
     def replaced(self, **changes: Any) -> OpCall:
         return OpCall(self.op, self.mode, {**self.args, **changes})
 
@@ -49,7 +53,7 @@ class OpCall:
 
 
 def packed_int4(spec: TensorSpec | None) -> bool:
-    return spec is not None and spec.dtype == torch.int32
+    return spec is not None and spec.dtype_name == I32
 
 
 def _matrix_sizes(spec: TensorSpec, rows: str, columns: str) -> dict[str, Any]:

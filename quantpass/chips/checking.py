@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from quantpass.basics.suggestions import did_you_mean
 from quantpass.basics.tensor_spec import TensorSpec
+from quantpass.basics.torch_types import F16, F32, I8, I64, is_tensor
 from quantpass.chips import chip_named
 from quantpass.chips.calls import QMM, WQMM, OpCall
 from quantpass.chips.companions import ANTI_QUANT, DYNAMIC_QUANT, FORMAT_CAST, INT4PACK, QUANTIZE, TQP
 from quantpass.chips.legality import Verdict, checked_allow, judge
+
+if TYPE_CHECKING:
+    import torch
 
 ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -84,23 +86,20 @@ def _operator(op: str) -> str:
     for candidate in (name, f"npu_{name}"):
         if candidate in ARGUMENTS:
             return candidate
-    near = difflib.get_close_matches(name, ARGUMENTS, n=1)
-    meant = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown operator {op!r}. Accepted: {', '.join(ARGUMENTS)}.{meant}")
+    raise ValueError(f"unknown operator {op!r}. Accepted: {', '.join(ARGUMENTS)}.{did_you_mean(name, ARGUMENTS)}")
 
 
 def _argument(op: str, name: str, value: Any) -> Any:
     if name not in ARGUMENTS[op]:
-        near = difflib.get_close_matches(name, ARGUMENTS[op], n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
+        meant = did_you_mean(name, ARGUMENTS[op])
         raise TypeError(f"{op} has no argument {name!r}. Accepted: {', '.join(ARGUMENTS[op])}.{meant}")
-    if isinstance(value, TensorSpec | torch.Tensor) and name in _NUMBERS:
+    if (isinstance(value, TensorSpec) or is_tensor(value)) and name in _NUMBERS:
         raise TypeError(f"{op}: {name} is a tensor; it takes a number, a dtype or a word")
     if value is None or isinstance(value, TensorSpec):
         return value
     if name in _INTEGERS and not isinstance(value, int):
         raise TypeError(f"{op}: {name} is {value!r}; it takes an integer")
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return spec_of_tensor(value)
     if name not in _NUMBERS:
         raise TypeError(f"{op}: {name} is {value!r}; give a TensorSpec(dtype, shape) or a tensor")
@@ -117,10 +116,10 @@ def _as_operator(call: OpCall) -> OpCall:
     """A module's call as the operator call that its forward makes."""
     if call.op == "LinearQuant":
         args = dict(call.args)
-        scale, output = args.get("scale"), args.get("output_dtype")
-        packs = args.get("pertoken_scale") is None and output in (None, torch.int8, torch.float16)
-        if isinstance(scale, TensorSpec) and scale.dtype == torch.float32 and packs:
-            args["scale"] = TensorSpec(torch.int64, scale.shape)
+        scale, output = args.get("scale"), call.value("output_dtype")
+        packs = args.get("pertoken_scale") is None and output in (None, I8, F16)
+        if isinstance(scale, TensorSpec) and scale.dtype_name == F32 and packs:
+            args["scale"] = TensorSpec(I64, scale.shape)
         module_input = args.pop("input", None)  # the vendor's forward names it x, the document x1
         args["x1"] = module_input if args.get("x1") is None else args["x1"]
         args["x2"] = logical(args.pop("weight", None))
@@ -141,4 +140,4 @@ def logical(spec: Any) -> Any:
     if not isinstance(spec, TensorSpec) or spec.rank < 2:
         return spec
     shape = (*spec.shape[:-2], spec.shape[-1], spec.shape[-2])
-    return TensorSpec(spec.dtype, shape, spec.format, not spec.transposed)
+    return TensorSpec(spec.dtype_name, shape, spec.format, not spec.transposed)

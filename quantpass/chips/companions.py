@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from quantpass.basics.symbolic import statically_true
 from quantpass.basics.tensor_spec import TensorSpec
+from quantpass.basics.torch_types import BF16, F16, F32, I8, I32
 from quantpass.chips.calls import OpCall
 from quantpass.chips.requirements import DtypeIn, Finding, Layout, NotEmpty, Present, Rank, SameDtype, Shape, Value
 from quantpass.chips.rules import Rule, When
@@ -20,7 +19,6 @@ DYNAMIC_QUANT = "npu_dynamic_quant"
 ANTI_QUANT = "npu_anti_quant"
 QUANTIZE = "npu_quantize"
 
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 GRAPH = ("graph",)
 _NZ, _ND = 29, 2
 
@@ -39,11 +37,13 @@ class ScaleAndOffset:
             return []
         if scale.rank not in (1, 2) or (scale.rank == 2 and statically_true(scale.shape[0] == 1) is False):
             sizes = scale.shape[0] if scale.shape else 1
-            return [Finding(f"scale has shape {scale.shape}", self.want, {"scale": TensorSpec(scale.dtype, (sizes,))})]
+            return [
+                Finding(f"scale has shape {scale.shape}", self.want, {"scale": TensorSpec(scale.dtype_name, (sizes,))})
+            ]
         if offset is None:
             return []
         fact = f"scale has shape {scale.shape} and offset has shape {offset.shape}"
-        fix = {"offset": TensorSpec(offset.dtype, scale.shape)}
+        fix = {"offset": TensorSpec(offset.dtype_name, scale.shape)}
         if scale.rank != offset.rank:
             return [Finding(fact, self.want, fix)]
         equal = all(statically_true(a == b) is not False for a, b in zip(scale.shape, offset.shape, strict=True))
@@ -72,7 +72,7 @@ class LastMultiple:
             return []
         if holds is None:
             return [Finding(f"{self.arg}'s last dimension {last} % {self.of} == 0", self.want, undecided=True)]
-        fix = {self.arg: TensorSpec(spec.dtype, (*spec.shape[:-1], -(-last // self.of) * self.of))}
+        fix = {self.arg: TensorSpec(spec.dtype_name, (*spec.shape[:-1], -(-last // self.of) * self.of))}
         return [Finding(f"{self.arg} has shape {spec.shape}", self.want, fix)]
 
 
@@ -92,7 +92,7 @@ class Unavailable:
 
 def _is_int4(arg: str) -> When:
     def test(call: OpCall) -> bool:
-        return call.args.get(arg) in (torch.quint4x2, "quint4x2")
+        return call.value(arg) == "quint4x2"
 
     return When(f"{arg} quint4x2", test)
 
@@ -124,7 +124,7 @@ _COMMON = (
     Rule("format_cast.graph", FORMAT_CAST, Unavailable("cast the parameter before compiling"), "no fake kernel, no converter in torch_npu 2.13.0", "probed", modes=GRAPH,
          hint="quantpass plans the cast in the graph and carries it out on the parameter"),
     Rule("anti_quant.x.present", ANTI_QUANT, Present("x"), "npu_anti_quant.md: x"),
-    Rule("anti_quant.x.dtype", ANTI_QUANT, DtypeIn("x", (torch.int8, torch.int32)), "npu_anti_quant.md: x"),
+    Rule("anti_quant.x.dtype", ANTI_QUANT, DtypeIn("x", (I8, I32)), "npu_anti_quant.md: x"),
     Rule("anti_quant.scale.dtype", ANTI_QUANT, DtypeIn("scale", (F32, BF16)), "npu_anti_quant.md: scale"),
     Rule("anti_quant.scale.shape", ANTI_QUANT, Shape("scale", (("last",), (1,))), "npu_anti_quant.md: scale is (1,) or the last dimension",
          hint="the operator scales along the last dimension only"),
@@ -133,16 +133,16 @@ _COMMON = (
     Rule("anti_quant.dst", ANTI_QUANT, Value("dst_dtype", _one_of(F16, BF16), "dst_dtype float16 or bfloat16", lambda v, call: F16), "npu_anti_quant.md: dst_dtype"),
     Rule("quantize.input.present", QUANTIZE, Present("input"), f"{_Q}: input"),
     Rule("quantize.input.dtype", QUANTIZE, DtypeIn("input", (F16, BF16, F32)), f"{_Q}: input"),
-    Rule("quantize.dtype.divide", QUANTIZE, Value("dtype", _one_of(torch.qint8, torch.quint8, torch.qint32, "qint8", "quint8", "qint32"), "dtype qint8, quint8 or qint32 with div_mode=True"),
+    Rule("quantize.dtype.divide", QUANTIZE, Value("dtype", _one_of("qint8", "quint8", "qint32"), "dtype qint8, quint8 or qint32 with div_mode=True"),
          f"{_Q}: dtype", "documented, code", when=DIVIDES, hint="quint4x2 needs div_mode=False"),
-    Rule("quantize.dtype.multiply", QUANTIZE, Value("dtype", _one_of(torch.qint8, torch.quint4x2, "qint8", "quint4x2"), "dtype qint8 or quint4x2 with div_mode=False"),
+    Rule("quantize.dtype.multiply", QUANTIZE, Value("dtype", _one_of("qint8", "quint4x2"), "dtype qint8 or quint4x2 with div_mode=False"),
          f"{_Q}: dtype", "documented, code", when=MULTIPLIES),
 )  # fmt: skip
 
 _A2_ONLY = (
     Rule("quantize.int4.last", QUANTIZE, LastMultiple("input", 8), f"{_Q}: quint4x2 packs eight along the last dimension", "documented, code", when=_is_int4("dtype")),
     Rule("int4pack.weight.present", INT4PACK, Present("weight"), "npu_convert_weight_to_int4pack.md: weight"),
-    Rule("int4pack.dtype", INT4PACK, DtypeIn("weight", (torch.int32,)), "npu_convert_weight_to_int4pack.md: weight is int32", "documented, code"),
+    Rule("int4pack.dtype", INT4PACK, DtypeIn("weight", (I32,)), "npu_convert_weight_to_int4pack.md: weight is int32", "documented, code"),
     Rule("int4pack.rank", INT4PACK, Rank("weight", 2, 2), "npu_convert_weight_to_int4pack.md: weight has 2 dimensions", "documented, code"),
     Rule("int4pack.contiguous", INT4PACK, Layout("weight", transposed=False), "npu_convert_weight_to_int4pack.md: contiguous", "documented, code",
          hint="a transposed weight is packed as (n, k/8) and viewed transposed"),
@@ -155,7 +155,7 @@ _A2_ONLY = (
     Rule("dynamic_quant.smooth.dtype", DYNAMIC_QUANT, SameDtype("smooth_scales", "input"), "npu_dynamic_quant.md: smooth_scales has the dtype of input"),
     Rule("dynamic_quant.smooth.shape", DYNAMIC_QUANT, Shape("smooth_scales", (("last",),)), "npu_dynamic_quant.md: smooth_scales has the size of the last dimension",
          when=When("no group_index", lambda call: call.args.get("group_index") is None)),
-    Rule("dynamic_quant.dst", DYNAMIC_QUANT, Value("dst_type", _one_of(torch.int8, torch.qint8, torch.quint4x2, "int8", "qint8", "quint4x2"), "dst_type int8 or quint4x2", lambda v, call: torch.int8),
+    Rule("dynamic_quant.dst", DYNAMIC_QUANT, Value("dst_type", _one_of(I8, "qint8", "quint4x2"), "dst_type int8 or quint4x2", lambda v, call: I8),
          "npu_dynamic_quant.md: dst_type"),
     Rule("dynamic_quant.int4.last", DYNAMIC_QUANT, LastMultiple("input", 8), "npu_dynamic_quant.md: quint4x2: the last dimension a multiple of 8", when=_is_int4("dst_type")),
     Rule("dynamic_quant.mode", DYNAMIC_QUANT, Value("quant_mode", _one_of("pertoken", "pertensor"), "quant_mode 'pertoken' or 'pertensor'", lambda v, call: "pertoken"),
@@ -169,7 +169,7 @@ RULES_310P = (
     Rule("int4pack.310p", INT4PACK, Unavailable("int8 weights"), "npu_convert_weight_to_int4pack.md: supported products", "documented"),
     Rule("dynamic_quant.310p", DYNAMIC_QUANT, Unavailable("a static scale"), "npu_dynamic_quant.md: supported products", "documented", contradicted=True,
          hint="aclnnDynamicQuant.md lists the Atlas inference series, and kernels for it exist (dynamic_quant_align_310p.h)"),
-    Rule("anti_quant.310p.x", ANTI_QUANT, DtypeIn("x", (torch.int8,)), "npu_anti_quant.md: supported products", "inferred"),
+    Rule("anti_quant.310p.x", ANTI_QUANT, DtypeIn("x", (I8,)), "npu_anti_quant.md: supported products", "inferred"),
     Rule("anti_quant.310p.dst", ANTI_QUANT, Value("dst_dtype", _one_of(F16), "dst_dtype float16", lambda v, call: F16), "npu_anti_quant.md: supported products", "inferred"),
     Rule("quantize.310p.int4", QUANTIZE, Unavailable("int8"), "npu_quantize.md: supported products", "inferred", when=_is_int4("dtype")),
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """The ``cpu`` target: whatever the reference kernels compute, wider than any chip."""
 
-import torch
-
+from quantpass.basics.torch_types import BF16, F16, F32, I8, I32, I64
 from quantpass.chips.calls import QMM, WQMM
 from quantpass.chips.dtype_table import DtypeTable, Row
 from quantpass.chips.requirements import (
@@ -18,8 +17,6 @@ from quantpass.chips.requirements import (
 )
 from quantpass.chips.rules import Chip, Rule, dtype_is, grouped
 
-I8, I32, I64 = torch.int8, torch.int32, torch.int64
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 _FLOATS = (F16, BF16, F32)
 _SOURCE = "quantpass/lowering/reference.py"
 

@@ -10,12 +10,15 @@ from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips.calls import OpCall
 from quantpass.chips.requirements import Dtype, Finding, name_of, with_dtype
 
+Cell = tuple[Dtype, ...]
+"""The dtypes that a column accepts; None: the argument is left out."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a dtype table: for each column the dtypes accepted (None: the argument is left out)."""
+    """One line of a dtype table: a cell for each column."""
 
-    cells: tuple[tuple[Dtype, ...], ...]
+    cells: tuple[Cell, ...]
     modes: tuple[str, ...] = ("graph", "eager")
     contradicted: str = ""
     note: str = ""
@@ -38,10 +41,10 @@ class DtypeTable:
         return f"dtypes of {', '.join(self.columns)} as in a line of the table"
 
     def cell(self, call: OpCall, column: str) -> Dtype:
-        value = call.args.get(column)
+        value = call.value(column)
         if value is None:
             value = self.defaults.get(column)
-        return value.dtype if isinstance(value, TensorSpec) else value
+        return value.dtype_name if isinstance(value, TensorSpec) else value
 
     def check(self, call: OpCall) -> list[Finding]:
         have = [self.cell(call, c) for c in self.columns]

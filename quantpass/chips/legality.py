@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from quantpass.basics.reject import Reject
+from quantpass.basics.suggestions import did_you_mean
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips import CHIPS, liftable_rules
 from quantpass.chips.calls import OpCall
@@ -32,13 +32,13 @@ def checked_allow(allow: Any) -> tuple[str, ...]:
     for name in allow:
         if name in liftable:
             continue
-        near = difflib.get_close_matches(name, liftable, n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
         if name in firm or name.rpartition(".")[0] in firm:
             what = "is a rule about which documents and code agree, and can't be lifted"
         else:
             what = "is no rule that can be lifted"
-        raise ValueError(f"allow: {name!r} {what}. Those that can: {', '.join(liftable)}.{meant}")
+        raise ValueError(
+            f"allow: {name!r} {what}. Those that can: {', '.join(liftable)}.{did_you_mean(name, liftable)}"
+        )
     return tuple(sorted(allow)) if isinstance(allow, set | frozenset) else tuple(allow)
 
 
@@ -146,4 +146,4 @@ def _nearest(call: OpCall, chip: Chip, allow: Collection[str], broken: list[Brok
 def _in_nd(call: OpCall) -> dict[str, Any]:
     """What rules of FRACTAL_NZ ask for when nothing else helps."""
     specs = {name: value for name, value in call.args.items() if isinstance(value, TensorSpec) and value.format == "NZ"}
-    return {name: TensorSpec(s.dtype, s.shape, transposed=s.transposed) for name, s in specs.items()}
+    return {name: TensorSpec(s.dtype_name, s.shape, transposed=s.transposed) for name, s in specs.items()}

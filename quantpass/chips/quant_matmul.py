@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
-import torch
-
+from quantpass.basics.torch_types import BF16, F16, F32, I8, I32, I64
 from quantpass.chips.calls import QMM, packed_int4
-from quantpass.chips.dtype_table import DtypeTable, Row
+from quantpass.chips.dtype_table import Cell, DtypeTable, Row
 from quantpass.chips.requirements import (
     Broadcasts,
     DtypeIn,
@@ -24,9 +24,6 @@ from quantpass.chips.requirements import (
     Value,
 )
 from quantpass.chips.rules import Rule, When, both, dtype_is, in_nz, transposed
-
-I8, I32, I64 = torch.int8, torch.int32, torch.int64
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 COLUMNS = ("x1", "x2", "scale", "offset", "bias", "pertoken_scale", "output_dtype")
 EAGER = ("eager",)
@@ -49,7 +46,7 @@ def table(*rows: Row, hints: Mapping[str, str] = MappingProxyType({})) -> DtypeT
     return DtypeTable(COLUMNS, rows, {"output_dtype": I8}, hints)
 
 
-def row(x: torch.dtype, scale, offset, bias, pertoken, out, **marks) -> Row:  # type: ignore[no-untyped-def]
+def row(x: str, scale: Cell, offset: Cell, bias: Cell, pertoken: Cell, out: Cell, **marks: Any) -> Row:
     """A line of the dtype tables; every cell is a tuple of accepted dtypes."""
     return Row(((x,), (x,), scale, offset, bias, pertoken, out), **marks)
 

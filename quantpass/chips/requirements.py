@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
-from quantpass.basics.symbolic import statically_true
+from quantpass.basics.symbolic import broadcast_shape, statically_true
 from quantpass.basics.tensor_spec import TensorSpec
+from quantpass.basics.torch_types import I8, I32
 from quantpass.chips.calls import INT4_PER_INT32, OpCall
 
-Dtype = torch.dtype | None
+Dtype = str | None
+"""A dtype by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Requirement(Protocol):
 
 
 def name_of(dtype: Dtype) -> str:
-    return "None" if dtype is None else str(dtype).removeprefix("torch.")
+    return "None" if dtype is None else str(dtype)
 
 
 def _holds(condition: Any) -> bool | None:
@@ -84,7 +84,7 @@ class Rank:
             rows = 1
             for s in spec.shape[:-1]:
                 rows *= s
-            fix = {self.arg: TensorSpec(spec.dtype, (rows, spec.shape[-1]), spec.format)}
+            fix = {self.arg: TensorSpec(spec.dtype_name, (rows, spec.shape[-1]), spec.format)}
         return [Finding(f"{self.arg} has rank {spec.rank}, shape {spec.shape}", self.want, fix)]
 
 
@@ -132,8 +132,8 @@ class Absent:
         return f"no {self.arg}"
 
     def check(self, call: OpCall) -> list[Finding]:
-        value = call.args.get(self.arg)
-        return [] if value is None else [Finding(f"{self.arg} is {_text(value)}", self.want, {self.arg: None})]
+        value = call.value(self.arg)
+        return [] if value is None else [Finding(f"{self.arg} is {value}", self.want, {self.arg: None})]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ class Shape:
                 undecided = f"{self.arg}'s shape {spec.shape} equals {wanted}"
         if undecided:
             return [Finding(undecided, self.want, undecided=True)]
-        fix = {self.arg: TensorSpec(spec.dtype, first, spec.format)} if first else None
+        fix = {self.arg: TensorSpec(spec.dtype_name, first, spec.format)} if first else None
         return [Finding(f"{self.arg} has shape {spec.shape}", self.want, fix)]
 
 
@@ -241,12 +241,12 @@ class SameShape:
             return []
         fact = f"{self.a} has shape {a.shape} and {self.b} has shape {b.shape}"
         if a.rank != b.rank:
-            return [Finding(fact, self.want, {self.a: TensorSpec(a.dtype, b.shape, a.format)})]
+            return [Finding(fact, self.want, {self.a: TensorSpec(a.dtype_name, b.shape, a.format)})]
         verdicts = [_holds(x == y) for x, y in zip(a.shape, b.shape, strict=True)]
         if all(v is True for v in verdicts):
             return []
         if any(v is False for v in verdicts):
-            return [Finding(fact, self.want, {self.a: TensorSpec(a.dtype, b.shape, a.format)})]
+            return [Finding(fact, self.want, {self.a: TensorSpec(a.dtype_name, b.shape, a.format)})]
         return [Finding(f"{self.a} and {self.b} have the same shape", self.want, undecided=True)]
 
 
@@ -263,10 +263,10 @@ class SameDtype:
 
     def check(self, call: OpCall) -> list[Finding]:
         a, b = call.tensor(self.a), call.tensor(self.b)
-        if a is None or b is None or a.dtype == b.dtype:
+        if a is None or b is None or a.dtype_name == b.dtype_name:
             return []
-        fact = f"{self.a} is {name_of(a.dtype)} and {self.b} is {name_of(b.dtype)}"
-        return [Finding(fact, self.want, {self.a: with_dtype(self.a, a, b.dtype)})]
+        fact = f"{self.a} is {a.dtype_name} and {self.b} is {b.dtype_name}"
+        return [Finding(fact, self.want, {self.a: with_dtype(self.a, a, b.dtype_name)})]
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,19 +274,19 @@ class DtypeIn:
     """A tensor, where it is given, has one of the given dtypes."""
 
     arg: str
-    dtypes: tuple[torch.dtype, ...]
+    dtypes: tuple[str, ...]
 
     @property
     def want(self) -> str:
-        return f"{self.arg} {' or '.join(map(name_of, self.dtypes))}"
+        return f"{self.arg} {' or '.join(self.dtypes)}"
 
     def check(self, call: OpCall) -> list[Finding]:
         spec = call.tensor(self.arg)
-        if spec is None or spec.dtype in self.dtypes:
+        if spec is None or spec.dtype_name in self.dtypes:
             return []
         return [
             Finding(
-                f"{self.arg} is {name_of(spec.dtype)}",
+                f"{self.arg} is {spec.dtype_name}",
                 self.want,
                 {self.arg: with_dtype(self.arg, spec, self.dtypes[0])},
             )
@@ -321,8 +321,10 @@ class Layout:
         if format_ok and turned_ok:
             return []
         turned = spec.transposed if self.transposed is None else self.transposed
-        fix: dict[str, Any] | None = {self.arg: TensorSpec(spec.dtype, spec.shape, self.format or spec.format, turned)}
-        if spec.dtype == torch.int32 and turned != spec.transposed:
+        fix: dict[str, Any] | None = {
+            self.arg: TensorSpec(spec.dtype_name, spec.shape, self.format or spec.format, turned)
+        }
+        if spec.dtype_name == I32 and turned != spec.transposed:
             fix = None  # the packed shape changes with the axis that is packed
         state = f"in {'FRACTAL_NZ' if spec.format == 'NZ' else 'ND'}, {'' if spec.transposed else 'not '}transposed"
         return [Finding(f"{self.arg} is {state}", self.want, fix)]
@@ -343,7 +345,7 @@ class Value:
         return self.words
 
     def check(self, call: OpCall) -> list[Finding]:
-        value = call.args.get(self.arg)
+        value = call.value(self.arg)
         if value is None:
             value = self.default
         if value is None:
@@ -353,7 +355,7 @@ class Value:
         if self.nearest is not None and holds is False:
             near = self.nearest(value, call)
             fix = None if near is None else {self.arg: near}
-        return _decide(holds, f"{self.arg} is {_text(value)}", self.want, self.want, fix)
+        return _decide(holds, f"{self.arg} is {value}", self.want, self.want, fix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +395,7 @@ class QmmBias:
             return []
         fact = f"bias has shape {bias.shape}"
         if bias.rank == 1:
-            fix = {"bias": TensorSpec(bias.dtype, (n,))}
+            fix = {"bias": TensorSpec(bias.dtype_name, (n,))}
             return _decide(bias.shape[0] == n, fact, self.want, f"bias's size {bias.shape[0]} equals n", fix)
         batch = _batch(x1, x2)
         if bias.rank == 3 and batch is not None and len(batch) == 1:
@@ -403,25 +405,21 @@ class QmmBias:
                 return []
             if all(v is not False for v in verdicts):
                 return [Finding(f"bias's shape {bias.shape} equals {wanted}", self.want, undecided=True)]
-        return [Finding(fact, self.want, {"bias": TensorSpec(bias.dtype, (n,))})]
+        return [Finding(fact, self.want, {"bias": TensorSpec(bias.dtype_name, (n,))})]
 
 
 def _batch(a: TensorSpec, b: TensorSpec) -> tuple[Any, ...] | None:
     try:
-        return tuple(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]))
-    except RuntimeError:
+        return broadcast_shape(a.shape[:-2], b.shape[:-2])
+    except ValueError:
         return None
 
 
-def with_dtype(arg: str, spec: TensorSpec, dtype: torch.dtype) -> TensorSpec:
+def with_dtype(arg: str, spec: TensorSpec, dtype: str) -> TensorSpec:
     """``spec`` in another dtype; a matrix operand that goes between int8 and packed int4 changes its stored last axis."""
     shape = list(spec.shape)
-    if arg in ("x1", "x2", "weight") and {spec.dtype, dtype} == {torch.int8, torch.int32} and spec.rank >= 2:
+    if arg in ("x1", "x2", "weight") and {spec.dtype_name, dtype} == {I8, I32} and spec.rank >= 2:
         axis = -2 if spec.transposed else -1
-        unpacks = dtype == torch.int8
+        unpacks = dtype == I8
         shape[axis] = shape[axis] * INT4_PER_INT32 if unpacks else shape[axis] // INT4_PER_INT32
     return TensorSpec(dtype, tuple(shape), spec.format, spec.transposed)
-
-
-def _text(value: Any) -> str:
-    return name_of(value) if isinstance(value, torch.dtype) else str(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from quantpass.chips.calls import OpCall
 from quantpass.chips.requirements import Requirement
@@ -95,12 +94,12 @@ def given(*args: str) -> When:
     return When(f"{', '.join(args)} given", lambda call: all(call.args.get(a) is not None for a in args))
 
 
-def dtype_is(arg: str, dtype: Any) -> When:
+def dtype_is(arg: str, dtype: str) -> When:
     def test(call: OpCall) -> bool:
         spec = call.tensor(arg)
-        return spec is not None and spec.dtype == dtype
+        return spec is not None and spec.dtype_name == dtype
 
-    return When(f"{arg} is {str(dtype).removeprefix('torch.')}", test)
+    return When(f"{arg} is {dtype}", test)
 
 
 def in_nz(arg: str) -> When:

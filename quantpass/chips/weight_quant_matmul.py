@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from quantpass.basics.torch_types import BF16, F16, F32, I8, I32, I64
 from quantpass.chips.calls import WQMM, OpCall
 from quantpass.chips.dtype_table import DtypeTable, Row
 from quantpass.chips.requirements import (
@@ -21,9 +20,6 @@ from quantpass.chips.requirements import (
     Value,
 )
 from quantpass.chips.rules import Rule, When, both, dtype_is, given, grouped, in_nz, transposed
-
-I8, I32, I64 = torch.int8, torch.int32, torch.int64
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 COLUMNS = ("x", "weight", "antiquant_scale", "antiquant_offset", "bias", "quant_scale", "quant_offset")
 EAGER, GRAPH = ("eager",), ("graph",)

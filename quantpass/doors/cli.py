@@ -1,4 +1,7 @@
-"""The command line: ``quantpass explain``, ``preview``, ``check-op``, ``chips``."""
+"""The command line: ``quantpass explain``, ``preview``, ``check-op``, ``chips``.
+
+What needs PyTorch is imported by the commands that use it: the others answer at once, also where it is not installed.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,17 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from quantpass.basics.tensor_spec import TensorSpec
+from quantpass.basics.torch_types import dtype_name
 from quantpass.chips import checking, chip_named, tables
-from quantpass.doors import explain as doors
-from quantpass.doors.preview import GePreview, preview_ge
-from quantpass.lowering import standin_cann, standin_device
-from quantpass.lowering.emulation import emulate_npu
-from quantpass.lowering.standin_process import PreviewError, TorchairProcess
 from quantpass.version import __version__
+
+if TYPE_CHECKING:
+    from quantpass.doors.preview import GePreview
 
 _PATH = click.Path(path_type=Path)
 
@@ -70,9 +71,11 @@ def explain(
 
     FACTORY is a function without arguments in MODULE that returns (model, args).
     """
+    from quantpass.doors.explain import explain as explained
+
     model, args = load_factory(factory)
     try:
-        report = doors.explain(model, args, target=list(target) or None, mode=mode, dynamic=dynamic or None)
+        report = explained(model, args, target=list(target) or None, mode=mode, dynamic=dynamic or None)
     except (TypeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     if json_path is not None and str(json_path) == "-":
@@ -135,6 +138,12 @@ def preview(
 
     FACTORY is a function without arguments in MODULE that returns (model, args).
     """
+    from quantpass.doors.explain import diff
+    from quantpass.doors.preview import preview_ge
+    from quantpass.lowering import standin_cann, standin_device
+    from quantpass.lowering.emulation import emulate_npu
+    from quantpass.lowering.standin_process import PreviewError, TorchairProcess
+
     if vendor_modules and not standin_cann.is_child():
         sys.exit(standin_cann.run_again(torch_npu))
     try:
@@ -150,7 +159,7 @@ def preview(
     click.echo(f"{made.soc_name}: {len(made.graphs)} graph(s), {len(made.ops)} operators")
     if not no_fuse:
         click.echo(f"{made.report.fused} of {made.report.total} quantized matmuls fused")
-    click.echo(doors.diff(before, made) if before is not None else str(made))
+    click.echo(diff(before, made) if before is not None else str(made))
     if output is not None:
         output.write_text(made.pbtxt)
         click.echo(f"written: {output}")
@@ -160,6 +169,8 @@ def preview(
 
 
 def _differences(made: GePreview) -> Iterator[str]:
+    import torch
+
     for number, (graph, computed) in enumerate(zip(made.graphs, made.run(), strict=True)):
         for i, (have, want) in enumerate(zip(computed, graph.outputs, strict=True)):
             if not isinstance(want, torch.Tensor):
@@ -202,19 +213,16 @@ def parse_argument(text: str) -> tuple[str, Any]:
         raise ValueError(f"{text!r} is not NAME=VALUE, e.g. x1=int8[16,512] or output_dtype=float16")
     match = _TENSOR.match(value)
     if match:
-        dtype = getattr(torch, match["dtype"], None)
-        if not isinstance(dtype, torch.dtype):
+        dtype = dtype_name(match["dtype"])
+        if dtype is None:
             raise ValueError(f"{name}: {match['dtype']!r} is no dtype; use names such as int8, float16, int64")
         sizes = tuple(int(s) for s in match["sizes"].split(",") if s.strip())
         marks = match["marks"].split(":")
         return name, TensorSpec(dtype, sizes, "NZ" if "NZ" in marks else "ND", "T" in marks)
-    named = getattr(torch, value, None)
-    if isinstance(named, torch.dtype):
-        return name, named
     words = {"None": None, "True": True, "False": False}
     if value in words:
         return name, words[value]
-    return name, int(value) if re.fullmatch(r"-?\d+", value) else value
+    return name, int(value) if re.fullmatch(r"-?\d+", value) else dtype_name(value) or value
 
 
 def load_factory(text: str) -> tuple[Any, tuple[Any, ...]]:

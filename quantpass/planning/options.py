@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
+from quantpass.basics.suggestions import did_you_mean
 from quantpass.chips import chip_named, chip_of_device
 from quantpass.chips.legality import checked_allow
 from quantpass.chips.rules import Chip
@@ -141,8 +141,7 @@ def make_options(given: Mapping[str, Any], door: str = "backend") -> Options:
     accepted = [n for n in names if door in _TAKEN_BY.get(n, (door,))]
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(str(name), accepted, n=1)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
+            meant = did_you_mean(name, accepted)
             raise TypeError(f"unknown option {name!r}. Accepted: {', '.join(accepted)}.{meant}")
         if name not in accepted:
             why = _WHY.get((door, name), "")
@@ -175,6 +174,5 @@ def device_target() -> str:
 
 def _one_of(name: str, value: Any, accepted: tuple[str, ...], extra: str = "") -> None:
     if value not in accepted:
-        near = difflib.get_close_matches(str(value), accepted, n=1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
+        meant = did_you_mean(value, accepted)
         raise ValueError(f"{name} is {value!r}. Accepted: {', '.join(map(repr, accepted))}.{extra}{meant}")
