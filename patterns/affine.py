@@ -17,12 +17,13 @@ from torch.fx import Node
 from quantpass.basics.symbolic import broadcast_shape, elements, same_shape, same_size
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Call, Expr, Recentred, Ref
+from quantpass.graph.instructions import Add, Cast, Move, Multiply, Operand, ways
 from quantpass.graph.node_memo import NodeMemo
-from quantpass.graph.schema import ReaderTable, bind, call_reader, op_name, positional
+from quantpass.graph.schema import call_reader, op_name, positional
 from quantpass.graph.static_values import StaticValues
+from quantpass.patterns.dialect import Dialects
 from quantpass.patterns.integers import IntegerReader, Range, fits, integer_span
-from quantpass.patterns.movement import Movement, movement_of
-from quantpass.patterns.terms import Term, term_of, wide
+from quantpass.patterns.terms import Term, term_of
 
 aten = torch.ops.aten
 
@@ -30,7 +31,6 @@ UNBOUNDED = "read.activation.unbounded"
 """The rule of a value that was rounded and scaled, as codes are, but not clamped to a range."""
 
 _CODE_DTYPES = (torch.int8, torch.uint8)
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.view_copy.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Affine:
     zero_point: Term | None
     shape: tuple[Any, ...]
 
-    def moved(self, node: Node, movement: Movement) -> Affine | None:
+    def moved(self, node: Node, movement: Move) -> Affine | None:
         """This value after the data-movement ``node``."""
         after = tuple(node.meta["val"].shape)
         terms = [t.moved(movement, self.shape, after) for t in (*self.factors, *filter(None, [self.zero_point]))]
@@ -59,7 +59,7 @@ class Affine:
             return None
         factors = tuple(t for t in terms[: len(self.factors)] if t is not None)
         zero_point = terms[-1] if self.zero_point is not None else None
-        codes = self.codes if movement.kind == "same" else _replayed(node, self.codes)
+        codes = self.codes if movement.kind == "same" else _replayed(node, movement, self.codes)
         return Affine(codes, self.span, factors, zero_point, after)
 
     def permuted(self, order: tuple[int, ...]) -> Affine | None:
@@ -74,15 +74,15 @@ class Affine:
 
     def times(self, term: Term) -> Affine:
         """This value multiplied by ``term``."""
-        return replace(self, factors=(*self.factors, replace(term, expr=wide(term.expr))))
+        return replace(self, factors=(*self.factors, replace(term, expr=ex.wide(term.expr))))
 
     def minus(self, term: Term) -> Affine | NotAffine:
         """This value less ``term``."""
-        return self.plus(replace(term, expr=ex.neg(wide(term.expr))))
+        return self.plus(replace(term, expr=ex.neg(ex.wide(term.expr))))
 
     def plus(self, term: Term) -> Affine | NotAffine:
         """This value and ``term``: ``F * (c - z) + b = F * (c - (z - b / F))``, so F and b must be known."""
-        term = replace(term, expr=wide(term.expr))
+        term = replace(term, expr=ex.wide(term.expr))
         if ex.is_all(term.expr, 0):
             return self
         for factor in self.factors:
@@ -102,12 +102,12 @@ class Affine:
         return replace(self, zero_point=zero_point)
 
 
-def _replayed(node: Node, codes: Expr) -> Expr:
+def _replayed(node: Node, movement: Move, codes: Expr) -> Expr:
     """The data movement of ``node`` applied to ``codes``."""
     shape = tuple(node.meta["val"].shape)
-    if node.target in _VIEWS:
+    if movement.kind == "reshape" and movement.sizes is not None:
         # The copies before a view are not replayed, so the codes may lie in memory otherwise than its input did.
-        return ex.apply(aten.reshape.default, codes, bind(node)["size"], dtype=ex.dtype_of(codes), shape=shape)
+        return ex.apply(aten.reshape.default, codes, list(movement.sizes), dtype=ex.dtype_of(codes), shape=shape)
     args, kwargs = positional(node, self=codes)
     return ex.apply(node.target, *args, dtype=ex.dtype_of(codes), shape=shape, **kwargs)
 
@@ -130,44 +130,29 @@ class AffineReader:
 
     Args:
         values: the graph's static values.
-        movements: readers of data movements.
-        integers: readers of what bounds integers.
-        arithmetic: readers of the operators that a dequantization is spelled with.
-        dequantizers: readers of named operators that return a dequantized value.
-        recentre: readers of named quantize operators that can give int8 codes instead of uint8 ones.
+        dialects: the tools' operators.
         given: what is known of nodes from outside of the graph.
     """
 
-    def __init__(
-        self,
-        values: StaticValues,
-        movements: ReaderTable,
-        integers: ReaderTable,
-        arithmetic: ReaderTable,
-        dequantizers: ReaderTable,
-        recentre: ReaderTable,
-        given: Mapping[Node, NotAffine] | None = None,
-    ) -> None:
+    def __init__(self, values: StaticValues, dialects: Dialects, given: Mapping[Node, NotAffine] | None = None) -> None:
         self.values = values
-        self._movements = movements
-        self._arithmetic = arithmetic
-        self._dequantizers = dequantizers
-        self._recentre = recentre
-        self._integers = IntegerReader(values, movements, integers)
-        self._memo = NodeMemo(self._read)
+        self.dialects = dialects
+        self._integers = IntegerReader(values, dialects.integers)
+        self._memo = NodeMemo[Affine | NotAffine]()
         self._given = given or {}
         self.weights: dict[Any, Any] = {}
 
     def read(self, node: Node) -> Affine | NotAffine:
         """Read the value of ``node``."""
-        return self._memo(node)
+        return self._memo(node, self._read)
 
     def dequantizes(self, node: Node) -> bool:
         """True for a named operator that returns a dequantized value."""
-        return self._dequantizers.get(node.target) is not None  # type: ignore[call-overload]
+        return self.dialects.dequantizers.get(node.target) is not None
 
-    def movement(self, node: Node) -> Movement | None:
-        return movement_of(self._movements, node)
+    def movement(self, node: Node) -> Move | None:
+        found = self.values.decode(node)
+        return found if isinstance(found, Move) else None
 
     def integer_range(self, node: Node) -> Range | None:
         """Bounds of a node whose elements are integers, from how the graph makes them."""
@@ -210,26 +195,29 @@ class AffineReader:
         shape = tuple(node.meta["val"].shape)
         if fits(held, torch.int8):
             return Affine(ex.cast(Ref(node), torch.int8), held, (), None, shape)
-        reader = self._recentre.get(node.target)
+        reader = self.dialects.recentre.get(node.target)
         int8 = None if reader is None else call_reader(reader, node, node)
         down = Term(ex.scalar(-128.0), (1,) * len(shape))
         return Affine(int8 or recentred(node), (held[0] - 128, held[1] - 128), (), down, shape)
 
     def _read_call(self, node: Node) -> Affine | NotAffine | None:
-        if node.target is operator.getitem:
-            several, index = node.args
-            if index != 0 or not isinstance(several, Node):
-                return None
-            reader = self._dequantizers.get(several.target)  # type: ignore[call-overload]
-            return None if reader is None else call_reader(reader, several, self, node)
-        for table in (self._dequantizers, self._arithmetic):
-            reader = table.get(node.target)  # type: ignore[call-overload]
-            if reader is not None:
-                read: Affine | NotAffine | None = call_reader(reader, node, self, node)
-                return read
-        movement = self.movement(node)
-        if movement is None:
+        several = node.target is operator.getitem
+        source = node.args[0] if several else node
+        if not isinstance(source, Node) or (several and node.args[1] != 0):
             return None
+        reader = self.dialects.dequantizers.get(source.target)
+        if reader is not None:
+            return call_reader(reader, source, self, node)
+        match self.values.decode(node):
+            case Move() as movement:
+                return self._moved(node, movement)
+            case Multiply() | Add() as combination:
+                return self._combined(node, combination)
+            case Cast(source):
+                return self._converted(node, source)
+        return None
+
+    def _moved(self, node: Node, movement: Move) -> Affine | NotAffine:
         inner = self.read(movement.source)
         if isinstance(inner, NotAffine):
             return inner
@@ -237,25 +225,28 @@ class AffineReader:
             f"{op_name(node)} mixes the elements that share a scale", quantized=True
         )
 
-    # -- what the readers of arithmetic operators use ------------------------------------------------------------
+    def _combined(self, node: Node, combination: Multiply | Add) -> Affine | NotAffine | None:
+        """A value and what broadcasts against it; None where integers could wrap around."""
+        shape = tuple(node.meta["val"].shape)
+        best = NotAffine(f"no operand of {op_name(node)} is a dequantized value")
+        for way in ways(combination):
+            if (
+                not isinstance(way, Multiply | Add)
+                or not isinstance(way.source, Node)
+                or not _has_shape(way.source, shape)
+            ):
+                continue
+            term = self.term(way.other, shape)
+            if term is None or (term.kind == "other" and term.constant is None):
+                continue
+            inner = self.read(way.source)
+            if isinstance(inner, Affine):
+                return self._unwrapped(node, _interpreted(way, inner, term))
+            if inner.quantized or inner.rule == UNBOUNDED:
+                best = inner
+        return best
 
-    def scaled(self, node: Node, value: Any, factor: Any, *, divide: bool = False) -> Affine | NotAffine:
-        """``value * factor`` (or ``value / factor``)."""
-        found = self._value_and_term(node, value, factor)
-        if isinstance(found, NotAffine):
-            return found
-        inner, term = found
-        return inner.times(replace(term, expr=reciprocal(term.expr)) if divide else term)
-
-    def shifted(self, node: Node, value: Any, offset: Any, multiple: Any) -> Affine | NotAffine:
-        """``value + multiple * offset``; ``multiple`` is a number."""
-        found = self._value_and_term(node, value, offset)
-        if isinstance(found, NotAffine):
-            return found
-        inner, term = found
-        if self.values.uniform(multiple) is None:
-            return NotAffine("the multiple of an addend is not a number", quantized=True)
-        return inner.plus(replace(term, expr=ex.mul(wide(term.expr), ex.scalar(float(multiple)))))
+    # -- what the readers of tools' operators use ----------------------------------------------------------------
 
     def dequantized(self, node: Node, codes: Any, scale: Any, zero_point: Any, axis: int | None) -> Affine | NotAffine:
         """``(codes - zero_point) * scale`` with both along ``axis``, or for the whole tensor where that is None."""
@@ -296,22 +287,20 @@ class AffineReader:
             return None
         return Term(self.values.expr(operand), aligned)
 
-    def converted(self, value: Any, dtype: torch.dtype | None) -> Affine | NotAffine | None:
-        """``value`` in another dtype; None where the cast itself makes the codes."""
-        if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+    def _converted(self, node: Node, source: Operand) -> Affine | NotAffine | None:
+        """``source`` in the dtype of ``node``; None where the cast itself makes the codes."""
+        if not isinstance(source, Node) or not isinstance(source.meta.get("val"), torch.Tensor):
             return NotAffine("the cast of something that is not a tensor")
-        source = value.meta["val"].dtype
-        target = dtype or source
-        if torch.bool in (source, target) or source.is_complex or target.is_complex:
+        before, after = source.meta["val"], node.meta["val"]
+        if before.device.type != after.device.type:
+            return NotAffine("the value is moved to another device")
+        if any(t.dtype == torch.bool or t.is_complex() for t in (before, after)):
             return NotAffine("a cast between boolean or complex numbers")
-        if source.is_floating_point and not target.is_floating_point:
+        if before.is_floating_point() and not after.is_floating_point():
             return None
-        inner = self.read(value)
-        if isinstance(inner, NotAffine) or target.is_floating_point:
-            return inner
-        return inner if self._holds(inner, target) else None
+        return self._unwrapped(node, self.read(source))
 
-    def arithmetic_holds(self, node: Node, read: Affine | NotAffine) -> Affine | NotAffine | None:
+    def _unwrapped(self, node: Node, read: Affine | NotAffine) -> Affine | NotAffine | None:
         """``read`` unless the node computes in integers that could wrap around."""
         dtype = node.meta["val"].dtype
         if dtype.is_floating_point or isinstance(read, NotAffine):
@@ -330,24 +319,19 @@ class AffineReader:
             low, high = low - float(zero.max()), high - float(zero.min())
         return fits((low, high), dtype)
 
-    def _value_and_term(self, node: Node, a: Any, b: Any) -> tuple[Affine, Term] | NotAffine:
-        """Which of two operands is the value and which broadcasts against it."""
-        shape = tuple(node.meta["val"].shape)
-        best = NotAffine(f"no operand of {op_name(node)} is a dequantized value")
-        for value, other in ((a, b), (b, a)):
-            if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
-                continue
-            if not same_shape(value.meta["val"].shape, shape):
-                continue
-            term = self.term(other, shape)
-            if term is None or (term.kind == "other" and term.constant is None):
-                continue
-            inner = self.read(value)
-            if isinstance(inner, Affine):
-                return inner, term
-            if inner.quantized or inner.rule == UNBOUNDED:
-                best = inner
-        return best
+
+def _interpreted(way: Multiply | Add, value: Affine, term: Term) -> Affine | NotAffine:
+    """``way`` applied to its source and its other operand, as read."""
+    match way:
+        case Multiply(inverted=inverted):
+            return value.times(replace(term, expr=reciprocal(term.expr)) if inverted else term)
+        case Add(multiple=multiple):
+            return value.plus(replace(term, expr=ex.mul(ex.wide(term.expr), ex.scalar(float(multiple)))))
+
+
+def _has_shape(node: Node, shape: tuple[Any, ...]) -> bool:
+    fake = node.meta.get("val")
+    return isinstance(fake, torch.Tensor) and same_shape(fake.shape, shape)
 
 
 def _unbounded(node: Node, held: Range) -> NotAffine:
@@ -369,16 +353,16 @@ def recentred(node: Node) -> Recentred:
 
 def reciprocal(e: Expr) -> Expr:
     """``1 / e``."""
-    e = wide(e)
+    e = ex.wide(e)
     return ex.apply(aten.reciprocal.default, e, dtype=ex.dtype_of(e), shape=ex.shape_of(e))
 
 
 def broadcast(a: Term, b: Term, op: Callable[[Expr, Expr], Expr]) -> Term | None:
     """``op`` of two terms of the same value, as a term; None where only nodes could tell its shape."""
     if a.kind == "scalar" and b.kind == "scalar":
-        return Term(op(ex.reshape(wide(a.expr), ()), ex.reshape(wide(b.expr), ())), a.shape)
+        return Term(op(ex.reshape(ex.wide(a.expr), ()), ex.reshape(ex.wide(b.expr), ())), a.shape)
     shapes = (a.shape, b.shape)
     if not all(isinstance(s, int) for shape in shapes for s in shape):
         return None
     shape = broadcast_shape(*shapes)
-    return Term(op(ex.reshape(wide(a.expr), a.shape), ex.reshape(wide(b.expr), b.shape)), shape)
+    return Term(op(ex.reshape(ex.wide(a.expr), a.shape), ex.reshape(ex.wide(b.expr), b.shape)), shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
@@ -134,14 +134,17 @@ def contractions() -> dict[Any, Any]:
     }
 
 
-def read_contraction(table: ReaderTable, node: Node) -> Contraction | NoContraction | None:
+Matmuls: TypeAlias = ReaderTable[Contraction | NoContraction | None]
+
+
+def read_contraction(table: Matmuls, node: Node) -> Contraction | NoContraction | None:
     """The matmul that ``node`` computes; None where it computes none."""
     if isinstance(node.target, HigherOrderOperator):
         return _out_dtype(table, node) if node.target is torch.ops.higher_order.out_dtype else None
-    reader = table.get(node.target)  # type: ignore[call-overload]
+    reader = table.get(node.target)
     if reader is None:
         return None
-    found: Contraction | NoContraction | None = call_reader(reader, node, node)
+    found = call_reader(reader, node, node)
     return None if found is None else _checked(found)
 
 
@@ -248,7 +251,7 @@ def _one_tap(
     )  # fmt: skip
 
 
-def _out_dtype(table: ReaderTable, node: Node) -> Contraction | NoContraction | None:
+def _out_dtype(table: Matmuls, node: Node) -> Contraction | NoContraction | None:
     """``out_dtype(op, dtype, *args)``: ``op`` with its result accumulated and returned in ``dtype``."""
     inner: Any = node.args[0]
     dtype, *arguments = node.args[1:]

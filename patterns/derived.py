@@ -6,7 +6,6 @@ But whoever multiplies by one has quantized that weight, so the matmul gets a ve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from quantpass.graph.expr import Call, Expr, Recentred, Ref
 from quantpass.graph.schema import op_name
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.unread_matmuls import EXPERTS, EXPERTS_HINT
+from quantpass.patterns.weights import is_weight
 
 _CHOOSES = frozenset(
     f"aten::{name}"
@@ -43,7 +43,7 @@ _KEEPS = frozenset(
         ),
         *("constant_pad_nd", "pad", "flip", "roll", "repeat", "repeat_interleave", "tril", "triu", "tile", "index_put"),
         *("slice_scatter", "select_scatter", "scatter", "scatter_add", "index_add", "index_copy", "as_strided"),
-        *("masked_scatter", "unsafe_chunk", "unsafe_split", "expand", "dropout", "native_dropout", "hstack", "vstack"),
+        *("masked_scatter", "unsafe_chunk", "unsafe_split", "dropout", "native_dropout", "hstack", "vstack"),
         *("unfold", "diagonal", "movedim", "copy", "type_as", "to_dense"),
     )
 ) | {"prims::convert_element_type"}
@@ -131,22 +131,10 @@ class DerivedWeights:
 
     Args:
         reader: what the graph's nodes are read with.
-        is_weight: tells whether a static node is a quantized weight.
-        is_mask: tells whether a placeholder or attribute is known to hold zeros and ones only.
-        known: tells whether an operator is in one of the tables.
     """
 
-    def __init__(
-        self,
-        reader: AffineReader,
-        is_weight: Callable[[Node], bool],
-        is_mask: Callable[[Node], bool],
-        known: Callable[[Any], bool],
-    ) -> None:
+    def __init__(self, reader: AffineReader) -> None:
         self._reader = reader
-        self._is_weight = is_weight
-        self._is_mask = is_mask
-        self._known = known
         self._memo: dict[Node, Found | None] = {}
 
     def find(self, node: Node) -> Found | None:
@@ -183,11 +171,16 @@ class DerivedWeights:
         if n.op != "call_function":
             return None, []
         if self._reader.values.is_static(n) and fake.dim() > 1:
-            return (Found("plain", n, n) if self._is_weight(n) else None), []
+            return (Found("plain", n, n) if is_weight(self._reader, n) else None), []
         read = self._reader.read(n)
         if isinstance(read, Affine) and read.factors and self.is_stored(read.codes):
             return Found("plain", n, n), []
         return None, self._carriers(n)
+
+    def _is_mask(self, leaf: Node) -> bool:
+        """True for a known tensor of zeros and ones: adjacency, permutation, one-hot matrices of float models."""
+        held = self._reader.values.leaf(leaf)
+        return held is not None and held.device.type != "meta" and bool(((held == 0) | (held == 1)).all())
 
     def _given(self, n: Node) -> bool:
         read = self._reader.read(n)
@@ -228,8 +221,9 @@ class DerivedWeights:
         if _is_pointwise(target):
             shape = n.meta["val"].shape
             return [i for i in n.all_input_nodes if _is_float_or_codes(i) and _same_matrix(i.meta["val"].shape, shape)]
-        opaque = target.namespace not in ("aten", "prims", "quantpass", "npu") and not self._known(target)
-        return [i for i in n.all_input_nodes if _is_float_or_codes(i)] if opaque else []
+        if target.namespace in ("aten", "prims", "quantpass", "npu") or self._reader.dialects.know(target):
+            return []
+        return [i for i in n.all_input_nodes if _is_float_or_codes(i)]
 
     def _combined(self, n: Node, inputs: list[Node]) -> Found | None:
         target = n.target
@@ -251,7 +245,7 @@ class DerivedWeights:
             kind = "opaque"
         elif kind == "raw":
             pass
-        elif target._schema.name in _KEEPS and name not in ("_to_copy", "to", "convert_element_type", "expand"):
+        elif target._schema.name in _KEEPS and name not in ("_to_copy", "to", "convert_element_type"):
             kind = "other"
         return first if kind == first.kind else Found(kind, first.codes, n)
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from quantpass.graph.schema import Reader
+from quantpass.graph.decode import decoders
+from quantpass.graph.schema import ReaderTable
 
-Readers = Mapping[Any, Reader]
+if TYPE_CHECKING:
+    from quantpass.graph.expr import Recentred
+    from quantpass.patterns.affine import Affine, NotAffine
+    from quantpass.patterns.contractions import Contraction, NoContraction
+    from quantpass.patterns.epilogues import Step
+    from quantpass.patterns.integers import Bounds
+
+R = TypeVar("R")
+
+Readers: TypeAlias = Mapping[Any, Callable[..., R]]
 """Operator (an overload, or its name such as ``"quanto::qbytes_mm"``) to reader. A reader's keyword parameters are all
 arguments of the operator's schema, ``input`` written as ``input_``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dialect:
-    """What a tool adds to plain ATen.
+    """What a tool adds to plain ATen; of an operator that both read, the tool's reader is asked.
 
     Attributes:
         name: the tool.
@@ -33,8 +43,27 @@ class Dialect:
     """
 
     name: str
-    dequantizers: Readers = field(default_factory=dict)
-    recentre: Readers = field(default_factory=dict)
-    integers: Readers = field(default_factory=dict)
-    contractions: Readers = field(default_factory=dict)
-    steps: Readers = field(default_factory=dict)
+    dequantizers: Readers[Affine | NotAffine] = field(default_factory=dict)
+    recentre: Readers[Recentred | None] = field(default_factory=dict)
+    integers: Readers[Bounds | None] = field(default_factory=dict)
+    contractions: Readers[Contraction | NoContraction | None] = field(default_factory=dict)
+    steps: Readers[Step | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Dialects:
+    """Every table that reading a graph uses, beside the decoders of plain ATen (:mod:`quantpass.graph.decode`).
+
+    Attributes: those of :class:`Dialect`, of all tools together; ``contractions`` with ATen's.
+    """
+
+    dequantizers: ReaderTable[Affine | NotAffine]
+    recentre: ReaderTable[Recentred | None]
+    integers: ReaderTable[Bounds | None]
+    contractions: ReaderTable[Contraction | NoContraction | None]
+    steps: ReaderTable[Step | None]
+
+    def know(self, target: Any) -> bool:
+        """True for an operator that something is known of."""
+        tables = (self.dequantizers, self.recentre, self.integers, self.contractions, self.steps, decoders())
+        return any(table.get(target) is not None for table in tables)

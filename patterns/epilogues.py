@@ -6,6 +6,7 @@ taken into a fused operator is for planning to decide, so every prefix of the st
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch.fx import Node
 
 from quantpass.basics.symbolic import same_shape, same_size
 from quantpass.graph import expr as ex
-from quantpass.graph.schema import ReaderTable, call_reader
+from quantpass.graph.instructions import Add, Cast, Clamp, Instruction, Move, Multiply, Operand, Round, ways
+from quantpass.graph.schema import call_reader
 from quantpass.patterns.affine import AffineReader, reciprocal
 from quantpass.patterns.contractions import Contraction, Own
-from quantpass.patterns.terms import Term, wide
+from quantpass.patterns.terms import Term
 
 aten = torch.ops.aten
 
@@ -55,7 +57,7 @@ class Epilogue:
     ended: str
 
 
-def read_epilogue(reader: AffineReader, table: ReaderTable, contraction: Contraction) -> Epilogue:
+def read_epilogue(reader: AffineReader, contraction: Contraction) -> Epilogue:
     """Walk from the matmul towards its users."""
     node = contraction.node
     steps = own_steps(reader, contraction)
@@ -65,7 +67,7 @@ def read_epilogue(reader: AffineReader, table: ReaderTable, contraction: Contrac
         users = [u for u in node.users if not _only_asserts(u)]
         if len(users) != 1:
             return Epilogue(tuple(steps), f"its value has {len(users)} readers")
-        step = _read_step(reader, table, node, users[0])
+        step = _read_step(reader, node, users[0])
         if isinstance(step, str):
             return Epilogue(tuple(steps), step)
         steps.append(step)
@@ -95,14 +97,14 @@ def _own_term(reader: AffineReader, own: Own, c: Contraction) -> Term | None:
     if term is None or (isinstance(own.times, int | float) and own.times == 1):
         return term
     times = reader.term(own.times, shape)
-    return None if times is None else replace(term, expr=ex.mul(wide(term.expr), times.expr))
+    return None if times is None else replace(term, expr=ex.mul(ex.wide(term.expr), times.expr))
 
 
 def _only_asserts(user: Node) -> bool:
     return user.op == "call_function" and user.target is aten._assert_tensor_metadata.default
 
 
-def _read_step(reader: AffineReader, table: ReaderTable, value: Node, user: Node) -> Step | str:
+def _read_step(reader: AffineReader, value: Node, user: Node) -> Step | str:
     fake = user.meta.get("val")
     if user.op == "output":
         return "it is an output of the graph"
@@ -111,60 +113,65 @@ def _read_step(reader: AffineReader, table: ReaderTable, value: Node, user: Node
     if sum(a is value for a in _flat_arguments(user)) != 1:
         return f"{user.name} uses the value more than once"
     shape = value.meta["val"].shape
-    movement = reader.movement(user)
-    if movement is not None:
-        if movement.kind == "same":
-            return Step("view", user)
+    instruction = reader.values.decode(user)
+    if isinstance(instruction, Move):
         after = fake.shape
-        if movement.kind == "reshape" and len(after) and len(shape) and same_size(after[-1], shape[-1]):
-            return Step("view", user)
-        return f"{user.name} rearranges the result"
+        kept = instruction.kind == "reshape" and len(after) and len(shape) and same_size(after[-1], shape[-1])
+        return Step("view", user) if instruction.kind == "same" or kept else f"{user.name} rearranges the result"
     if not same_shape(fake.shape, shape):
         return f"{user.name} changes the shape of the result"
-    step_reader = table.get(user.target)  # type: ignore[call-overload]
-    if step_reader is None:
+    tool = reader.dialects.steps.get(user.target)
+    if tool is None and not _is_step(instruction):
         return f"{user.target} is not part of an epilogue"
-    step: Step | None = call_reader(step_reader, user, reader, value, user)
-    return step if step is not None else f"{user.name} combines the result with something that is not per column or row"
+    step = call_reader(tool, user, reader, value, user) if tool else _step(reader, value, user, instruction)
+    return step or f"{user.name} combines the result with something that is not per column or row"
 
 
 def _flat_arguments(node: Node) -> list[Any]:
     return [*node.args, *node.kwargs.values(), *(b for a in node.args if isinstance(a, list | tuple) for b in a)]
 
 
-def _scale(reader: AffineReader, value: Node, node: Node, other: Any, *, divide: bool = False) -> Step | None:
+def _is_step(instruction: Instruction | None) -> bool:
+    if isinstance(instruction, Round):
+        return instruction.nearest
+    return isinstance(instruction, Multiply | Add | Cast | Clamp)
+
+
+def _step(reader: AffineReader, value: Node, node: Node, instruction: Instruction | None) -> Step | None:
+    for way in ways(instruction) if instruction is not None else ():
+        if way.source is value:
+            return _interpreted(reader, value, node, way)
+    return None
+
+
+def _interpreted(reader: AffineReader, value: Node, node: Node, instruction: Instruction) -> Step | None:
+    match instruction:
+        case Multiply(_, other, inverted):
+            return _scale(reader, value, node, other, inverted=inverted)
+        case Add(_, other, multiple):
+            return _add(reader, value, node, other, multiple)
+        case Cast():
+            return _cast(value, node)
+        case Clamp(_, low, high):
+            return _clamp(reader, node, low, high)
+        case Round():
+            return Step("round", node)
+    return None
+
+
+def _scale(reader: AffineReader, value: Node, node: Node, other: Operand, *, inverted: bool) -> Step | None:
     term = reader.term(other, tuple(value.meta["val"].shape))
     if term is None or (not value.meta["val"].dtype.is_floating_point and not node.meta["val"].dtype.is_floating_point):
         return None
-    scale = reciprocal(term.expr) if divide else wide(term.expr)
-    return Step("scale", node, replace(term, expr=scale), inverted=divide)
+    scale = reciprocal(term.expr) if inverted else ex.wide(term.expr)
+    return Step("scale", node, replace(term, expr=scale), inverted=inverted)
 
 
-def _mul(reader: AffineReader, value: Node, node: Node, *, self: Any, other: Any) -> Step | None:
-    return _scale(reader, value, node, other if self is value else self)
-
-
-def _div(reader: AffineReader, value: Node, node: Node, *, self: Any, other: Any) -> Step | None:
-    return _scale(reader, value, node, other, divide=True) if self is value else None
-
-
-def _add_term(reader: AffineReader, value: Node, node: Node, other: Any, multiple: Any) -> Step | None:
+def _add(reader: AffineReader, value: Node, node: Node, other: Operand, multiple: int | float) -> Step | None:
     term = reader.term(other, tuple(value.meta["val"].shape))
-    if term is None or reader.values.uniform(multiple) is None:
-        return None
-    if multiple != 1:
-        term = replace(term, expr=ex.mul(wide(term.expr), ex.scalar(multiple)))
-    return Step("add", node, term)
-
-
-def _add(reader: AffineReader, value: Node, node: Node, *, self: Any, other: Any, alpha: Any) -> Step | None:
-    if self is value:
-        return _add_term(reader, value, node, other, alpha)
-    return _add_term(reader, value, node, self, 1) if alpha == 1 else None
-
-
-def _sub(reader: AffineReader, value: Node, node: Node, *, self: Any, other: Any, alpha: Any) -> Step | None:
-    return _add_term(reader, value, node, other, -alpha) if self is value else None
+    if term is not None and multiple != 1:
+        term = replace(term, expr=ex.mul(ex.wide(term.expr), ex.scalar(multiple)))
+    return None if term is None else Step("add", node, term)
 
 
 def _cast(value: Node, node: Node) -> Step | None:
@@ -176,92 +183,9 @@ def _cast(value: Node, node: Node) -> Step | None:
     return Step("cast", node)
 
 
-def _to_copy(
-    reader: AffineReader,
-    value: Node,
-    node: Node,
-    *,
-    self: Any,
-    dtype: Any,
-    layout: Any,
-    device: Any,
-    pin_memory: Any,
-    non_blocking: bool,
-    memory_format: Any,
-) -> Step | None:
-    del reader, self, dtype, device, pin_memory, non_blocking, memory_format  # dtype and device: from meta["val"]
-    return _cast(value, node) if layout in (None, torch.strided) else None
-
-
-def _to_dtype(
-    reader: AffineReader,
-    value: Node,
-    node: Node,
-    *,
-    self: Any,
-    dtype: Any,
-    non_blocking: bool,
-    copy: bool,
-    memory_format: Any,
-) -> Step | None:
-    del reader, self, dtype, non_blocking, copy, memory_format
-    return _cast(value, node)
-
-
-def _convert_element_type(reader: AffineReader, value: Node, node: Node, *, a: Any, dtype: Any) -> Step | None:
-    del reader, a, dtype
-    return _cast(value, node)
-
-
-def _relu(reader: AffineReader, value: Node, node: Node, *, self: Any) -> Step | None:
-    del reader, value, self
-    return Step("relu", node)
-
-
-def _round(reader: AffineReader, value: Node, node: Node, *, self: Any) -> Step | None:
-    del reader, value, self
-    return Step("round", node)
-
-
-def _clamp(reader: AffineReader, value: Node, node: Node, *, self: Any, min: Any, max: Any) -> Step | None:
-    low = -float("inf") if min is None else reader.values.uniform(min)
-    high = float("inf") if max is None else reader.values.uniform(max)
-    if self is not value or low is None or high is None:
+def _clamp(reader: AffineReader, node: Node, low: Operand | None, high: Operand | None) -> Step | None:
+    least = -math.inf if low is None else reader.values.uniform(low)
+    most = math.inf if high is None else reader.values.uniform(high)
+    if least is None or most is None:
         return None
-    if (low, high) == (0, float("inf")):
-        return Step("relu", node)
-    return Step("clamp", node, bounds=(low, high))
-
-
-def _clamp_min(reader: AffineReader, value: Node, node: Node, *, self: Any, min: Any) -> Step | None:
-    return _clamp(reader, value, node, self=self, min=min, max=None)
-
-
-def _clamp_max(reader: AffineReader, value: Node, node: Node, *, self: Any, max: Any) -> Step | None:
-    return _clamp(reader, value, node, self=self, min=None, max=max)
-
-
-def arithmetic_steps() -> ReaderTable:
-    """Readers of the operators that an epilogue is spelled with."""
-    return ReaderTable(
-        {
-            aten.mul.Tensor: _mul,
-            aten.mul.Scalar: _mul,
-            aten.div.Tensor: _div,
-            aten.div.Scalar: _div,
-            aten.add.Tensor: _add,
-            aten.add.Scalar: _add,
-            aten.sub.Tensor: _sub,
-            aten.sub.Scalar: _sub,
-            aten._to_copy.default: _to_copy,
-            aten.to.dtype: _to_dtype,
-            torch.ops.prims.convert_element_type.default: _convert_element_type,
-            aten.relu.default: _relu,
-            aten.round.default: _round,
-            aten.clamp.default: _clamp,
-            aten.clamp.Tensor: _clamp,
-            aten.clamp_min.default: _clamp_min,
-            aten.clamp_max.default: _clamp_max,
-        },
-        leading=3,
-    )
+    return Step("relu", node) if (least, most) == (0, math.inf) else Step("clamp", node, bounds=(least, most))

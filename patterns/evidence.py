@@ -28,6 +28,7 @@ from torch.fx import Node
 
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Const, Expr
+from quantpass.graph.instructions import Round
 from quantpass.graph.records import Weight
 from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
@@ -45,7 +46,6 @@ NUMBERS = frozenset(
 _WORDS = (torch.int16, torch.uint16, torch.int32, torch.uint32)
 _INDICES = (torch.int64, torch.uint64)
 _NARROW = (torch.int8, torch.uint8, torch.int16)
-_ROUNDS = (aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default)
 _UNPACKS = frozenset(
     f"aten::{name}"
     for name in [
@@ -119,7 +119,7 @@ def evidence(reader: AffineReader, node: Node) -> Evidence:
             found = max(found, _of_leaf(reader.values, n, least))
             continue
         unpacked = unpacked or _unpacks(n)
-        if reader.dequantizes(n) or (_rounds(n) and _large(n, least) and _has_float_leaf(n, least)):
+        if reader.dequantizes(n) or (_rounds(reader.values, n) and _large(n, least) and _has_float_leaf(n, least)):
             return Evidence.CODES
         fresh = [i for i in n.all_input_nodes if i not in seen]
         seen.update(fresh)
@@ -184,9 +184,9 @@ def _large(node: Node, least: int) -> bool:
     return isinstance(fake, torch.Tensor) and isinstance(fake.numel(), int) and fake.numel() * _SHARE >= least
 
 
-def _rounds(n: Node) -> bool:
+def _rounds(values: StaticValues, n: Node) -> bool:
     """True for a rounding, and for a cast of floats to a narrow integer."""
-    if n.target in _ROUNDS:
+    if isinstance(values.decode(n), Round):
         return True
     fake = n.meta.get("val")
     if not isinstance(fake, torch.Tensor) or fake.dtype not in _NARROW:

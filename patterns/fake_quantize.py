@@ -16,7 +16,7 @@ from quantpass.graph import expr as ex
 from quantpass.graph.expr import Expr
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
-from quantpass.patterns.terms import Term, wide
+from quantpass.patterns.terms import Term
 
 aten = torch.ops.aten
 
@@ -98,18 +98,18 @@ def fake_quantized(
     if bool((zeros != zeros.round()).any()) or high - low > 255:
         return NotAffine(f"a fake quantization to [{low}, {high}] around {zeros.reshape(-1)[0]:g}", quantized=True)
     down = 0 if low >= -128 and high <= 127 else low + 128
-    inverse = _aligned(ex.div(ex.scalar(1.0), wide(ex.cast(scale.expr, torch.float32))), scale.shape)
+    inverse = _aligned(ex.div(ex.scalar(1.0), ex.wide(ex.cast(scale.expr, torch.float32))), scale.shape)
     own = ex.cast(reader.values.expr(x), torch.float32)
 
     def then(target: Any, value: Expr, *others: Any) -> Expr:
         return ex.apply(target, value, *others, dtype=torch.float32, shape=shape)
 
     rounded = then(aten.round.default, then(aten.mul.Tensor, own, ex.cast(inverse, torch.float32)))
-    shifted = then(aten.add.Tensor, rounded, ex.cast(_aligned(wide(zero.expr), zero.shape), torch.float32))
+    shifted = then(aten.add.Tensor, rounded, ex.cast(_aligned(ex.wide(zero.expr), zero.shape), torch.float32))
     clamped = then(aten.clamp.default, shifted, low, high)
     moved = then(aten.sub.Scalar, clamped, down) if down else clamped
     value = Affine(ex.cast(moved, torch.int8), (low - down, high - down), (), None, shape)
-    shift = Term(ex.sub(wide(zero.expr), ex.scalar(float(down))), zero.shape)
+    shift = Term(ex.sub(ex.wide(zero.expr), ex.scalar(float(down))), zero.shape)
     centred = value.minus(shift)
     return centred if isinstance(centred, NotAffine) else centred.times(scale)
 

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from quantpass.graph.instructions import Add, Cast, Clamp, Instruction, Move, Operand, Round, ways
 from quantpass.graph.node_memo import NodeMemo
 from quantpass.graph.schema import ReaderTable, call_reader
 from quantpass.graph.static_values import StaticValues, as_dtype
-from quantpass.patterns.movement import movement_of
-
-aten = torch.ops.aten
 
 Range = tuple[float, float]
 
@@ -49,13 +47,16 @@ class IntegerReader:
     """Bounds of the nodes of one graph, from how they were computed.
 
     Infinities and NaN in the input are not accounted for: the codes they give are undefined in every backend.
+
+    Args:
+        values: the graph's static values.
+        tools: readers of tools' operators that return bounded integers.
     """
 
-    def __init__(self, values: StaticValues, movements: ReaderTable, table: ReaderTable) -> None:
+    def __init__(self, values: StaticValues, tools: ReaderTable[Bounds | None]) -> None:
         self.values = values
-        self._movements = movements
-        self._table = table
-        self._memo = NodeMemo(self._find)
+        self._tools = tools
+        self._memo = NodeMemo[Bounds]()
 
     def integer_range(self, node: Any) -> Range | None:
         """Bounds of a node whose elements are integers, None where they might not be. A bound may be infinite."""
@@ -63,26 +64,40 @@ class IntegerReader:
         return (bounds.low, bounds.high) if bounds.whole else None
 
     def bounds(self, node: Any) -> Bounds:
-        return self._memo(node) if isinstance(node, Node) else Bounds()
+        return self._memo(node, self._find) if isinstance(node, Node) else Bounds()
 
     def _find(self, node: Node) -> Bounds:
         found = None
         if node not in self.values.mutated:
-            movement = movement_of(self._movements, node)
-            if movement is not None:
-                return self.bounds(movement.source)
             # Of an operator with several results, its reader is asked about the one that is taken.
             source = node.args[0] if node.target is operator.getitem else node
-            reader = self._table.get(source.target) if isinstance(source, Node) else None
+            reader = self._tools.get(source.target) if isinstance(source, Node) else None
             if reader is not None and isinstance(source, Node):
                 found = call_reader(reader, source, self, node)
+            elif (instruction := self.values.decode(node)) is not None:
+                if isinstance(instruction, Move):
+                    return self.bounds(instruction.source)
+                several = (self._interpreted(node, way) for way in ways(instruction))
+                found = next((b for b in several if b is not None), None)
         if found is None:
             fake = node.meta.get("val")
             if isinstance(fake, torch.Tensor) and fake.dtype in (torch.int8, torch.uint8, torch.int16):
                 return Bounds(*integer_span(fake.dtype), whole=True)
         return found or Bounds()
 
-    def clamped(self, node: Node, value: Any, low: Any, high: Any) -> Bounds | None:
+    def _interpreted(self, node: Node, instruction: Instruction) -> Bounds | None:
+        match instruction:
+            case Round(source):
+                return _rounded(self.bounds(source))
+            case Clamp(source, low, high):
+                return self._clamped(node, source, low, high)
+            case Add(source, other, multiple):
+                return self._shifted(node, source, other, multiple)
+            case Cast(source, dtype):
+                return self._converted(source, dtype)
+        return None
+
+    def _clamped(self, node: Node, value: Operand, low: Operand | None, high: Operand | None) -> Bounds | None:
         inner = self.bounds(value)
         lo = -math.inf if low is None else self.values.uniform(low)
         hi = math.inf if high is None else self.values.uniform(high)
@@ -94,7 +109,7 @@ class IntegerReader:
         whole = inner.whole and all(float(b).is_integer() or math.isinf(b) for b in (lo, hi))
         return Bounds(min(max(inner.low, lo), hi), max(min(inner.high, hi), lo), whole)
 
-    def shifted(self, node: Node, value: Any, offset: Any, multiple: Any) -> Bounds | None:
+    def _shifted(self, node: Node, value: Operand, offset: Operand, multiple: int | float) -> Bounds | None:
         inner, number = self.bounds(value), self.values.uniform(offset)
         if number is None or not inner.whole or not float(number * multiple).is_integer():
             return None
@@ -104,11 +119,11 @@ class IntegerReader:
             # Integers stay whole at any size, but beyond the mantissa they are rounded: past the bound, even.
             exact = _largest_exact(dtype)
             low, high = held
-            return Bounds(low if low >= -exact else -math.inf, high if high <= exact else math.inf, whole=True)
+            return Bounds(low if abs(low) <= exact else -math.inf, high if abs(high) <= exact else math.inf, whole=True)
         # In an integer container the sum must not wrap.
         return Bounds(*held, whole=True) if all(map(math.isfinite, held)) and fits(held, dtype) else None
 
-    def converted(self, value: Any, dtype: torch.dtype | None) -> Bounds | None:
+    def _converted(self, value: Operand, dtype: torch.dtype | None) -> Bounds | None:
         inner = self.bounds(value)
         if dtype is None or not inner.whole:
             return inner if dtype is None or dtype.is_floating_point else None
@@ -120,93 +135,7 @@ class IntegerReader:
         return inner if fits((inner.low, inner.high), dtype) else None
 
 
-def _round(reader: IntegerReader, node: Node, *, self: Any) -> Bounds:
-    del node
-    inner = reader.bounds(self)
+def _rounded(inner: Bounds) -> Bounds:
     low = inner.low if math.isinf(inner.low) else math.floor(inner.low)
     high = inner.high if math.isinf(inner.high) else math.ceil(inner.high)
     return Bounds(low, high, whole=True)
-
-
-def _clamp(reader: IntegerReader, node: Node, *, self: Any, min: Any, max: Any) -> Bounds | None:
-    return reader.clamped(node, self, min, max)
-
-
-def _clamp_min(reader: IntegerReader, node: Node, *, self: Any, min: Any) -> Bounds | None:
-    return reader.clamped(node, self, min, None)
-
-
-def _clamp_max(reader: IntegerReader, node: Node, *, self: Any, max: Any) -> Bounds | None:
-    return reader.clamped(node, self, None, max)
-
-
-def _minimum(reader: IntegerReader, node: Node, *, self: Any, other: Any) -> Bounds | None:
-    return reader.clamped(node, self, None, other) or reader.clamped(node, other, None, self)
-
-
-def _maximum(reader: IntegerReader, node: Node, *, self: Any, other: Any) -> Bounds | None:
-    return reader.clamped(node, self, other, None) or reader.clamped(node, other, self, None)
-
-
-def _add(reader: IntegerReader, node: Node, *, self: Any, other: Any, alpha: Any) -> Bounds | None:
-    return reader.shifted(node, self, other, alpha) or (reader.shifted(node, other, self, 1) if alpha == 1 else None)
-
-
-def _sub(reader: IntegerReader, node: Node, *, self: Any, other: Any, alpha: Any) -> Bounds | None:
-    return reader.shifted(node, self, other, -alpha)
-
-
-def _to_copy(
-    reader: IntegerReader,
-    node: Node,
-    *,
-    self: Any,
-    dtype: Any,
-    layout: Any,
-    device: Any,
-    pin_memory: Any,
-    non_blocking: bool,
-    memory_format: Any,
-) -> Bounds | None:
-    del node, layout, device, pin_memory, non_blocking, memory_format  # the elements stay what they are
-    return reader.converted(self, dtype)
-
-
-def _to_dtype(
-    reader: IntegerReader, node: Node, *, self: Any, dtype: Any, non_blocking: bool, copy: bool, memory_format: Any
-) -> Bounds | None:
-    del node, non_blocking, copy, memory_format
-    return reader.converted(self, dtype)
-
-
-def _convert_element_type(reader: IntegerReader, node: Node, *, a: Any, dtype: Any) -> Bounds | None:
-    del node
-    return reader.converted(a, dtype)
-
-
-def bounds_table() -> ReaderTable:
-    """Readers of the operators that round, clamp or keep integers."""
-    return ReaderTable(
-        {
-            aten.round.default: _round,
-            aten.floor.default: _round,
-            aten.ceil.default: _round,
-            aten.trunc.default: _round,
-            aten.clamp.default: _clamp,
-            aten.clamp.Tensor: _clamp,
-            aten.clamp_min.default: _clamp_min,
-            aten.clamp_min.Tensor: _clamp_min,
-            aten.clamp_max.default: _clamp_max,
-            aten.clamp_max.Tensor: _clamp_max,
-            aten.minimum.default: _minimum,
-            aten.maximum.default: _maximum,
-            aten.add.Tensor: _add,
-            aten.add.Scalar: _add,
-            aten.sub.Tensor: _sub,
-            aten.sub.Scalar: _sub,
-            aten._to_copy.default: _to_copy,
-            aten.to.dtype: _to_dtype,
-            torch.ops.prims.convert_element_type.default: _convert_element_type,
-        },
-        leading=2,
-    )

@@ -7,25 +7,17 @@ computed from a dequantized weight and something known at run time only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Node
 
 from quantpass.basics.reject import Reject
-from quantpass.basics.symbolic import has_no_elements
-from quantpass.patterns import Dialects
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction
 from quantpass.patterns.derived import DerivedWeights, Found
+from quantpass.patterns.evidence import Evidence, evidence
 from quantpass.patterns.unread_matmuls import higher_order, unread_contraction
-from quantpass.patterns.weights import read_weight
-
-_STORED = (torch.int8, torch.uint8, torch.int16, torch.int32)
-_CERTAIN = ("read.weight", "read.weight.along_k", "read.weight.batched", "read.weight.bits")
-"""Why a static weight may be unreadable although it surely is a quantized one."""
-
+from quantpass.patterns.weights import is_weight
 
 _BREAK_HINT = (
     "a graph break lies between the two: find it with TORCH_LOGS=graph_breaks and take it away, e.g. with "
@@ -38,14 +30,11 @@ class Net:
 
     Args:
         reader: what the graph's nodes are read with.
-        dialects: the tables.
     """
 
-    def __init__(self, reader: AffineReader, dialects: Dialects) -> None:
+    def __init__(self, reader: AffineReader) -> None:
         self._reader = reader
-        self._dialects = dialects
-        self._derived = DerivedWeights(reader, self._is_weight, self._is_mask, self._known)
-        self._masks: dict[Node, bool] = {}
+        self._derived = DerivedWeights(reader)
 
     def unread(self, node: Node, *, looked_into: bool) -> NoContraction | None:
         """``node`` as a matmul that is not read, or as an operator that nobody knows.
@@ -54,7 +43,7 @@ class Net:
             node: a node that no reader of matmuls has taken.
             looked_into: the graphs that it calls are read themselves.
         """
-        return higher_order(node, looked_into) or unread_contraction(node, self._known(node.target))
+        return higher_order(node, looked_into) or unread_contraction(node, self._reader.dialects.know(node.target))
 
     def returned(self, output: Node) -> Iterator[tuple[Node, Reject]]:
         """Weights that a graph dequantizes and returns: whoever multiplies by them is not in the graph."""
@@ -63,7 +52,7 @@ class Net:
             if not isinstance(fake, torch.Tensor) or not fake.dtype.is_floating_point or len(node.users) != 1:
                 continue
             static = node.op == "call_function" and self._reader.values.is_static(node)
-            if static and self._is_weight(node):
+            if static and is_weight(self._reader, node):
                 found = f"the graph dequantizes a weight {list(fake.shape)} and returns it ({node.name})"
                 want = "the dequantization in one graph with the matmul"
                 yield node, Reject("read.weight.returned", found, want, _BREAK_HINT)
@@ -100,49 +89,9 @@ class Net:
             stored = static or operand.op in ("placeholder", "get_attr") or self._derived.is_stored(read.codes)
             if found.weights_only and not (stored and operand.meta["val"].dim() >= 2):
                 return False
-            if static and not self._made_of_integers(operand, operand.meta["val"].numel()):
+            if static and evidence(self._reader, operand) < Evidence.WORDS:
                 return False
             return bool(read.factors) or (found.codes and not found.weights_only)
         if read.quantized:
             return not found.weights_only or static or operand.op == "placeholder"
-        return static and operand.op == "call_function" and self._is_weight(operand)
-
-    def _is_weight(self, node: Node) -> bool:
-        """True where a static value is made of stored or rounded integers and is surely a quantized weight."""
-        fake = node.meta["val"]
-        if fake.dim() < 2 or has_no_elements(fake.shape) or not self._made_of_integers(node, fake.numel()):
-            return False
-        read = read_weight(self._reader, node, transposed=False)
-        return read.quantized and (not isinstance(read, NotAffine) or read.rule in _CERTAIN)
-
-    def _made_of_integers(self, node: Node, numel: int) -> bool:
-        seen, todo = {node}, [node]
-        while todo:
-            n = todo.pop()
-            fake = n.meta.get("val")
-            if isinstance(fake, torch.Tensor):
-                leaf = n.op in ("placeholder", "get_attr") and fake.dtype in _STORED and not self._is_mask(n)
-                if (leaf or _rounds(n)) and fake.numel() * 16 >= numel:
-                    return True
-            fresh = [i for i in n.all_input_nodes if i not in seen]
-            seen.update(fresh)
-            todo.extend(fresh)
-        return False
-
-    def _is_mask(self, leaf: Node) -> bool:
-        """True for a known tensor of zeros and ones: adjacency, permutation, one-hot matrices of float models."""
-        if leaf not in self._masks:
-            held = self._reader.values.leaf(leaf)
-            self._masks[leaf] = (
-                held is not None and held.device.type != "meta" and bool(((held == 0) | (held == 1)).all())
-            )
-        return self._masks[leaf]
-
-    def _known(self, target: Any) -> bool:
-        return any(table.get(target) is not None for table in self._dialects.tables)
-
-
-def _rounds(n: Node) -> bool:
-    if n.op != "call_function" or not isinstance(n.target, OpOverload):
-        return False
-    return n.target is torch.ops.aten.round.default or "quant" in n.target._schema.name
+        return static and operand.op == "call_function" and is_weight(self._reader, operand)

@@ -17,10 +17,10 @@ from quantpass.graph.expr import Expr, Ref
 from quantpass.graph.records import Weight
 from quantpass.graph.schema import op_name
 from quantpass.graph.static_values import StaticValues
-from quantpass.patterns import Dialects
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, read_contraction
 from quantpass.patterns.derived import Found
+from quantpass.patterns.dialect import Dialects
 from quantpass.patterns.epilogues import Epilogue, read_epilogue
 from quantpass.patterns.evidence import is_evident_activation
 from quantpass.patterns.integers import Range
@@ -74,28 +74,20 @@ def find_sites(
         dialects: how things are spelled.
         given: what is known of nodes from outside of the graph.
     """
-    reader = AffineReader(
-        values,
-        dialects.movements,
-        dialects.integers,
-        dialects.arithmetic,
-        dialects.dequantizers,
-        dialects.recentre,
-        given,
-    )
-    net = Net(reader, dialects)
+    reader = AffineReader(values, dialects, given)
+    net = Net(reader)
     for node in graph.nodes:
-        yield from guarded(partial(_read, reader, dialects, net, node), partial(_failed, node), f"reading {node.name}")
+        yield from guarded(partial(_read, reader, net, node), partial(_failed, node), f"reading {node.name}")
 
 
-def _read(reader: AffineReader, dialects: Dialects, net: Net, node: Node) -> tuple[Reading, ...]:
+def _read(reader: AffineReader, net: Net, node: Node) -> tuple[Reading, ...]:
     """The sites of one node: itself, or those of the graphs that it calls."""
     if node.op == "output":
         return tuple(unreadable(returned, reject) for returned, reject in net.returned(node))
     bodies = tuple(bodies_of(node))
-    inside = tuple(reading for body in bodies for reading in _sites_of_body(reader, dialects, body))
-    found = read_contraction(dialects.contractions, node) or net.unread(node, looked_into=bool(bodies))
-    reading = None if found is None else _read_site(reader, dialects, net, node, found)
+    inside = tuple(reading for body in bodies for reading in _sites_of_body(reader, body))
+    found = read_contraction(reader.dialects.contractions, node) or net.unread(node, looked_into=bool(bodies))
+    reading = None if found is None else _read_site(reader, net, node, found)
     return inside if reading is None else (*inside, reading)
 
 
@@ -103,18 +95,16 @@ def _failed(node: Node, reject: Reject) -> tuple[Reading, ...]:
     return (unreadable(node, reject),)
 
 
-def _sites_of_body(reader: AffineReader, dialects: Dialects, body: Body) -> Iterator[Reading]:
+def _sites_of_body(reader: AffineReader, body: Body) -> Iterator[Reading]:
     """A body is read like a graph, but left as it is: it may be called several times, with other values."""
     values = StaticValues(body.graph, body.leaves(reader))
-    for reading in find_sites(body.graph, values, dialects, body.given(reader)):
+    for reading in find_sites(body.graph, values, reader.dialects, body.given(reader)):
         path = f"{body.name}.{reading.body}" if reading.body else body.name
         rejects = reading.rejects or (body.reject(),)
         yield replace(reading, name=f"{body.name}.{reading.name}", rejects=rejects, body=path)
 
 
-def _read_site(
-    reader: AffineReader, dialects: Dialects, net: Net, node: Node, found: Contraction | NoContraction
-) -> Reading | None:
+def _read_site(reader: AffineReader, net: Net, node: Node, found: Contraction | NoContraction) -> Reading | None:
     if isinstance(found, NoContraction):
         return _unread_site(net, node, found)
     weight = _weight(reader, found)
@@ -131,7 +121,7 @@ def _read_site(
     if not _is_quantized(weight) and not is_evident_activation(reader, found.lhs, activation):
         return None
     rejects = tuple(_reading_rejects(reader, found, weight))
-    epilogue = read_epilogue(reader, dialects.steps, found) if not rejects else None
+    epilogue = read_epilogue(reader, found) if not rejects else None
     text = f"{_describe_activation(activation)} x {_describe_weight(weight)}"
     ranges = _ranges(reader, activation)
     return Reading(*provenance(node), node, found, x, activation, weight, epilogue, text, rejects, ranges)

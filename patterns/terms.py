@@ -16,9 +16,8 @@ from torch.fx import Node
 from quantpass.basics.symbolic import is_one, same_size
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Const, Expr
-from quantpass.graph.schema import bind
+from quantpass.graph.instructions import Move
 from quantpass.graph.static_values import StaticValues
-from quantpass.patterns.movement import Movement
 
 aten = torch.ops.aten
 
@@ -47,7 +46,7 @@ class Term:
     def constant(self) -> torch.Tensor | None:
         return self.expr.tensor if isinstance(self.expr, Const) else None
 
-    def moved(self, movement: Movement, before: Sequence[Any], after: Sequence[Any]) -> Term | None:
+    def moved(self, movement: Move, before: Sequence[Any], after: Sequence[Any]) -> Term | None:
         """This term after its value of shape ``before`` was moved into shape ``after``; None where it can't follow."""
         if self.kind == "scalar":
             return replace(self, shape=(1,) * len(after))
@@ -115,7 +114,7 @@ def term_of(values: StaticValues, value: Any, shape: Sequence[Any]) -> Term | No
     uniform = values.uniform(value)
     if uniform is not None:
         return Term(ex.scalar(uniform), (1,) * rank)
-    value = _unexpanded(value)
+    value = _unexpanded(values, value)
     fake = value.meta["val"]
     if fake.dtype == torch.bool or fake.dtype.is_complex or fake.dim() > rank:
         return None
@@ -129,16 +128,10 @@ def term_of(values: StaticValues, value: Any, shape: Sequence[Any]) -> Term | No
     return Term(expr, aligned)
 
 
-def _unexpanded(node: Node) -> Node:
+def _unexpanded(values: StaticValues, node: Node) -> Node:
     """The source of a broadcast made explicit: ``expand`` adds nothing that broadcasting would not."""
-    while node.target is aten.expand.default:
-        source = bind(node)["self"]
-        if source.meta["val"].dim() != node.meta["val"].dim():
+    while isinstance(move := values.decode(node), Move) and move.kind == "expand":
+        if move.source.meta["val"].dim() != node.meta["val"].dim():
             break
-        node = source
+        node = move.source
     return node
-
-
-def wide(expr: Expr) -> Expr:
-    """A constant in float64, so that folding adds no rounding; a node stays as it is."""
-    return ex.cast(expr, torch.float64) if isinstance(expr, Const) else expr

@@ -14,17 +14,21 @@ from torch.fx import Node
 
 from quantpass.basics.symbolic import elements, has_no_elements, is_one, same_shape, same_size
 from quantpass.graph import expr as ex
+from quantpass.graph.decode import decode
 from quantpass.graph.expr import Call, Const, Expr, Recentred, Ref
+from quantpass.graph.instructions import Move
 from quantpass.graph.records import Weight
-from quantpass.graph.schema import bind
 from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
-from quantpass.patterns.evidence import is_readable, judged
+from quantpass.patterns.evidence import Evidence, evidence, is_readable, judged
 from quantpass.patterns.proof import FLOAT32, is_rebuilt
 from quantpass.patterns.terms import Term
 from quantpass.patterns.weights_by_value import Operand, weight_by_value
 
 aten = torch.ops.aten
+
+_CERTAIN = ("read.weight", "read.weight.along_k", "read.weight.batched", "read.weight.bits")
+"""Why a static weight may be unreadable although it surely is a quantized one."""
 
 
 def read_weight(
@@ -46,6 +50,15 @@ def read_weight(
         reader.weights[operand] = judged(reader, operand.node, _read(reader, operand))
     found: Weight | NotAffine = reader.weights[operand]
     return found
+
+
+def is_weight(reader: AffineReader, node: Node) -> bool:
+    """True where the static ``node`` is made of stored or rounded integers and is surely a quantized weight."""
+    fake = node.meta["val"]
+    if fake.dim() < 2 or has_no_elements(fake.shape) or evidence(reader, node) < Evidence.WORDS:
+        return False
+    read = read_weight(reader, node, transposed=False)
+    return read.quantized and (not isinstance(read, NotAffine) or read.rule in _CERTAIN)
 
 
 def _read(reader: AffineReader, operand: Operand) -> Weight | NotAffine:
@@ -82,23 +95,16 @@ def _unproved(node: Node) -> NotAffine:
 def matrix_node(node: Node) -> Node:
     """The 2-D tensor behind a weight that is repeated along leading dimensions."""
     while node.op == "call_function" and node.meta["val"].dim() > 2:
-        repeats = node.target in (
-            aten.expand.default,
-            aten.unsqueeze.default,
-            aten.view.default,
-            aten._unsafe_view.default,
-            aten.reshape.default,
-        )
-        if not repeats:
+        move = decode(node)
+        if not isinstance(move, Move) or move.kind not in ("expand", "reshape"):
             break
-        source = bind(node)["self"]
-        before, after = source.meta["val"], node.meta["val"]
+        before, after = move.source.meta["val"], node.meta["val"]
         same_matrix = before.dim() >= 2 and same_shape(before.shape[-2:], after.shape[-2:])
         leads = elements(before.shape[:-2]), elements(after.shape[:-2])
-        repeated = node.target is aten.expand.default or same_size(*leads)
+        repeated = move.kind == "expand" or same_size(*leads)
         if not same_matrix or not repeated or not (is_one(leads[0]) or same_size(*leads)):
             break
-        node = source
+        node = move.source
     return node
 
 
@@ -180,19 +186,11 @@ def _same_size_as(vector: Expr, other: Expr) -> Expr:
 
 def _storage(codes: Expr, transposed: bool) -> tuple[Expr, bool]:
     """Look through transposes of a stored matrix: the stored tensor, and whether it is ``(N, K)``."""
-    while isinstance(codes, Call) and codes.target in (
-        aten.t.default,
-        aten.transpose.int,
-        aten.permute.default,
-        aten.numpy_T.default,
-        aten.mT.default,
-    ):
-        inner = codes.args[0]
-        if not same_shape(ex.shape_of(inner), codes.shape[::-1]) or (
-            codes.target is aten.permute.default and list(codes.args[1]) in ([0, 1], [-2, -1])
-        ):
+    while isinstance(codes, Call):
+        move = ex.movement_in(codes, len(codes.shape))
+        if move is None or move.order != (1, 0):
             break
-        codes, transposed = inner, not transposed
+        codes, transposed = codes.args[0], not transposed
     return codes, transposed
 
 

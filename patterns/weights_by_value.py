@@ -14,13 +14,12 @@ import torch
 from torch.fx import Node
 
 from quantpass.graph.expr import Const
+from quantpass.graph.instructions import Round
 from quantpass.graph.records import Weight
 from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import NotAffine
 from quantpass.patterns.folded import looks_dequantized
 from quantpass.patterns.proof import FLOAT32, FLOAT64, TOLERANCE, is_rebuilt, rows_at_a_time
-
-aten = torch.ops.aten
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _SAME = (FLOAT64, FLOAT32)
@@ -53,7 +52,7 @@ class _Line:
 def weight_by_value(values: StaticValues, operand: Operand) -> Weight | NotAffine:
     """Read a static operand by evaluating it."""
     node = operand.node
-    if not _holds_codes(node):
+    if not _holds_codes(values, node):
         if looks_dequantized(operand.kn(values.value(node))):
             return NotAffine(
                 "its values are floats on a grid of at most 256 steps: it was dequantized before the pass",
@@ -82,7 +81,7 @@ def weight_by_value(values: StaticValues, operand: Operand) -> Weight | NotAffin
         return _from_line(values, [node], plain, actual, FLOAT64)
     problem = NotAffine("its value is not a linear function of its codes", quantized=True, rule="read.weight.nonlinear")
     for same in _SAME:
-        for cuts in _integer_cuts(node, full.numel()):
+        for cuts in _integer_cuts(values, node, full.numel()):
             line = _probe(values, operand, cuts, actual, same)
             found = problem if line is None else _from_line(values, cuts, line, actual, same)
             if isinstance(found, Weight):
@@ -110,7 +109,7 @@ def _backwards(node: Node, past: set[Node] | None = None) -> Iterator[tuple[Node
                 yield i, fake
 
 
-def _integer_cuts(node: Node, numel: int) -> Iterator[list[Node]]:
+def _integer_cuts(values: StaticValues, node: Node, numel: int) -> Iterator[list[Node]]:
     """Sets of integer tensors to probe: each of full size by itself, then all that are large enough, together.
 
     Several together are the parts of a weight that is put together from pieces (concatenated, sliced, unpacked into a
@@ -118,7 +117,7 @@ def _integer_cuts(node: Node, numel: int) -> Iterator[list[Node]]:
     """
     past: set[Node] = set()
     for n, fake in _backwards(node, past):
-        if fake.numel() == numel and _is_whole(n, fake):
+        if fake.numel() == numel and _is_whole(values, n, fake):
             past.add(n)
             yield [n]
     done = [{n} for n in past]
@@ -127,28 +126,27 @@ def _integer_cuts(node: Node, numel: int) -> Iterator[list[Node]]:
             yield [n]
     past.clear()
     for n, fake in _backwards(node, past):
-        if fake.numel() * 16 >= numel and _is_whole(n, fake):
+        if fake.numel() * 16 >= numel and _is_whole(values, n, fake):
             past.add(n)
     if past and past not in done:
         yield sorted(past)
 
 
-def _is_whole(n: Node, fake: torch.Tensor) -> bool:
-    return fake.dtype in _INTEGERS or _rounds(n)
+def _is_whole(values: StaticValues, n: Node, fake: torch.Tensor) -> bool:
+    return fake.dtype in _INTEGERS or isinstance(values.decode(n), Round)
 
 
-def _rounds(n: Node) -> bool:
-    return n.op == "call_function" and n.target in (aten.round.default, aten.floor.default)
-
-
-def _holds_codes(node: Node) -> bool:
+def _holds_codes(values: StaticValues, node: Node) -> bool:
     """True where integers large enough to hold a weight's codes (at 2 bits each) flow into ``node``."""
     fake = node.meta["val"]
     if fake.dtype in _INTEGERS:
         return True
     least = fake.numel() if isinstance(fake.numel(), int) else 0
     whole = (*_INTEGERS, torch.bool)
-    return any((t.dtype in whole and t.numel() * 16 >= least) or _rounds(n) for n, t in _backwards(node))
+    return any(
+        (t.dtype in whole and t.numel() * 16 >= least) or isinstance(values.decode(n), Round)
+        for n, t in _backwards(node)
+    )
 
 
 def _probe(values: StaticValues, operand: Operand, cuts: list[Node], actual: torch.Tensor, same: float) -> _Line | None:

@@ -273,6 +273,13 @@ def _activations():
         yield Spelling(f"scale by {name}", scaled, X, (W, WS))
         yield Spelling(f"weight's scale by {name}", scaled_weight, X, (W, WS), static=False)
 
+    def part_of_many(x, w, s):
+        many = aten.new_full.default(x, [300, 1, 1], 3.0)
+        zero = aten.select.int(aten.slice.Tensor(many, 0, 0, 200, 1), 0, 0)
+        return linear_t(aten.mul.Tensor(aten.sub.Tensor(to(codes(x), F32), zero), 0.03), deq_weight(w, s))
+
+    yield Spelling("zero point taken of many", part_of_many, X, (W, WS))
+
     def asymmetric(x, w, s, z):
         return linear_t(x, aten.mul.Tensor(aten.sub.Tensor(to(w, F32), z), s))
 
@@ -529,6 +536,8 @@ def _epilogues():
         "clamp": lambda r: aten.clamp.default(r, -128, 127),
         "clamp.Tensor": lambda r: aten.clamp.Tensor(r, scalar(-128.0), scalar(127.0)),
         "clamp_min": lambda r: aten.clamp_max.default(aten.clamp_min.default(r, 0), 255),
+        "clamp by tensors": QUANTIZERS["clamp_min.Tensor, clamp_max.Tensor"],
+        "clamp by minimum, maximum": QUANTIZERS["minimum, maximum"],
         "relu": lambda r: aten.clamp.default(r, 0, 255),
     }
     for name, clamp in clamps.items():

@@ -17,6 +17,7 @@ from torch.fx import Node
 torchao = pytest.importorskip("torchao", reason="torchao is not installed (pip install 'quantpass[test]')")
 import torch.ao.quantization.fx._decomposed  # the quantized_decomposed operators
 
+from quantpass.graph.decode import decoders
 from quantpass.graph.schema import arguments_of, bind, qualified_name
 from quantpass.patterns import default_dialects
 from tests.oracle import Unsupported, copied, judge
@@ -50,7 +51,7 @@ SPELLINGS = all_spellings()
 def known_operators():
     dialects = default_dialects()
     names = set()
-    for table in (getattr(dialects, field) for field in dialects.__slots__):
+    for table in (decoders(), *(getattr(dialects, field) for field in dialects.__slots__)):
         names |= {key if isinstance(key, str) else qualified_name(key) for key in table.readers()}
     return names
 

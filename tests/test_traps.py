@@ -263,3 +263,26 @@ def test_floor_of_a_half_more_is_another_rounding():
         return linear(q.float() * 0.03125, W.float() * WS)
 
     assert judged(f, torch.arange(-16, 16).float().repeat(4, 1) * 0.5 * 0.03125).verdict == "fused"
+
+
+@pytest.mark.parametrize(
+    ("spelled", "turned"),
+    [
+        (lambda v, n: v - n, lambda v, n: n - v),
+        (lambda v, n: v / n, lambda v, n: n / v),
+        (lambda v, n: torch.add(v, n, alpha=3), lambda v, n: torch.add(n, v, alpha=3)),
+    ],
+)
+def test_a_value_and_a_number_that_cannot_change_places(spelled, turned):
+    """A tensor full of one number is a number, but no value that codes are the scale of."""
+
+    for way, reads in ((spelled, True), (turned, False)):
+
+        def f(x):
+            value = codes(x).float() * 0.03
+            return linear(way(value, torch.full_like(value, 0.06)), W.float() * WS, B)  # noqa: B023
+
+        gm = traced(f, X)
+        found = qp.explain(gm, (X,), target="cpu").sites
+        assert judge(gm, (X,)).verdict == "fused"
+        assert [s.plan.op for s in found] == ["npu_quant_matmul" if reads else "npu_weight_quant_batchmatmul"]

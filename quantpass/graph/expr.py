@@ -15,7 +15,8 @@ import torch
 from torch.fx import Node
 
 from quantpass.basics.symbolic import broadcast_shape, elements, same_shape
-from quantpass.graph.schema import bind
+from quantpass.graph.decode import decode_call
+from quantpass.graph.instructions import Move
 
 aten = torch.ops.aten
 
@@ -181,26 +182,16 @@ def permute(e: Expr, order: Sequence[int]) -> Expr:
         return Const(e.tensor.permute(order), label=e.label)
     shape = tuple(shape_of(e)[d] for d in order)
     if isinstance(e, Ref):
-        source, inner = _permuted_from(e.node, len(order))
-        if source is not None and tuple(inner[d] for d in order) == tuple(range(len(order))):
-            return Ref(source)  # put back into its first order
+        inner = movement_in(e.node, len(order))
+        if inner is not None and inner.kind == "permute" and [inner.order[d] for d in order] == [*range(len(order))]:
+            return Ref(inner.source)  # put back into its first order
     return Call(aten.permute.default, (e, list(order)), {}, dtype_of(e), shape)
 
 
-def _permuted_from(node: Node, rank: int) -> tuple[Node | None, tuple[int, ...]]:
-    """What a permuting node permutes, and the order into which it puts those dimensions; None where it permutes not."""
-    if node.target not in (aten.permute.default, aten.t.default, aten.transpose.int):
-        return None, ()
-    bound = bind(node)
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        order = [int(d) % rank for d in bound["dims"]]
-    elif node.target is aten.transpose.int:
-        a, b = int(bound["dim0"]) % rank, int(bound["dim1"]) % rank
-        order[a], order[b] = order[b], order[a]
-    else:
-        order.reverse()
-    return bound["self"], tuple(order)
+def movement_in(call: Call | Node, rank: int) -> Move | None:
+    """The movement that a call or node is, with a result of ``rank`` dimensions; None where it is none."""
+    found = decode_call(call.target, call.args, call.kwargs, rank)
+    return found if isinstance(found, Move) else None
 
 
 def _binary(target: Any, a: Expr, b: Expr) -> Expr:
@@ -229,8 +220,7 @@ def _common_dtype(a: Expr, b: Expr) -> torch.dtype:
     if not isinstance(constant, Const):
         dtype = torch.promote_types(dtype, dtype_of(constant))
     elif not dtype.is_floating_point and constant.tensor.is_floating_point():
-        whole = bool((constant.tensor == constant.tensor.round()).all())
-        return torch.promote_types(dtype, torch.int32) if whole else torch.float32
+        return torch.promote_types(dtype, torch.int32) if is_whole(constant) else torch.float32
     # Floats at least in float32; integers at least in int32, where no sum or product of codes wraps around.
     return torch.promote_types(dtype, torch.float32 if dtype.is_floating_point else torch.int32)
 
@@ -278,6 +268,18 @@ def expanded(e: Expr, shape: Sequence[Any]) -> Expr:
     if same_shape(shape_of(e), shape):
         return e
     return apply(aten.expand.default, e, list(shape), dtype=dtype_of(e), shape=shape)
+
+
+def wide(e: Expr) -> Expr:
+    """A constant in float64, so that folding adds no rounding; a node stays as it is."""
+    return cast(e, torch.float64) if isinstance(e, Const) else e
+
+
+def is_whole(e: Expr) -> bool:
+    """True where every element is surely an integer, whatever the dtype."""
+    if isinstance(e, Const):
+        return bool((e.tensor == e.tensor.round()).all())
+    return not dtype_of(e).is_floating_point
 
 
 def is_all(e: Expr | None, value: float) -> bool:

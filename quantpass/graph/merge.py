@@ -14,10 +14,10 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-_PLAIN_NAMES = frozenset(
-    f"aten::{name}"
-    for name in ["_to_copy", "clone", "full_like", "zeros_like", "ones_like", "full", "reshape", "_unsafe_view", "amax"]
-)
+from quantpass.graph.decode import decode
+from quantpass.graph.instructions import Cast, Move, Part
+
+_MAKES = frozenset(f"aten::{name}" for name in ["full_like", "zeros_like", "ones_like", "full", "amax"])
 
 
 def duplicates(
@@ -61,8 +61,10 @@ def _is_plain(node: Node) -> bool:
     schema, tags = target._schema, target.tags
     if schema.is_mutable or torch.Tag.nondeterministic_seeded in tags or target.namespace == "quantpass":
         return False
-    elementwise = torch.Tag.pointwise in tags or torch.Tag.reduction in tags or schema.name in _PLAIN_NAMES
-    return elementwise or target.is_view or target.namespace == "quantized_decomposed"
+    if torch.Tag.pointwise in tags or torch.Tag.reduction in tags or target.is_view:
+        return True
+    plain = schema.name in _MAKES or target.namespace == "quantized_decomposed"
+    return plain or isinstance(decode(node), Move | Part | Cast)
 
 
 def _key(node: Node, same: dict[Node, Node]) -> Any:

@@ -22,27 +22,27 @@ class _Postponed(BaseException):
 
 
 class NodeMemo(Generic[T]):
-    """Answers about nodes; ``find`` may ask the memo itself about other nodes.
+    """Answers about nodes; ``find``, always the same, may ask the memo itself about other nodes.
 
     A question nested too deeply is taken to the outermost call, answered there and then, from the memo, in its place.
+    The memo does not keep ``find``: as a rule that is a method of its owner, which would live in a circle with it.
     """
 
-    def __init__(self, find: Callable[[Node], T]) -> None:
-        self._find = find
+    def __init__(self) -> None:
         self._known: dict[Node, T] = {}
         self._depth = 0
 
-    def __call__(self, node: Node) -> T:
+    def __call__(self, node: Node, find: Callable[[Node], T]) -> T:
         if node in self._known:
             return self._known[node]
         if self._depth == _DEEPEST:
             raise _Postponed(self, node)
         if self._depth:
-            return self._answer(node)
+            return self._answer(node, find)
         todo = [node]
         while todo:
             try:
-                self._answer(todo[-1])
+                self._answer(todo[-1], find)
                 todo.pop()
             except _Postponed as question:
                 if question.memo is not self:
@@ -50,11 +50,11 @@ class NodeMemo(Generic[T]):
                 todo.append(question.node)
         return self._known[node]
 
-    def _answer(self, node: Node) -> T:
+    def _answer(self, node: Node, find: Callable[[Node], T]) -> T:
         if node not in self._known:
             self._depth += 1
             try:
-                self._known[node] = self._find(node)
+                self._known[node] = find(node)
             finally:
                 self._depth -= 1
         return self._known[node]

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch._ops import OpOverload
 from torch.fx import Node
 
-Reader = Callable[..., Any]
+R = TypeVar("R")
 
 
 class _Required:
@@ -46,11 +46,13 @@ def _defaults(target: OpOverload) -> tuple[tuple[str, ...], dict[str, Any]]:
 
 def bind(node: Node) -> dict[str, Any]:
     """All arguments of a ``call_function`` node by name, with the schema's defaults filled in."""
-    names, defaults = _defaults(node.target)  # type: ignore[arg-type]
-    bound = dict(defaults)
-    bound.update(zip(names, node.args, strict=False))
-    bound.update(node.kwargs)
-    return bound
+    return bind_call(node.target, node.args, node.kwargs)
+
+
+def bind_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of an operator and what it is called with."""
+    names, defaults = _defaults(target)
+    return defaults | dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 def positional(node: Node, **replaced: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -71,7 +73,7 @@ def positional(node: Node, **replaced: Any) -> tuple[tuple[Any, ...], dict[str, 
     return tuple(args), kwargs
 
 
-class ReaderTable:
+class ReaderTable(Generic[R]):
     """Readers by operator, checked against the operators' schemas.
 
     Operators of optional tools are named by string (``"quanto::qbytes_mm"``, overload name added where it is not
@@ -85,10 +87,10 @@ class ReaderTable:
         TypeError: a reader's keyword parameters are not exactly the schema's arguments.
     """
 
-    def __init__(self, readers: Mapping[Any, Reader], leading: int) -> None:
+    def __init__(self, readers: Mapping[Any, Callable[..., R]], leading: int) -> None:
         self._leading = leading
         self._named = {key: reader for key, reader in readers.items() if isinstance(key, str)}
-        self._resolved: dict[Any, Reader | None] = {}
+        self._resolved: dict[Any, Callable[..., R] | None] = {}
         for target, reader in readers.items():
             if isinstance(target, OpOverload):
                 problem = _mismatch(target, reader, leading)
@@ -96,7 +98,7 @@ class ReaderTable:
                     raise TypeError(problem)
                 self._resolved[target] = reader
 
-    def get(self, target: Any) -> Reader | None:
+    def get(self, target: Any) -> Callable[..., R] | None:
         """The reader of ``target``, or None."""
         try:
             return self._resolved[target]
@@ -104,7 +106,7 @@ class ReaderTable:
             self._resolved[target] = found = self._resolve(target)
             return found
 
-    def _resolve(self, target: Any) -> Reader | None:
+    def _resolve(self, target: Any) -> Callable[..., R] | None:
         if not isinstance(target, OpOverload):
             return None
         reader = self._named.get(qualified_name(target))
@@ -116,11 +118,11 @@ class ReaderTable:
             return None
         return reader
 
-    def readers(self) -> dict[Any, Reader]:
+    def readers(self) -> dict[Any, Callable[..., R]]:
         """Every operator (or name of one) in the table, with its reader."""
         return {**self._named, **{t: r for t, r in self._resolved.items() if r}}
 
-    def merged(self, *others: Mapping[Any, Reader]) -> ReaderTable:
+    def merged(self, *others: Mapping[Any, Callable[..., R]]) -> ReaderTable[R]:
         """A table with more readers; one that is already there is an error."""
         mine = self.readers()
         for other in others:
@@ -131,7 +133,7 @@ class ReaderTable:
         return ReaderTable(mine, self._leading)
 
 
-def _mismatch(target: OpOverload, reader: Reader, leading: int) -> str | None:
+def _mismatch(target: OpOverload, reader: Callable[..., Any], leading: int) -> str | None:
     parameters = list(inspect.signature(reader).parameters)[leading:]
     wanted = [_parameter_name(name) for name, _ in arguments_of(target)]
     if sorted(parameters) == sorted(wanted):
@@ -154,17 +156,14 @@ def _parameter_name(argument: str) -> str:
     return "input_" if argument == "input" else "from_" if argument == "from" else argument
 
 
-def call_reader(reader: Reader, node: Node, *leading: Any) -> Any:
+def call_reader(reader: Callable[..., R], node: Node, *leading: Any) -> R:
     """Call ``reader(*leading, **all bound arguments of node)``."""
-    bound = bind(node)
-    if "input" in bound:
-        bound["input_"] = bound.pop("input")
-    return reader(*leading, **bound)
+    return reader(*leading, **parameters(bind(node)))
 
 
-def is_op(node: Any, *targets: OpOverload) -> bool:
-    """True where ``node`` calls one of ``targets``."""
-    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+def parameters(bound: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the names that a reader's parameters have."""
+    return {_parameter_name(name): value for name, value in bound.items()}
 
 
 def op_name(node: Node) -> str:

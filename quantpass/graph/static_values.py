@@ -14,7 +14,9 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
+from quantpass.graph.decode import Decoder
 from quantpass.graph.expr import Const, Expr, Ref
+from quantpass.graph.instructions import Cast, Move, Part, Round
 from quantpass.graph.schema import arguments_of, bind
 from quantpass.graph.torch_internals import can_run, is_wrapper_subclass
 from quantpass.graph.writes import written_arguments
@@ -44,6 +46,7 @@ class StaticValues:
         if written:
             # The same memory under another name.
             self.mutated = _mutated(graph, [n for n, t in leaves.items() if _storage(t) in written])
+        self.decode = Decoder()
         self._leaves = {n: t for n, t in leaves.items() if n not in self.mutated}
         self._static: dict[Node, bool] = {}
         self._kept: dict[Node, Any] = {}
@@ -101,18 +104,41 @@ class StaticValues:
         values = dict(replaced or {})
         todo, seen = [node], {node}
         least = node.meta["val"].numel() // _PARAMETER_SHARE
-        carriers = _carriers_of_codes(node, least)
+        carriers = self._carriers_of_codes(node, least)
         while todo:
             n = todo.pop()
             if n in values:
                 continue
-            if n is not node and (_makes_integers(n) or _is_smaller(n, least) or n not in carriers):
+            if n is not node and (self._makes_integers(n) or _is_smaller(n, least) or n not in carriers):
                 values[n] = _as(self.value(n), torch.float64)
                 continue
             todo.extend(i for i in n.all_input_nodes if i not in seen)
             seen.update(n.all_input_nodes)
         result: torch.Tensor = self._evaluate(node, values, torch.float64)
         return result
+
+    def _makes_integers(self, n: Node) -> bool:
+        """True for a cast or rounding of floats to integers."""
+        fake = n.meta.get("val")
+        if not isinstance(fake, torch.Tensor):
+            return False
+        if isinstance(self.decode(n), Round):
+            return True
+        inputs = (i.meta.get("val") for i in n.all_input_nodes)
+        return not fake.dtype.is_floating_point and any(
+            isinstance(i, torch.Tensor) and i.is_floating_point() for i in inputs
+        )
+
+    def _carriers_of_codes(self, node: Node, least: int) -> set[Node]:
+        """``node`` and what it is computed from through which integers, at least ``least`` of them, reach it."""
+        order, _ = self._cone(node, {})
+        carriers = {node}
+        for n in order:
+            fake = n.meta.get("val")
+            integers = isinstance(fake, torch.Tensor) and not fake.dtype.is_floating_point and fake.numel() >= least
+            if integers or self._makes_integers(n) or any(i in carriers for i in n.all_input_nodes):
+                carriers.add(n)
+        return carriers
 
     def expr(self, node: Node) -> Expr:
         """A constant where ``node`` is static, else a reference to it."""
@@ -132,10 +158,13 @@ class StaticValues:
             return None
         moved: list[Node] = []  # views and casts on the way to where the number comes from
         source: Any = node
-        while isinstance(source, Node) and source not in self._uniform and self._keeps_uniform(source):
+        while isinstance(source, Node) and source not in self._uniform and source not in self.mutated:
+            # It holds one number where its input does, and no other way is tried.
+            instruction = self.decode(source)
+            if not isinstance(instruction, Move | Part | Cast):
+                break
             moved.append(source)
-            bound = bind(source)
-            source = bound.get("self", bound.get("a"))
+            source = instruction.source
         if not isinstance(source, Node):
             number = self.uniform(source)
         else:
@@ -147,13 +176,6 @@ class StaticValues:
                 number = as_dtype(number, n.meta["val"].dtype)
             self._uniform[n] = number
         return number
-
-    def _keeps_uniform(self, node: Node) -> bool:
-        """True for a view or cast: it holds one number where its input does, and no other way is tried."""
-        target = node.target
-        if not isinstance(target, OpOverload) or node in self.mutated:
-            return False
-        return target._schema.name in _KEEPS_UNIFORM and target is not aten.view.dtype
 
     def _find_uniform(self, node: Node) -> float | None:
         fake = node.meta.get("val")
@@ -253,66 +275,9 @@ def as_dtype(number: float, dtype: torch.dtype) -> float:
     return torch.tensor(number, dtype=torch.float64).to(dtype).item()
 
 
-def _makes_integers(n: Node) -> bool:
-    """True for a cast or rounding of floats to integers."""
-    fake = n.meta.get("val")
-    if not isinstance(fake, torch.Tensor):
-        return False
-    if n.target in (aten.round.default, aten.floor.default):
-        return True
-    inputs = (i.meta.get("val") for i in n.all_input_nodes)
-    return not fake.dtype.is_floating_point and any(
-        isinstance(i, torch.Tensor) and i.is_floating_point() for i in inputs
-    )
-
-
-def _carriers_of_codes(node: Node, least: int) -> set[Node]:
-    """``node`` and the nodes it is computed from through which integers, at least ``least`` of them, reach it."""
-    order, seen, stack = [], {node}, [(node, False)]
-    while stack:
-        n, ready = stack.pop()
-        if ready:
-            order.append(n)
-            continue
-        stack.append((n, True))
-        fresh = [i for i in n.all_input_nodes if i not in seen]
-        seen.update(fresh)
-        stack.extend((i, False) for i in fresh)
-    carriers = {node}
-    for n in order:
-        fake = n.meta.get("val")
-        integers = isinstance(fake, torch.Tensor) and not fake.dtype.is_floating_point and fake.numel() >= least
-        if integers or _makes_integers(n) or any(i in carriers for i in n.all_input_nodes):
-            carriers.add(n)
-    return carriers
-
-
 def _is_smaller(n: Node, least: int) -> bool:
     fake = n.meta.get("val")
     return isinstance(fake, torch.Tensor) and fake.numel() < least
-
-
-_KEEPS_UNIFORM = frozenset(
-    f"aten::{name}"
-    for name in [
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "alias",
-        "detach",
-        "clone",
-        "expand",
-        "t",
-        "transpose",
-        "permute",
-        "unsqueeze",
-        "squeeze",
-        "_to_copy",
-        "lift_fresh_copy",
-        "slice",
-        "select",
-    ]
-) | {"prims::convert_element_type"}
 
 
 def _run_wide(n: Node, args: Any, kwargs: Any, wide: torch.dtype) -> Any:
@@ -368,12 +333,7 @@ def _mutated(graph: Graph, more: Sequence[Node] = ()) -> frozenset[Node]:
 
 def _may_alias(n: Node) -> bool:
     if isinstance(n.target, OpOverload):
-        returns = n.target._schema.returns
-        return any(r.alias_info is not None for r in returns) or n.target in (
-            aten.reshape.default,
-            aten.contiguous.default,
-            aten._unsafe_view.default,
-            aten.to.dtype,
-            aten._to_copy.default,
-        )
+        # Those three may return their input, or its memory, though their schemas do not say so.
+        silent = (aten._unsafe_view.default, aten._to_copy.default, aten.dropout.default)
+        return any(r.alias_info is not None for r in n.target._schema.returns) or n.target in silent
     return getattr(n.target, "__module__", "") == "_operator"

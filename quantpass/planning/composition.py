@@ -17,7 +17,7 @@ from torch.fx import Node
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Expr
 from quantpass.patterns.epilogues import Step
-from quantpass.patterns.terms import Term, wide
+from quantpass.patterns.terms import Term
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def _grow(matmul: Node, dtype: torch.dtype, steps: Sequence[Step]) -> Iterator[C
 
 def _vector(term: Term) -> Expr | None:
     """A term as ``(1,)`` or ``(N,)``; None where it varies along M."""
-    return wide(term.flat()) if term.kind in ("scalar", "columns") else None
+    return ex.wide(term.flat()) if term.kind in ("scalar", "columns") else None
 
 
 def _fold_scale(c: Composition, step: Step, before: torch.dtype) -> Composition | None:
@@ -132,7 +132,7 @@ def _fold_add(c: Composition, step: Step, before: torch.dtype) -> Composition | 
     if vector is None:
         return None
     if not c.dtype.is_floating_point:
-        if (ex.dtype_of(term.expr).is_floating_point and not _whole(term.expr)) or before != torch.int32:
+        if not ex.is_whole(term.expr) or before != torch.int32:
             return None
         if c.dtype != torch.int32 and not ex.known(term.expr):
             return None  # a sum in int64, of which only the run can say whether it fits the accumulator
@@ -143,11 +143,7 @@ def _fold_add(c: Composition, step: Step, before: torch.dtype) -> Composition | 
         # A bias that is a stored tensor stays that tensor; arithmetic on it widens.
         own = term.flat()
         return replace(c, addend=own if term.kind == "columns" else vector)
-    return replace(c, addend=ex.add(wide(c.addend), vector))
-
-
-def _whole(e: Expr) -> bool:
-    return isinstance(e, ex.Const) and bool((e.tensor == e.tensor.round()).all())
+    return replace(c, addend=ex.add(ex.wide(c.addend), vector))
 
 
 def _shift_codes(c: Composition, term: Term) -> Composition | None:
@@ -211,7 +207,7 @@ def _fold_clamp(c: Composition, step: Step, before: torch.dtype) -> Composition 
 def _fold_quantize(c: Composition, step: Step, before: torch.dtype) -> Composition | None:
     if c.requantize is not None or step.term is None or step.bounds is None or not before.is_floating_point:
         return None
-    inverse = replace(step.term, expr=ex.div(ex.scalar(1.0), wide(step.term.expr)))
+    inverse = replace(step.term, expr=ex.div(ex.scalar(1.0), ex.wide(step.term.expr)))
     scaled = _fold_scale(c, replace(step, term=inverse), before)
     if scaled is None:
         return None

@@ -26,15 +26,6 @@ _EXPONENT_BITS = {torch.float16: 5, torch.bfloat16: 8, torch.float32: 8, torch.f
 _LARGEST_WHOLE = {torch.float16: 2**11, torch.bfloat16: 2**8, torch.float32: 2**24, torch.float64: 2**53}
 """Up to here every integer is a number of the dtype."""
 
-_KEEPS_SIZE = (
-    aten.reshape.default,
-    aten.expand.default,
-    aten.neg.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.index_select.default,
-)
-
 
 def magnitude(e: Any, ranges: Mapping[Node, tuple[float, float]]) -> float:
     """An upper bound of ``|e|``: infinite where the run could make it anything.
@@ -64,7 +55,7 @@ def _of_dtype(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _of_call(e: Call, ranges: Mapping[Node, tuple[float, float]]) -> float:
-    if e.target in _KEEPS_SIZE:
+    if _keeps_sizes(e):
         return magnitude(e.args[0], ranges)
     if e.target is aten._to_copy.default:
         held = magnitude(e.args[0], ranges)
@@ -81,11 +72,16 @@ def _of_call(e: Call, ranges: Mapping[Node, tuple[float, float]]) -> float:
     return math.inf
 
 
+def _keeps_sizes(e: Call) -> bool:
+    """True where every element is one of the first operand's, but for its sign."""
+    return e.target in (aten.neg.default, aten.index_select.default) or ex.movement_in(e, len(e.shape)) is not None
+
+
 def held_dtype(e: Expr) -> torch.dtype:
     """The dtype that holds every value of ``e``: the one it was widened from, if it was."""
     while isinstance(e, Call):
         widens = e.target is aten._to_copy.default and lossless(ex.dtype_of(e.args[0]), e.dtype)
-        if not widens and e.target not in _KEEPS_SIZE:
+        if not widens and not _keeps_sizes(e):
             break
         e = e.args[0]
     return ex.dtype_of(e)

@@ -40,7 +40,6 @@ from quantpass.planning.quant_product import (
     product_of,
     refusals,
     rounding_of,
-    wide,
     wide_node,
 )
 
@@ -138,7 +137,7 @@ def _float_output(
         correction = ex.mul(wide_node(p.acc_addend), p.columns)
         if not isinstance(correction, Const):
             return  # the sum may cancel it, and nothing bounds what is lost then
-        merged = ex.add(wide(p.addend), correction)
+        merged = ex.add(ex.wide(p.addend), correction)
         p = replace(p, lost=p.lost + rounding_of(correction))
         yield _emit(reading, p, laid_out, chip, options, dtype, bias=ex.cast(merged, torch.float32))
         return
@@ -261,12 +260,12 @@ def _folded_bias(p: Product) -> Expr | None:
 
 def _units(p: Product) -> Expr:
     assert p.addend is not None
-    units = ex.div(wide(p.addend), p.columns)
+    units = ex.div(ex.wide(p.addend), p.columns)
     units = ex.apply(aten.round.default, units, dtype=ex.dtype_of(units), shape=ex.shape_of(units))
     if p.acc_addend is None:
         return units
     if isinstance(p.acc_addend, Const):
-        return ex.add(wide(p.acc_addend), units)
+        return ex.add(ex.wide(p.acc_addend), units)
     return ex.add(ex.cast(p.acc_addend, torch.int32), units)  # integers, so that no digit is lost in float32
 
 

@@ -137,7 +137,7 @@ def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | 
         notes.did("activation zero point folded into the bias")
     if isinstance(acc_addend, Const) and ex.is_all(acc_addend, 0):
         acc_addend = None
-    if acc_addend is not None and not _is_whole(acc_addend):
+    if acc_addend is not None and not ex.is_whole(acc_addend):
         # Of a zero point that is no integer, only the whole part can enter the integer accumulator.
         if rows:
             return None
@@ -150,7 +150,7 @@ def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | 
             )
         whole = Const(acc_addend.tensor.round())
         rest = Const((acc_addend.tensor - whole.tensor) * columns.tensor)
-        addend = rest if addend is None else ex.add(wide(addend), rest)
+        addend = rest if addend is None else ex.add(ex.wide(addend), rest)
         acc_addend, lost = None if ex.is_all(whole, 0) else whole, rounding_of(rest)
     reach = _reach(activation, weight)
     return Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups), reach, lost)
@@ -194,17 +194,6 @@ def accumulator_problem(p: Product, addend: Expr | None, ranges: Mapping[Node, t
 def rounding_of(addend: Const) -> float:
     """How far a float32 sum with ``addend`` may be off where the rest of the sum cancels it."""
     return FLOAT32_STEPS * float(addend.tensor.abs().max())
-
-
-def _is_whole(e: Expr) -> bool:
-    if isinstance(e, Const):
-        return bool((e.tensor == e.tensor.round()).all())
-    return not ex.dtype_of(e).is_floating_point
-
-
-def wide(e: Expr) -> Expr:
-    """A constant in float64, so that folding adds no rounding; a node as it is."""
-    return ex.cast(e, torch.float64) if isinstance(e, Const) else e
 
 
 def _column_sums(weight: Weight) -> Expr:

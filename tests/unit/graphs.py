@@ -49,8 +49,7 @@ class Traced:
         leaves = dict(zip(self.inputs[len(inputs) - known :], inputs[len(inputs) - known :], strict=True))
         self.values = StaticValues(self.graph, leaves if known else {})
         self.dialects = default_dialects()
-        d = self.dialects
-        self.reader = AffineReader(self.values, d.movements, d.integers, d.arithmetic, d.dequantizers, d.recentre)
+        self.reader = AffineReader(self.values, self.dialects)
 
     @property
     def result(self) -> Node:

@@ -1,6 +1,7 @@
 """Reading ``product(factors) * (codes - zero_point)``: what is read means what the graph computes."""
 
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -223,20 +224,23 @@ def test_no_casts_to_or_from_what_is_no_real_number(dtype):
     for function in (lambda c: c.float().to(dtype), lambda c: (c.to(dtype) * 1).to(dtype).to(torch.float32)):
         t = Traced(function, CODES)
         assert isinstance(t.reader.read(t.result), NotAffine)
-        assert "boolean or complex" in t.reader.converted(t.result.args[0], t.result.meta["val"].dtype).reason
+        assert "boolean or complex" in t.reader.read(t.result).reason
 
 
 def test_only_tensors_are_cast():
-    t = Traced(lambda c: c.float(), CODES)
-    assert isinstance(t.reader.converted(3.0, torch.float16), NotAffine)
-    t.inputs[0].meta["val"] = 3
-    assert isinstance(t.reader.converted(t.inputs[0], torch.float16), NotAffine)
+    for given in (3.0, None):
+        t = Traced(lambda c: c.float(), CODES)
+        if given is None:
+            t.inputs[0].meta["val"] = 3
+        else:
+            t.result.args = (given,)
+        assert "not a tensor" in t.reader.read(t.result).reason
 
 
 @pytest.mark.parametrize(
     ("changed", "refusal"),
     [
-        ({"layout": torch.sparse_coo}, "layout"),
+        ({"layout": torch.sparse_coo}, "is not a dequantization"),
         ({"device": torch.device("meta")}, "another device"),
         ({"device": torch.device("cpu"), "layout": torch.strided}, None),
     ],
@@ -244,6 +248,8 @@ def test_only_tensors_are_cast():
 def test_a_cast_to_another_layout_or_device_is_not_read(changed, refusal):
     t = Traced(lambda c, s: (c.float() * s).half(), CODES, SCALE)
     t.result.kwargs = {**t.result.kwargs, **changed}
+    if "device" in changed:
+        t.result.meta["val"] = torch.empty(3, 4, dtype=torch.half, device=changed["device"])
     found = t.reader.read(t.result)
     assert isinstance(found, Affine) if refusal is None else refusal in found.reason
 
@@ -358,10 +364,8 @@ def test_the_first_of_several_results():
     def split(reader, node, *, self, split_size, dim):
         return reader.read(self)
 
-    reader = AffineReader(
-        t.values, *(getattr(t.dialects, name) for name in ("movements", "integers", "arithmetic")),
-        ReaderTable({aten.split.Tensor: split}, leading=2), t.dialects.recentre,
-    )  # fmt: skip
+    table = ReaderTable({aten.split.Tensor: split}, leading=2)
+    reader = AffineReader(t.values, replace(t.dialects, dequantizers=table))
     found = [reader.read(n) for n in (*results, number)]
     assert isinstance(found[0], Affine)
     assert isinstance(found[1], NotAffine) and isinstance(found[2], NotAffine)

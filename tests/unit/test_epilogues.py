@@ -24,7 +24,7 @@ def walk(function, *more, known=0, inputs=None):
 
 def walked(t):
     c = next(c for c in (read_contraction(t.dialects.contractions, n) for n in t.graph.nodes) if c is not None)
-    return read_epilogue(t.reader, t.dialects.steps, c)
+    return read_epilogue(t.reader, c)
 
 
 def kinds(function, *more, **options):
@@ -162,11 +162,10 @@ def test_a_cast_to_another_device_or_layout_is_no_step():
     t = Traced(lambda x, w: (x @ w).half(), X, W)
     t.result.meta["val"] = torch.empty(3, 5, dtype=torch.half, device="meta")
     assert walked(t).steps == ()
-    t = Traced(lambda x, w: (x @ w).half(), X, W)
-    t.result.kwargs = {**t.result.kwargs, "layout": torch.sparse_coo}
-    assert walked(t).steps == ()
-    t.result.kwargs = {**t.result.kwargs, "layout": torch.strided}
-    assert len(walked(t).steps) == 1
+    for layout, reads in ((torch.sparse_coo, 0), (torch.strided, 1)):
+        t = Traced(lambda x, w: (x @ w).half(), X, W)
+        t.result.kwargs = {**t.result.kwargs, "layout": layout}
+        assert len(walked(t).steps) == reads
 
 
 # -- views -------------------------------------------------------------------------------------------------------------
@@ -224,6 +223,18 @@ def test_clamps(function, bounds):
     assert (step.kind, step.bounds) == ("clamp", bounds)
 
 
+@pytest.mark.parametrize("bound", [torch.maximum, aten.clamp_min.Tensor, lambda y, b: torch.maximum(b, y)])
+def test_bounds_that_are_tensors(bound):
+    assert kinds(bound, torch.tensor(0.0), known=1) == ["relu"]
+    assert kinds(bound, torch.tensor(-3.0), known=1) == ["clamp"]
+    assert kinds(bound, torch.tensor(-3.0)) == []
+
+
+@pytest.mark.parametrize("rounding", [torch.floor, torch.ceil, torch.trunc])
+def test_other_roundings_are_no_steps(rounding):
+    assert "not part of an epilogue" in ended(rounding)
+
+
 def test_a_result_that_bounds_something_known():
     """Also where it is one number itself."""
     x, w = torch.ones(3, 4), torch.ones(4, 5)
@@ -234,7 +245,7 @@ def test_a_result_that_bounds_something_known():
         (clamp,) = t.calls(aten.clamp.Tensor)
         y = next(a for a in clamp.args if isinstance(a, torch.fx.Node) and a.target is aten.mm.default)
         c = read_contraction(t.dialects.contractions, y)
-        assert read_epilogue(t.reader, t.dialects.steps, c).steps == ()
+        assert read_epilogue(t.reader, c).steps == ()
 
 
 def test_clamps_by_tensors():
@@ -340,7 +351,7 @@ def test_own_bias_of_a_convolution_lies_along_the_columns():
     x, w, b = torch.randn(2, 4, 3, 3), torch.randn(5, 4, 1, 1), COLUMNS
     (step,), c, t = own(aten.conv2d.default, x, w, b)
     assert step.term.shape == (1, 1, 1, 5) and step.term.expr.node is t.inputs[2]
-    assert read_epilogue(t.reader, t.dialects.steps, c).ended.startswith("its dimensions are in another order")
+    assert read_epilogue(t.reader, c).ended.startswith("its dimensions are in another order")
 
 
 def test_own_bias_of_a_swapped_matmul_is_turned_with_it():

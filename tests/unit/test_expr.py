@@ -386,3 +386,15 @@ def test_neg_goes_below_a_reshape():
     e = ex.neg(ex.reshape(ex.neg(ref), (6,)))
     assert e.args[0] is ref and ex.shape_of(e) == (6,)
     assert evaluate(ex.neg(ex.reshape(ref, (6,))), values).tolist() == [-1.0] * 6
+
+
+def test_constants_are_widened():
+    assert ex.wide(Const(torch.ones(1))).tensor.dtype == torch.float64
+    ref = Ref(node_of(torch.ones(1)))
+    assert ex.wide(ref) is ref
+
+
+def test_whole_numbers():
+    assert ex.is_whole(Const(torch.tensor([1.0, -2.0]))) and not ex.is_whole(Const(torch.tensor([1.0, 0.5])))
+    assert ex.is_whole(Const(torch.tensor([3]))) and ex.is_whole(Ref(node_of(torch.ones(1).int())))
+    assert not ex.is_whole(Ref(node_of(torch.ones(1))))

@@ -16,12 +16,12 @@ X = torch.randn(3, 4)
 
 def bounds(function, *inputs, known=0):
     t = Traced(function, *(inputs or (X,)), known=known)
-    return IntegerReader(t.values, t.dialects.movements, t.dialects.integers).bounds(t.result)
+    return IntegerReader(t.values, t.dialects.integers).bounds(t.result)
 
 
 def integer_range(function, *inputs, known=0):
     t = Traced(function, *(inputs or (X,)), known=known)
-    return IntegerReader(t.values, t.dialects.movements, t.dialects.integers).integer_range(t.result)
+    return IntegerReader(t.values, t.dialects.integers).integer_range(t.result)
 
 
 def codes(x, low=-128, high=127):
@@ -198,14 +198,26 @@ def test_what_the_graph_writes_to_is_not_bounded():
     t = Traced(lambda x: x, X)
     from quantpass.graph.static_values import StaticValues
 
-    reader = IntegerReader(StaticValues(graph, {}), t.dialects.movements, t.dialects.integers)
+    reader = IntegerReader(StaticValues(graph, {}), t.dialects.integers)
     assert reader.integer_range(y) is None
     assert reader.integer_range(rounded) is not None
 
 
+def test_sums_that_are_rounded_past_a_bound():
+    """In bfloat16 -1 - 300 is -300, and 1 + 300 is 300."""
+    for less in (-300, 300):
+        found = bounds(lambda x, less=less: x.round().clamp(*sorted((0, less // 300))) + less, X.bfloat16())
+        value = torch.tensor(less // 300).bfloat16() + less
+        assert found.low <= float(value) <= found.high and found.whole
+
+
+def test_what_is_not_negative():
+    assert integer_range(lambda x: x.round().relu().clamp(max=7), X) == (0, 7)
+
+
 def test_numbers_are_no_nodes():
     t = Traced(lambda x: x, X)
-    reader = IntegerReader(t.values, t.dialects.movements, t.dialects.integers)
+    reader = IntegerReader(t.values, t.dialects.integers)
     assert reader.bounds(3) == Bounds()
 
 

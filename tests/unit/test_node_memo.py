@@ -20,10 +20,10 @@ def depth_of(nodes, counted=None):
     def find(node):
         if counted is not None:
             counted.append(node)
-        return 0 if node.op == "placeholder" else 1 + memo(node.args[0])
+        return 0 if node.op == "placeholder" else 1 + memo(node.args[0], find)
 
-    memo = NodeMemo(find)
-    return memo(nodes[-1])
+    memo = NodeMemo()
+    return memo(nodes[-1], find)
 
 
 def test_a_chain_longer_than_the_stack():
@@ -32,9 +32,14 @@ def test_a_chain_longer_than_the_stack():
 
 def test_what_is_known_is_not_found_again():
     asked = []
-    memo = NodeMemo(lambda n: asked.append(n) or len(asked))
+    memo = NodeMemo()
+
+    def find(n):
+        asked.append(n)
+        return len(asked)
+
     (x, y) = chain(1)
-    assert memo(x) == memo(x) == 1 and memo(y) == 2 and asked == [x, y]
+    assert memo(x, find) == memo(x, find) == 1 and memo(y, find) == 2 and asked == [x, y]
 
 
 def test_short_chains_are_answered_in_one_go():
@@ -47,13 +52,13 @@ def test_two_memos_that_ask_each_other():
     nodes = chain(400)
 
     def even(node):
-        return True if node.op == "placeholder" else odd(node.args[0])
+        return True if node.op == "placeholder" else odd(node.args[0], other)
 
     def other(node):
-        return False if node.op == "placeholder" else evens(node.args[0])
+        return False if node.op == "placeholder" else evens(node.args[0], even)
 
-    evens, odd = NodeMemo(even), NodeMemo(other)
-    assert evens(nodes[-1]) is True and evens(nodes[-2]) is False and odd(nodes[-2]) is True
+    evens, odd = NodeMemo(), NodeMemo()
+    assert evens(nodes[-1], even) is True and evens(nodes[-2], even) is False and odd(nodes[-2], other) is True
 
 
 def test_an_error_leaves_the_memo_usable():
@@ -65,10 +70,10 @@ def test_an_error_leaves_the_memo_usable():
             raise ValueError("unreadable")
         return node
 
-    memo = NodeMemo(find)
+    memo = NodeMemo()
     with pytest.raises(ValueError, match="unreadable"):
-        memo(y)
+        memo(y, find)
     failing[0] = False
-    assert memo(y) is y
+    assert memo(y, find) is y
     deep = chain(100)
     assert depth_of(deep) == 100 and x.op == "placeholder"

@@ -12,7 +12,6 @@ from quantpass.graph.schema import (
     arguments_of,
     bind,
     call_reader,
-    is_op,
     op_name,
     qualified_name,
 )
@@ -97,11 +96,3 @@ def test_names():
     assert op_name(call(aten.relu.default)) == "aten.relu"
     assert op_name(call(torch.ops.higher_order.out_dtype)) == "out_dtype"
     assert op_name(call(operator.getitem, 0)) == "getitem"
-
-
-def test_is_op():
-    node = call(aten.relu.default)
-    assert is_op(node, aten.neg.default, aten.relu.default)
-    assert not is_op(node, aten.neg.default)
-    assert not is_op(node.args[0], aten.relu.default)
-    assert not is_op(3, aten.relu.default)

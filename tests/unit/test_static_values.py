@@ -104,6 +104,16 @@ def test_a_part_of_several_views_is_a_view():
     assert StaticValues(graph, {w: W}).is_static(w)
 
 
+@pytest.mark.parametrize(
+    ("call", "shares"),
+    [((aten.dropout.default, 0, 0.5, False), True), ((aten._unsafe_view.default, 0, [4]), True),
+     ((aten.reshape.default, 0, [4]), True), ((aten.clone.default, 0), False)],
+)  # fmt: skip
+def test_what_may_be_its_input(call, shares):
+    values, (w, *_) = graph_of(call, (aten.neg_.default, 2))
+    assert (w in values.mutated) == shares
+
+
 def test_the_same_memory_under_another_name():
     graph = Graph()
     a, b, c = (graph.placeholder(n) for n in "abc")

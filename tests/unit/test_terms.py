@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantpass.graph.expr import Const, Ref
-from quantpass.patterns.movement import Movement
-from quantpass.patterns.terms import Term, term_of, wide
+from quantpass.graph.instructions import Move
+from quantpass.patterns.terms import Term, term_of
 from tests.unit.graphs import Traced, evaluate, node_of
 
 VALUE = (2, 3, 4)
@@ -85,7 +85,7 @@ def test_per_row_of_sizes_that_only_the_run_knows():
 def test_permuted(kind, shape, order, known):
     t, values = term(shape, known)
     after = tuple(VALUE[d] for d in order)
-    moved = t.moved(Movement("permute", None, order), VALUE, after)
+    moved = t.moved(Move("permute", None, order), VALUE, after)
     assert torch.equal(full(moved, values, after), full(t, values, VALUE).permute(order))
 
 
@@ -93,7 +93,7 @@ def test_permuted(kind, shape, order, known):
 @pytest.mark.parametrize("after", [(6, 4), (2, 1, 3, 4), (24,), (2, 12), (3, 2, 4), (8, 3), (2, 3, 2, 2)])
 def test_reshaped_or_refused(kind, shape, after):
     t, values = term(shape)
-    moved = t.moved(Movement("reshape", None), VALUE, after)
+    moved = t.moved(Move("reshape", None), VALUE, after)
     if moved is None:
         return
     assert torch.equal(full(moved, values, after), full(t, values, VALUE).reshape(after))
@@ -113,26 +113,26 @@ def test_reshaped_or_refused(kind, shape, after):
     ],
 )
 def test_what_follows_a_reshape(shape, after, follows):
-    assert (term(shape)[0].moved(Movement("reshape", None), VALUE, after) is not None) == follows
+    assert (term(shape)[0].moved(Move("reshape", None), VALUE, after) is not None) == follows
 
 
 def test_nothing_but_one_number_follows_into_or_out_of_no_dimensions():
     one = Term(Const(torch.ones(1)), (1,))
-    assert one.moved(Movement("reshape", None), (1,), ()).shape == ()
+    assert one.moved(Move("reshape", None), (1,), ()).shape == ()
     columns = Term(Const(torch.ones(3)), (3,))
-    assert columns.moved(Movement("reshape", None), (3,), ()) is None
+    assert columns.moved(Move("reshape", None), (3,), ()) is None
 
 
 def test_same_keeps_the_term():
     t, _ = term((2, 3, 1))
-    assert t.moved(Movement("same", None), VALUE, VALUE) is t
+    assert t.moved(Move("same", None), VALUE, VALUE) is t
 
 
 @pytest.mark.parametrize(("kind", "shape"), EVERY)
 def test_expanded(kind, shape):
     t, values = term(shape)
     after = (5, *VALUE)
-    moved = t.moved(Movement("expand", None), VALUE, after)
+    moved = t.moved(Move("expand", None), VALUE, after)
     assert torch.equal(full(moved, values, after), full(t, values, VALUE).expand(after))
 
 
@@ -201,12 +201,6 @@ def test_an_expand_that_adds_dimensions_is_taken_as_it_is():
     assert t.expr.node is node
 
 
-def test_wide_constants_only():
-    assert wide(Const(torch.ones(1))).tensor.dtype == torch.float64
-    ref = Ref(node_of(torch.ones(1)))
-    assert wide(ref) is ref
-
-
 @settings(max_examples=60)
 @given(st.data())
 def test_any_chain_of_views_is_followed_rightly_or_not_at_all(data):
@@ -220,15 +214,15 @@ def test_any_chain_of_views_is_followed_rightly_or_not_at_all(data):
         before = tuple(value.shape)
         if kind == "permute":
             order = tuple(data.draw(st.permutations(range(value.dim()))))
-            value, numbers, movement = value.permute(order), numbers.permute(order), Movement(kind, None, order)
+            value, numbers, movement = value.permute(order), numbers.permute(order), Move(kind, None, order)
         elif kind == "reshape":
             after = data.draw(st.sampled_from([(6, 4), (24,), (2, 3, 4), (4, 6), (1, 24), (2, 3, 2, 2), (6, 4, 1)]))
             if value.numel() != 24:
                 return
-            value, numbers, movement = value.reshape(after), numbers.reshape(after), Movement(kind, None)
+            value, numbers, movement = value.reshape(after), numbers.reshape(after), Move(kind, None)
         else:
             after = (data.draw(st.integers(1, 2)), *before)
-            value, numbers, movement = value.expand(after), numbers.expand(after), Movement(kind, None)
+            value, numbers, movement = value.expand(after), numbers.expand(after), Move(kind, None)
         t = t.moved(movement, before, tuple(value.shape))
         if t is None:
             return

@@ -1,9 +1,10 @@
-"""Data movement: what each operator does to the dimensions of its input, compared with what it does to numbers."""
+"""What each operator does to the elements of its input, compared with what it does to numbers."""
 
 import pytest
 import torch
 
-from quantpass.patterns.movement import Movement, movement_of
+from quantpass.graph.decode import decode
+from quantpass.graph.instructions import Add, Cast, Clamp, Move, Multiply, Part, Round, ways
 from tests.unit.graphs import Traced
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ def traced_one(function, *inputs, **options):
     x.meta["val"] = inputs[0]
     node = function(_Maker(graph, x))
     node.meta["val"] = function(inputs[0])
-    return movement_of(Traced(lambda a: a, inputs[0]).dialects.movements, node), node.meta["val"], x
+    return decode(node), node.meta["val"], x
 
 
 class _Maker:
@@ -92,12 +93,17 @@ def test_reshapes_keep_the_order(name):
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_are_the_same(name):
     movement, _, source = traced_one(COPIES[name], torch.ones(2, 3))
-    assert movement == Movement("same", source)
+    assert movement == Move("same", source)
+
+
+def test_nothing_to_permute():
+    movement, _, source = traced_one(lambda x: aten.transpose(x, 0, -1), torch.tensor(3.0))
+    assert movement == Move("permute", source)
 
 
 def test_expand():
     movement, _, source = traced_one(lambda x: aten.expand(x, [2, 3]), torch.ones(1, 3))
-    assert movement == Movement("expand", source)
+    assert movement == Move("expand", source, sizes=(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -105,16 +111,93 @@ def test_expand():
 )
 def test_dropout_only_where_it_drops_nothing(p, train, moves):
     movement, _, source = traced_one(lambda x: aten.dropout(x, p, train), torch.ones(2, 3))
-    assert movement == (Movement("same", source) if moves else None)
+    assert movement == (Move("same", source) if moves else None)
 
 
 def test_arithmetic_moves_nothing():
     t = Traced(lambda x: x + 1, torch.ones(2))
-    assert movement_of(t.dialects.movements, t.result) is None
-    assert movement_of(t.dialects.movements, t.inputs[0]) is None
+    assert not isinstance(decode(t.result), Move) and decode(t.inputs[0]) is None
 
 
 def test_a_view_of_a_number_is_no_movement_of_a_node():
     graph = torch.fx.Graph()
     node = graph.call_function(aten.clone.default, (3.0,))
-    assert movement_of(Traced(lambda a: a, torch.ones(1)).dialects.movements, node) is None
+    assert decode(node) is None
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def applied(instruction, values):
+    """What an instruction says that its operator computes."""
+    number = [values.get(a, a) for a in vars_of(instruction)]
+    match instruction:
+        case Multiply(inverted=inverted):
+            return number[0] / number[1] if inverted else number[0] * number[1]
+        case Add(multiple=multiple):
+            return number[0] + multiple * number[1]
+        case Clamp():
+            return torch.clamp(*number[:3])
+        case Cast(dtype=dtype):
+            return number[0].to(dtype)
+
+
+def vars_of(instruction):
+    return [getattr(instruction, name) for name in instruction.__slots__]
+
+
+@pytest.mark.parametrize(
+    ("function", "number_of_ways"),
+    [
+        (lambda a, b: a * b, 2),
+        (lambda a, b: a / b, 1),
+        (lambda a, b: a + b, 2),
+        (lambda a, b: a - b, 1),
+        (lambda a, b: torch.add(a, b, alpha=3), 1),
+        (lambda a, b: torch.sub(a, b, alpha=-1), 2),
+        (lambda a, b: torch.maximum(a, b), 2),
+        (lambda a, b: torch.minimum(a, b), 2),
+        (lambda a, b: torch.clamp(a, b), 1),
+        (lambda a, b: torch.clamp(a, max=b), 1),
+        (lambda a, b: aten.clamp_min.Tensor(a, b), 1),
+        (lambda a, b: a.to(torch.int32), 1),
+        (lambda a, b: a.relu(), 1),
+    ],
+)
+def test_every_way_to_read_an_operator_computes_the_same(function, number_of_ways):
+    a, b = torch.randn(2, 3) * 3, torch.randn(2, 3) * 3
+    t = Traced(function, a, b)
+    found = ways(decode(t.result))
+    assert len(found) == number_of_ways
+    for way in found:
+        assert torch.equal(applied(way, t.run(a, b)), function(a, b))
+
+
+def test_arguments_that_are_not_understood():
+    t = Traced(lambda a, b: torch.add(a, b, alpha=3), torch.ones(2), torch.ones(2))
+    t.result.kwargs = {"alpha": t.inputs[0]}
+    assert decode(t.result) is None
+    t = Traced(lambda a: a.half(), torch.ones(2))
+    assert decode(t.result) == Cast(t.inputs[0], torch.half)
+    t.result.kwargs = {**t.result.kwargs, "layout": torch.sparse_coo}
+    assert decode(t.result) is None
+
+
+@pytest.mark.parametrize(("function", "nearest"), [(torch.round, True), (torch.floor, False), (torch.trunc, False)])
+def test_roundings(function, nearest):
+    t = Traced(function, torch.ones(2))
+    assert decode(t.result) == Round(t.inputs[0], nearest)
+
+
+def test_parts():
+    t = Traced(lambda a: a[1], torch.ones(2, 3))
+    assert decode(t.result) == Part(t.inputs[0])
+
+
+def test_each_node_is_decoded_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr("quantpass.graph.decode.decode", lambda n: asked.append(n))
+    t = Traced(lambda a: a + 1, torch.ones(2))
+    t.values.decode(t.result)
+    t.values.decode(t.result)
+    assert asked == [t.result]
