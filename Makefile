@@ -61,6 +61,7 @@ format: $(VENV)/lint.stamp ## let ruff format and fix
 
 docs: $(VENV)/test.stamp coverage ## make the generated pages
 	$(VENV)/bin/quantpass chips --markdown > docs/chips.md
+	$(VENV)/bin/quantpass reasons --markdown > docs/reasons.md
 
 coverage: $(VENV)/test.stamp ## what is read of each tool: run the tools, write docs/coverage.md
 	$(RUN) -m tests.coverage.table

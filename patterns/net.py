@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
+from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction
@@ -55,7 +56,7 @@ class Net:
             if static and is_weight(self._reader, node):
                 found = f"the graph dequantizes a weight {list(fake.shape)} and returns it ({node.name})"
                 want = "the dequantization in one graph with the matmul"
-                yield node, Reject("read.weight.returned", found, want, _BREAK_HINT)
+                yield node, refuse("read.weight.returned", found, want=want, hint=_BREAK_HINT)
 
     def behind(self, c: Contraction) -> NotAffine | None:
         """The weight behind an operand of ``c`` that could not be read as one, and what stands between."""

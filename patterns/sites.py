@@ -10,6 +10,7 @@ from functools import partial
 from torch.fx import Graph, Node
 
 from quantpass.basics.boundary import guarded
+from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.basics.symbolic import is_one, same_shape
 from quantpass.graph import expr as ex
@@ -139,11 +140,11 @@ def _unread_site(net: Net, node: Node, found: NoContraction) -> Reading | None:
     operand = None if found.certain else net.quantized_operand(found)
     if operand is None and not found.certain:
         return None
-    reject = Reject(found.rule, found.reason, "a matmul of two matrices that can be read", found.hint)
+    reject = refuse(found.rule, found.reason, hint=found.hint)
     if isinstance(operand, Found):
         behind = operand.reason()
         if behind.rule == EXPERTS:
-            reject = Reject(EXPERTS, f"{found.reason}; {behind.reason}", "one matrix for all rows", behind.hint)
+            reject = refuse(EXPERTS, f"{found.reason}; {behind.reason}", hint=behind.hint)
     return unreadable(node, reject)
 
 
@@ -175,28 +176,28 @@ def _is_quantized(read: Affine | Weight | NotAffine) -> bool:
 
 def _reading_rejects(reader: AffineReader, c: Contraction, weight: Weight | NotAffine) -> Iterator[Reject]:
     if c.node in reader.values.mutated:
-        yield Reject(
+        yield refuse(
             "read.mutated",
             "the graph writes to the result in place",
-            "a result that is not written to",
-            "make the graph functional first: run_decompositions({}) on an exported program",
+            want="a result that is not written to",
+            hint="make the graph functional first: run_decompositions({}) on an exported program",
         )
     if not isinstance(weight, NotAffine):
         if len(ex.shape_of(weight.codes)) == 2 and not _covers_batches(c):
-            yield Reject(
+            yield refuse(
                 "read.matmul",
                 f"the right operand of {c.form} ({c.rhs.name}) is one matrix for more batches than the left one has",
-                "a left operand with all rows of the result",
-                "multiply once and expand the result",
+                want="a left operand with all rows of the result",
+                hint="multiply once and expand the result",
             )
         return
     static = reader.values.is_static(c.rhs)
     what = f"the right operand of {c.form} ({c.rhs.name}): {weight.reason}"
     if not weight.quantized:
         hint = "quantize the weight as well" if static or c.rhs.op == "placeholder" else ""
-        yield Reject("read.weight.float", what, "a weight read as scale * (codes - zero_point)", hint)
+        yield refuse("read.weight.float", what, hint=hint)
         return
-    yield Reject(weight.rule, what, "a weight read as scale * (codes - zero_point)", weight.hint)
+    yield refuse(weight.rule, what, hint=weight.hint)
 
 
 def _covers_batches(c: Contraction) -> bool:

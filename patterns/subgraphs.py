@@ -10,6 +10,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
+from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.graph.schema import op_name
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
@@ -72,12 +73,7 @@ class Body:
 
     def reject(self) -> Reject:
         """Why a matmul of the body that could be fused elsewhere is not."""
-        return Reject(
-            "read.subgraph",
-            f"it lies in {self.name}, a graph that {self.operator} calls",
-            "a matmul of the graph itself",
-            self._hint(),
-        )
+        return refuse("read.subgraph", f"it lies in {self.name}, a graph that {self.operator} calls", hint=self._hint())
 
     def _hint(self) -> str:
         return _HINTS.get(self.operator, f"write it without {self.operator}")

@@ -5,6 +5,7 @@ A site is rewritten whole or not at all: if anything fails on the way, every nod
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from quantpass.basics.symbolic import is_one, same_size
 from quantpass.graph.constants import ModuleConstants
 from quantpass.graph.dump import describe_node
 from quantpass.graph.expr import Call, Const, Expr, Recentred, Ref, Size
@@ -65,6 +67,16 @@ def _is_contiguous(target: Any, shape: tuple[Any, ...], inputs: Sequence[torch.T
     return not moves and all(isinstance(s, int) for s in shape) and all(known_contiguous(i) for i in inputs)
 
 
+def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True where the strides agree wherever they matter; unknown sizes are taken to be greater than one."""
+    return all(is_one(s) or same_size(x, y) for s, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def _order_in_memory(t: torch.Tensor) -> tuple[int, ...] | None:
+    """The order of dimensions in which a tensor is contiguous; None where there is none."""
+    return next((p for p in itertools.permutations(range(t.dim())) if known_contiguous(t.permute(p))), None)
+
+
 class Rewriter:
     """Carries out plans on one graph module.
 
@@ -111,7 +123,7 @@ class Rewriter:
         try:
             # Constants are made of real tensors, also while a compiler's fake mode is on.
             with real_tensors():
-                value = self._node(plan.value)
+                value = self._in_layout_of(plan.output, self._node(plan.value))
                 if plan.int8_codes is not None:
                     self._int8_twins[plan.output] = self._node(plan.int8_codes)
             self._check(plan.output, value)
@@ -152,6 +164,21 @@ class Rewriter:
         self._graph.lint()
         self._gm.recompile()
         return len(pairs)
+
+    def _in_layout_of(self, old: Node, new: Node) -> Node:
+        """``new`` with the strides of ``old``: views behind it were traced for these, and callers expect them."""
+        want, have = old.meta["val"], new.meta["val"]
+        if want.dim() != have.dim() or _same_strides(want, have):
+            return new
+        order = _order_in_memory(want)
+        if order is None:
+            raise RewriteError(f"{old.name} has strides {want.stride()}, which no order of its dimensions gives")
+        if order == tuple(range(have.dim())):
+            return self._call(aten.clone.default, (new,), {"memory_format": torch.contiguous_format})
+        turned = self._call(aten.permute.default, (new, list(order)), {})
+        dense = self._call(aten.clone.default, (turned,), {"memory_format": torch.contiguous_format})
+        back = sorted(range(len(order)), key=lambda d: order[d])
+        return self._call(aten.permute.default, (dense, back), {})
 
     # -- expressions to nodes --------------------------------------------------------------------------------------
 

@@ -151,3 +151,48 @@ def test_codes_that_another_site_gives_are_not_made_again():
     scheme = next(s for s in here.schemes() if (s.tool, s.name) == ("PT2E", "x86 quantizer, static"))
     (captured,) = capture(*scheme.build())
     qp.fuse(copied(captured.graph), target="cpu").require()
+
+
+class Swapped(nn.Module):
+    """The weight on the left: the fused operator computes the transposed product."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.behind = behind
+        self.register_buffer("codes", torch.randint(-127, 128, (N, K), dtype=torch.int8))
+
+    def forward(self, x):
+        return self.behind(torch.matmul(self.codes.float() * 0.01, x))
+
+
+BEHIND = {
+    "nothing": lambda y: y,
+    "view": lambda y: y.view(y.shape[0] * N, y.shape[2]),
+    "a sum, then view": lambda y: (y + 1).view(-1, y.shape[2]),
+    "as_strided": lambda y: y.as_strided((y.shape[0], N), (N * y.shape[2], y.shape[2])),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("behind", BEHIND)
+def test_a_fused_value_has_the_strides_of_what_it_replaces(behind, dynamic):
+    model, x = Swapped(BEHIND[behind]), torch.randn(3, K, 5)
+    backend = qp.backend(target="cpu")
+    torch._dynamo.reset()
+    actual, expected = torch.compile(model, backend=backend, dynamic=dynamic)(x), model(x)
+    assert backend.report.fused == 1
+    assert actual.stride() == expected.stride()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_1x1_convolution_keeps_its_memory_format(memory_format):
+    codes = torch.randint(-127, 128, (8, 4, 1, 1), dtype=torch.int8)
+    gm = make_fx(lambda x: F.conv2d(x, codes.float() * 0.01), tracing_mode="fake", _allow_non_fake_inputs=True)(
+        torch.randn(2, 4, 6, 6).to(memory_format=memory_format)
+    )
+    x = torch.randn(2, 4, 6, 6).to(memory_format=memory_format)
+    expected = gm(x)
+    assert qp.fuse(gm, target="cpu").fused == 1
+    assert gm(x).stride() == expected.stride()
+    assert_values_are_true(gm)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
+from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 
 logger = logging.getLogger("quantpass")
@@ -42,10 +43,7 @@ def must_raise() -> bool:
 def failed(rule: str, what: str, error: BaseException) -> Reject:
     """An unexpected exception as a reason."""
     first = str(error).strip().splitlines()
-    return Reject(
+    return refuse(
         rule,
         f"{what} failed: {type(error).__name__}{': ' + first[0] if first else ''}",
-        "a site that is read, planned and rewritten without an exception",
-        "this is a fault of quantpass: please report it with the traceback in the log (logger 'quantpass'); "
-        f"{RAISE}=1 raises it",
     )

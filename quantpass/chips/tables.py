@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tabulate import tabulate
 
+from quantpass.basics.reasons import PLANNING, READING, REWRITING, Reason
 from quantpass.chips import CHIPS
 from quantpass.chips.dtype_table import DtypeTable, Row
 from quantpass.chips.requirements import Dtype, name_of
@@ -60,6 +61,27 @@ def _rule_row(rule: Rule) -> list[str]:
         applies.append(f"{rule.modes[0]} mode")
     evidence = rule.evidence + (", contradicted" if rule.contradicted else "")
     return [rule.id, " and ".join(applies) or "always", rule.need.want, evidence, rule.source]
+
+
+def reason_table(reasons: Iterable[Reason], style: str = "simple") -> str:
+    """Reasons as a table: id, when, what is wanted, what to do, why it is so."""
+    rows = [[r.rule, r.means, r.want, r.hint, r.source] for r in reasons]
+    return tabulate(
+        rows, headers=["reason", "when", "wanted", "what to do", "source"], tablefmt=style, disable_numparse=True
+    )
+
+
+def reasons_markdown() -> str:
+    """The page ``docs/reasons.md``."""
+    parts = [
+        "# Why a site is not fused",
+        "",
+        "Made by `make docs` from `quantpass/basics/reasons.py`; a test keeps it so. A report names these ids, or a rule",
+        "of the chip ([chips.md](chips.md)), and adds what was found.",
+    ]
+    for title, reasons in (("Reading", READING), ("Planning", PLANNING), ("Rewriting", REWRITING)):
+        parts += ["", f"## {title}", "", reason_table(reasons, "github")]
+    return "\n".join(parts) + "\n"
 
 
 def markdown() -> str:

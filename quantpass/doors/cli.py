@@ -1,4 +1,4 @@
-"""The command line: ``quantpass explain``, ``preview``, ``check-op``, ``chips``.
+"""The command line: ``quantpass explain``, ``preview``, ``check-op``, ``chips``, ``reasons``.
 
 What needs PyTorch is imported by the commands that use it: the others answer at once, also where it is not installed.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quantpass.basics.reasons import REASONS
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.basics.torch_types import dtype_name
 from quantpass.chips import checking, chip_named, tables
@@ -201,6 +202,25 @@ def chips(target: str | None, markdown: bool) -> None:
         raise click.ClickException(str(error)) from error
     for title, table in tables.chip_tables(chip):
         click.echo(f"{title}\n\n{table}\n")
+
+
+@main.command()
+@click.argument("reason", required=False)
+@click.option("--markdown", is_flag=True, help="All of them, as the documentation's page.")
+def reasons(reason: str | None, markdown: bool) -> None:
+    """Say what an id in a report means: all of them, or those that begin with REASON."""
+    if markdown:
+        click.echo(tables.reasons_markdown(), nl=False)
+        return
+    found = [r for r in REASONS.values() if r.rule.startswith(reason or "")]
+    if not found:
+        raise click.ClickException(
+            f"no reason begins with {reason!r}. quantpass reasons lists them; rules of chips: quantpass chips TARGET."
+        )
+    for r in found:
+        click.echo(f"{r.rule}\n  when:   {r.means}\n  wanted: {r.want}")
+        click.echo(f"  hint:   {r.hint}" if r.hint else "  hint:   the report's own line says what to do")
+        click.echo(f"  source: {r.source}")
 
 
 _TENSOR = re.compile(r"(?P<dtype>\w+)\[(?P<sizes>[\d,\s]*)\](?P<marks>(:NZ|:ND|:T)*)$")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
+from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.graph.expr import Const, Expr, Ref, leaves_of
 from quantpass.graph.records import Plan
@@ -50,11 +51,8 @@ def stream_reject(plan: Plan, labels: dict[Node, str]) -> Reject | None:
         todo.extend(more)
     if not found:
         return None
-    return Reject(
-        "torchair.streams",
-        f"the site or one of its inputs runs on the stream {', '.join(map(repr, sorted(found)))}",
-        "a site that runs on the default stream throughout",
-        "move the matmul and what quantizes its input out of npu_stream_switch",
+    return refuse(
+        "torchair.streams", f"the site or one of its inputs runs on the stream {', '.join(map(repr, sorted(found)))}"
     )
 
 

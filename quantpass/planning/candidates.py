@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips.calls import OpCall
@@ -90,21 +91,18 @@ def weight_layouts(weight: Weight, chip: Chip, op: str, options: Options, *, int
 
 def no_layout(family: str, chip: Chip) -> Reject:
     """Why a weight can't be laid out at all; ``family`` is the first part of the rule's name."""
-    return Reject(
+    return refuse(
         f"{family}.weight.runtime",
         "the right operand is computed when the graph runs",
-        f"a weight that is known when compiling: {chip.title} takes it in FRACTAL_NZ",
-        "use a door that sees the weights (qp.backend, qp.npu_backend); for attention products choose another chip",
+        want=f"a weight that is known when compiling: {chip.title} takes it in FRACTAL_NZ",
     )
 
 
 def saturated(family: str, chip: Chip) -> Reject:
     """Why a bias that may be infinite stays outside; ``family`` is the first part of the rule's name."""
-    return Reject(
+    return refuse(
         f"{family}.bias.saturates",
         f"the bias is, or may be when the graph runs, infinite, and {chip.title} limits float16 results to 65504",
-        "a finite bias that is known when compiling",
-        "a mask of -inf is added behind the matmul; use a door that sees the weights (qp.backend, qp.npu_backend)",
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
+from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.chips.calls import QMM
 from quantpass.chips.legality import judge
@@ -118,39 +119,20 @@ def _family(candidate: Candidate) -> str:
 
 
 def _activation_reject(read: NotAffine) -> Reject:
-    return Reject(
-        "read.activation",
-        f"the activation: {read.reason}",
-        "an activation read as scale * (codes - zero_point)",
-        read.hint,
-    )
+    return refuse("read.activation", f"the activation: {read.reason}", hint=read.hint)
 
 
 def _written(node: Node) -> Reject:
-    return Reject(
-        "read.mutated",
-        f"the graph writes to {node.name} in place before it uses the matmul's result",
-        "operands that keep their value: the fused operator runs where its operands are ready",
-        "use the functional form (torch.export, torch.compile) or move the write behind the matmul",
-    )
+    return refuse("read.mutated", f"the graph writes to {node.name} in place before it uses the matmul's result")
 
 
 def _unbounded() -> Reject:
-    return Reject(
-        "plan.bound",
-        "how far the fused result may be off rests on a value that only the run knows",
-        "parameters that are known when compiling",
-        "use a door that sees the weights (qp.backend, qp.npu_backend)",
-    )
+    return refuse("plan.bound", "how far the fused result may be off rests on a value that only the run knows")
 
 
 def _nothing_fits(reading: Reading) -> Reject:
     assert reading.x is not None
-    return Reject(
-        "plan.none",
-        f"no fused operator takes a {ex.dtype_of(reading.x)} activation here",
-        "a floating or int8 activation",
-    )
+    return refuse("plan.none", f"no fused operator takes a {ex.dtype_of(reading.x)} activation here")
 
 
 def _as_plan(
@@ -227,12 +209,7 @@ def _splits_alpha(candidate: Candidate, reading: Reading) -> bool:
 
 
 def _split() -> Reject:
-    return Reject(
-        "read.matmul.alpha",
-        "the matmul operator scales its product, and the scale can't be folded",
-        "a scale that can be folded: without it the product is rounded to float16, where it may overflow",
-        "use a door that sees the weights (qp.backend, qp.npu_backend), or run the model in bfloat16",
-    )
+    return refuse("read.matmul.alpha", "the matmul operator scales its product, and the scale can't be folded")
 
 
 def _with_leftover_roundings(candidate: Candidate, reading: Reading) -> Numerics:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.basics.symbolic import broadcast_shape
 from quantpass.chips.calls import QMM, OpCall
@@ -32,7 +33,7 @@ from quantpass.planning.candidates import (
     weight_layouts,
 )
 from quantpass.planning.composition import Composition
-from quantpass.planning.guards import INT32_MAX, SMALLEST_NORMAL, all_finite, relative_change
+from quantpass.planning.guards import SMALLEST_NORMAL, all_finite, relative_change
 from quantpass.planning.options import Options
 from quantpass.planning.quant_product import (
     Product,
@@ -156,35 +157,25 @@ def _int8_output(
     q = p.composition.requantize
     assert q is not None
     if p.rows is not None:
-        yield Reject(
-            "qmm.requantize.pertoken",
-            "the result is quantized and x has a scale for each row",
-            "an int8 result without pertoken_scale",
-        )
+        yield refuse("qmm.requantize.pertoken", "the result is quantized and x has a scale for each row")
         return
     shift = 128 if q.low >= 0 else 0
     low, high, zero = q.low - shift, q.high - shift, q.zero_point - shift
     if (low, high) != (-128, 127):
-        yield Reject(
-            "qmm.requantize.range",
-            f"the result is quantized to [{q.low:g}, {q.high:g}]",
-            "[-128, 127] or [0, 255]: the operator saturates there and nowhere else",
-            "use the full range for this activation",
-        )
+        yield refuse("qmm.requantize.range", f"the result is quantized to [{q.low:g}, {q.high:g}]")
         return
     if not low <= zero <= high:
-        yield Reject(
+        yield refuse(
             "qmm.requantize.zero_point",
             f"the result is quantized with zero point {q.zero_point:g}, outside of its range",
-            f"a zero point in [{q.low:g}, {q.high:g}]: the operator clips to 9 bits before it adds the zero point",
-            "check the calibration of this activation",
+            want=f"a zero point in [{q.low:g}, {q.high:g}]: the operator clips to 9 bits before it adds the zero point",
         )
         return
     if p.composition.relu and zero != low:
-        yield Reject(
+        yield refuse(
             "qmm.requantize.relu",
             f"a ReLU stands before a quantize with zero point {q.zero_point:g}",
-            f"zero point {q.low:g}, where the lower bound is the ReLU",
+            want=f"zero point {q.low:g}, where the lower bound is the ReLU",
         )
         return
     problem = _word_problem(p) or _bias_problem(p, reading)
@@ -218,11 +209,7 @@ def _scale_problem(p: Product) -> Reject | None:
 
 def _scale_reject(columns: Const) -> Reject:
     scale = columns.tensor.abs()
-    return Reject(
-        "qmm.scale.value",
-        f"a scale of {float(scale.min()):g} to {float(scale.max()):g}",
-        "finite scales in the normal range of float32",
-    )
+    return refuse("qmm.scale.value", f"a scale of {float(scale.min()):g} to {float(scale.max()):g}")
 
 
 def _addend_problem(p: Product, chip: Chip) -> Reject | None:
@@ -234,7 +221,7 @@ def _addend_problem(p: Product, chip: Chip) -> Reject | None:
     if isinstance(p.addend, Const):
         narrow = p.addend.tensor.to(torch.float32)
         if not bool((torch.isfinite(narrow) == torch.isfinite(p.addend.tensor)).all()):
-            return Reject("qmm.bias.range", "the bias does not fit float32", "a bias that float32 holds")
+            return refuse("qmm.bias.range", "the bias does not fit float32", want="a bias that float32 holds")
     return None
 
 
@@ -242,14 +229,7 @@ def _bias_problem(p: Product, reading: Reading) -> Reject | None:
     """A bias that does not fit the int32 accumulator beside the product."""
     if p.addend is not None and not ex.known(p.addend, p.columns):
         what = "bias" if ex.known(p.columns) else "scale that the bias is divided by"
-        return Reject(
-            "qmm.bias.runtime",
-            f"the {what} is known only at run time",
-            f"constants: round(bias / scale) and the product have to stay within {INT32_MAX}, and a bias of -inf is "
-            "no integer",
-            "use a door that sees the weights (qp.backend, qp.npu_backend); a mask is added behind the matmul, or in "
-            "bfloat16, where the operator takes a floating bias",
-        )
+        return refuse("qmm.bias.runtime", f"the {what} is known only at run time")
     return accumulator_problem(p, _units(p), reading.ranges) if p.addend is not None else None
 
 

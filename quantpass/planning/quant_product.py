@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
+from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.basics.symbolic import same_shape
 from quantpass.graph import expr as ex
@@ -52,59 +53,28 @@ class Product:
 def refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
     """What the operator has no term for, whatever the chip."""
     if weight.zero_point is not None:
-        yield Reject(
-            "qmm.weight.zero_point",
-            "the weight has a zero point",
-            "a symmetric weight: the operator has no term for the row sums of x",
-            "quantize the weight symmetrically",
-        )
+        yield refuse("qmm.weight.zero_point", "the weight has a zero point")
     if weight.group_size:
-        yield Reject(
-            "qmm.weight.group",
-            f"the weight has a scale for each group of {weight.group_size} rows of K",
-            "one scale for each column of N",
-            "quantize the weight per channel",
-        )
+        yield refuse("qmm.weight.group", f"the weight has a scale for each group of {weight.group_size} rows of K")
     if weight.k_scale is not None:
-        yield Reject(
-            "qmm.weight.k_scale",
-            "the weight's scale varies along K",
-            "one scale for each column of N",
-            "move the scale along K onto the activation before quantizing it (as SmoothQuant does)",
-        )
+        yield refuse("qmm.weight.k_scale", "the weight's scale varies along K")
     for factor in activation.factors:
         if factor.kind not in ("scalar", "rows"):
-            yield Reject(
-                "qmm.activation.scale",
-                f"the activation's scale varies along K ({factor.kind})",
-                "one scale, or one for each row",
-                "move the scale into the weight before quantizing it",
-            )
+            yield refuse("qmm.activation.scale", f"the activation's scale varies along K ({factor.kind})")
     batched = len(ex.shape_of(weight.codes)) > 2
     if batched and any(f.kind == "rows" for f in activation.factors):
-        yield Reject(
-            "qmm.batched.rows",
-            "both operands are computed at run time and the left one has a scale for each row",
-            "one scale for the whole tensor",
-            "quantize both operands of an attention matmul per tensor",
+        yield refuse(
+            "qmm.batched.rows", "both operands are computed at run time and the left one has a scale for each row"
         )
     zero = activation.zero_point
     if zero is None:
         return
     if zero.kind != "scalar" or batched:
         per = "stands beside a right operand of several matrices" if batched else "is different for each row"
-        yield Reject(
-            "qmm.activation.zero_point",
-            f"the activation's zero point {per}",
-            "one zero point for the whole tensor: the operator has no rank-1 term",
-            "quantize activations symmetrically",
-        )
+        yield refuse("qmm.activation.zero_point", f"the activation's zero point {per}")
     elif zero.constant is None and ex.dtype_of(zero.expr).is_floating_point:
-        yield Reject(
-            "qmm.activation.zero_point.dtype",
-            "the activation's zero point is known only at run time and is a float",
-            "an integer: it goes into the int32 bias",
-            "quantize activations symmetrically, or keep their zero point in an integer tensor",
+        yield refuse(
+            "qmm.activation.zero_point.dtype", "the activation's zero point is known only at run time and is a float"
         )
 
 
@@ -142,11 +112,9 @@ def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | 
         if rows:
             return None
         if not isinstance(acc_addend, Const) or not isinstance(columns, Const):
-            return Reject(
+            return refuse(
                 "qmm.activation.zero_point.fraction",
                 "the activation's zero point is no integer, and a scale or the weight is known only at run time",
-                "an integer zero point, or constants: what a float32 sum with the rest of it may lose has to be known",
-                "round the zero point when calibrating",
             )
         whole = Const(acc_addend.tensor.round())
         rest = Const((acc_addend.tensor - whole.tensor) * columns.tensor)
@@ -177,17 +145,16 @@ def accumulator_problem(p: Product, addend: Expr | None, ranges: Mapping[Node, t
     if largest + p.reach <= INT32_MAX:
         return None
     if isinstance(addend, Const):
-        return Reject(
+        return refuse(
             "qmm.bias.range",
             f"the bias is up to {largest:.3g} in units of the scale",
-            f"a sum with the product of at most {INT32_MAX}",
-            "the scale is very small beside the bias, or a zero point is very large: check the calibration",
+            want=f"a sum with the product of at most {INT32_MAX}",
         )
-    return Reject(
+    return refuse(
         "qmm.bias.runtime",
         "what is added to the accumulator is known only at run time, and nothing in the graph bounds it",
-        f"a sum with the product of at most {INT32_MAX}, whatever the run brings",
-        "clamp the zero point to the codes' range, keep it in an int8 or uint8 tensor, or quantize symmetrically",
+        want=f"a sum with the product of at most {INT32_MAX}, whatever the run brings",
+        hint="clamp the zero point to the codes' range, keep it in an int8 or uint8 tensor, or quantize symmetrically",
     )
 
 

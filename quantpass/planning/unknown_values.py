@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
-from quantpass.basics.reject import Reject
+from quantpass.basics.reasons import refuse
 from quantpass.basics.symbolic import statically_true
 from quantpass.graph.torch_internals import no_data_reason
 from quantpass.patterns.sites import Reading
@@ -20,11 +20,7 @@ from quantpass.planning.choose import Planned
 
 NOT_READ = "values not read"
 
-UNREAD = Reject(
-    "read.weight.unread",
-    "the weight is computed from integers that hold no data",
-    "a weight whose spelling can be read, or whose values are there",
-)
+UNREAD = refuse("read.weight.unread", "the weight is computed from integers that hold no data")
 """The verdict on a matmul whose weight could be anything."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.chips.calls import WQMM, OpCall
 from quantpass.chips.legality import HALF_OPT_IN
@@ -52,19 +53,10 @@ def weight_quant_candidates(
     if not ex.dtype_of(x).is_floating_point:
         return
     if ex.dtype_of(x) not in _WEIGHT_ROUNDING:
-        yield Reject(
-            "wqmm.x.dtype",
-            f"the activation is {ex.dtype_of(x)}",
-            "float16, bfloat16 or float32",
-            "run the model in float16 or bfloat16",
-        )
+        yield refuse("wqmm.x.dtype", f"the activation is {ex.dtype_of(x)}")
         return
     if len(ex.shape_of(weight.codes)) > 2:
-        yield Reject(
-            "wqmm.weight.rank",
-            f"a weight of rank {len(ex.shape_of(weight.codes))}",
-            "a matrix: npu_weight_quant_batchmatmul takes no batches of weights",
-        )
+        yield refuse("wqmm.weight.batched", f"a weight of rank {len(ex.shape_of(weight.codes))}")
         return
     narrow = _as_int4(weight)
     weight = weight if narrow is None else narrow
@@ -82,12 +74,7 @@ def weight_quant_candidates(
             if fits and composition.dtype == ex.dtype_of(x):
                 yield from _candidates(reading, weight, layouts, composition, dtype, chip, options)
     if dtypes == [torch.float32] and chip.rules:
-        yield Reject(
-            HALF_OPT_IN,
-            "the activation is float32",
-            "float16 or bfloat16",
-            f"run the model in float16 or bfloat16, or name {HALF_OPT_IN!r} in allow to compute these sites in float16",
-        )
+        yield refuse(HALF_OPT_IN, "the activation is float32")
 
 
 def _candidates(
@@ -119,11 +106,10 @@ def _candidates(
         yield problem
         return
     if not x_error <= _WORST_PARAMETER:
-        yield Reject(
+        yield refuse(
             "wqmm.k_scale.value",
             f"the weight's scale along K, on x, would change by a factor of up to {x_error:.2g} in {dtype}",
-            f"at most {_WORST_PARAMETER:.2g}",
-            "its smallest scales are below the normal range of the dtype: run the model in bfloat16",
+            want=f"at most {_WORST_PARAMETER:.2g}",
         )
         return
     bias, bias_error = _bias(c, dtype, weight.n, notes)
@@ -256,12 +242,7 @@ def _unseen(weight: Weight, c: Composition, dtype: torch.dtype, reading: Reading
         why = f"the weight's zero point, in {held_dtype(weight.zero_point)}, and {dtype} may not hold it"
     if not why:
         return None
-    return Reject(
-        "wqmm.scale.runtime",
-        f"known only at run time: {why}",
-        "parameters that are known when compiling, or in the dtype of the activation",
-        "use a door that sees the weights (qp.backend, qp.npu_backend)",
-    )
+    return refuse("wqmm.scale.runtime", f"known only at run time: {why}")
 
 
 def _zero_point_survives(zero: Expr, dtype: torch.dtype) -> bool:
@@ -279,11 +260,10 @@ def _zero_point_survives(zero: Expr, dtype: torch.dtype) -> bool:
 def _parameter_problem(error: float, dtype: torch.dtype) -> Reject | None:
     if error <= _WORST_PARAMETER:
         return None
-    return Reject(
+    return refuse(
         "wqmm.scale.value",
         f"rounding the weight's scale to {dtype} would change it by a factor of up to {error:.2g}",
-        f"at most {_WORST_PARAMETER:.2g}",
-        "its smallest scales are below the normal range of the dtype: run the model in bfloat16",
+        want=f"at most {_WORST_PARAMETER:.2g}",
     )
 
 
@@ -298,11 +278,10 @@ def _product_problem(weight: Weight, scale: Expr, offset: Expr | None, dtype: to
     limit = torch.finfo(dtype).max
     if bool((largest <= limit).all()):
         return None
-    return Reject(
+    return refuse(
         "wqmm.scale.product",
         f"codes times scale reach {float(largest.max()):.3g} in the weight",
-        f"at most {limit:g}, the largest {dtype}",
-        "leave the large factor behind the matmul, or run the model in bfloat16",
+        want=f"at most {limit:g}, the largest {dtype}",
     )
 
 
@@ -364,21 +343,18 @@ def _bias_problem(c: Composition, x_dtype: torch.dtype, chip: Chip) -> Reject | 
         source = held_dtype(c.addend)
         if lossless(source, wanted) or (wanted == torch.float32 and not source.is_floating_point):
             return None  # float32 rounds an int64 as the graph's own sum does
-        return Reject(
+        return refuse(
             "wqmm.bias.runtime",
             f"the bias is known only at run time, in {source}",
-            f"{wanted}, which the operator takes: {source} holds values that it does not",
-            f"keep the bias in {wanted}, or run the model in bfloat16",
+            want=f"{wanted}, which the operator takes: {source} holds values that it does not",
+            hint=f"keep the bias in {wanted}, or run the model in bfloat16",
         )
     wide = c.addend.tensor.double()
     narrow = wide.to(wanted).double()
     if bool((torch.isfinite(wide) == torch.isfinite(narrow)).all()):
         return None
-    return Reject(
-        "wqmm.bias.value",
-        f"the bias does not fit {wanted}",
-        f"a bias of at most {torch.finfo(wanted).max:g}",
-        "leave the sum in float32, or run the model in bfloat16",
+    return refuse(
+        "wqmm.bias.value", f"the bias does not fit {wanted}", want=f"a bias of at most {torch.finfo(wanted).max:g}"
     )
 
 

@@ -56,7 +56,7 @@ def matmul(d, rank, n, dtype):
 
 def epilogue(d, n, dtype):
     """What follows: any of scales, biases, masks, ReLU, casts."""
-    kinds = ("bias", "bias", "mask", "scale", "vector", "cast", "alpha", "row", "relu", "divided")
+    kinds = ("bias", "bias", "mask", "scale", "vector", "cast", "alpha", "row", "relu", "divided", "views")
     steps = [_step(d, n, dtype, d.one_of(*kinds)) for _ in range(d.int(0, 4))]
 
     def apply(y):
@@ -68,6 +68,8 @@ def epilogue(d, n, dtype):
 
 
 def _step(d, n, dtype, kind):
+    if kind == "views":  # traced for the strides that the matmul's result has
+        return lambda y: y.flatten().view(y.shape)
     if kind == "bias":
         b = d.given(d.addend(n).to(d.one_of(dtype, dtype, torch.float32)))
         return lambda y: y + b()
