@@ -28,7 +28,7 @@ def register_converters(*, batch_matmul_v4: bool = False) -> None:
     """Make torchair convert the quantpass operators; harmless when called again.
 
     Args:
-        batch_matmul_v4: emit QuantBatchMatmulV4, which Ascend 950 takes, in place of QuantBatchMatmulV3.
+        batch_matmul_v4: emit QuantBatchMatmulV4, which some chips take, in place of QuantBatchMatmulV3.
 
     Raises:
         ImportError: torchair is not installed.

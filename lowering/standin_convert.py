@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from quantpass.chips import chip_of_device
 from quantpass.lowering.fx_parcel import TensorValue, unpack
 from quantpass.lowering.ge_graph import GeGraph, from_proto
 from quantpass.lowering.standin_process import Reply, Request
@@ -112,7 +113,7 @@ def serve(connection: Connection) -> None:
     while (request := connection.recv()) is not None:
         try:
             install(request.soc_name)
-            register_converters(batch_matmul_v4=request.soc_name.startswith("Ascend950"))
+            register_converters(batch_matmul_v4=chip_of_device(request.soc_name).batch_matmul_v4)
             reply = convert(request, torchair)
         except Exception as error:
             reply = Reply(error=f"{type(error).__name__}: {error}", details=traceback.format_exc())

@@ -11,18 +11,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-SOC_NAMES = {
-    "ascend310p": "Ascend310P3",
-    "ascend910b": "Ascend910B2",
-    "ascend910_93": "Ascend910_9392",
-    "ascend950": "Ascend950PR_9599",
-}
-"""What the driver calls one chip of each family."""
+from quantpass.chips import chip_named
+from quantpass.chips.ascend910b import ASCEND910B
 
 GraphListener = Callable[[Any, tuple[Any, ...]], Any]
 
 
-def install(soc_name: str = "Ascend910B2", on_graph: GraphListener | None = None) -> Any:
+def install(soc_name: str = ASCEND910B.typical_soc, on_graph: GraphListener | None = None) -> Any:
     """Import torch_npu and torchair without a device.
 
     Args:
@@ -72,9 +67,7 @@ def install(soc_name: str = "Ascend910B2", on_graph: GraphListener | None = None
 
 def install_for(target: str) -> Any:
     """:func:`install` for a chip or SoC name of the kind that ``target`` options take."""
-    from quantpass.chips import chip_named
-
-    return install(target if target.startswith("Ascend") else SOC_NAMES[chip_named(target).name])
+    return install(chip_named(target).soc_name(target))
 
 
 def _stop_finalizers(backend: Any) -> None:

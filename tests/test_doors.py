@@ -20,7 +20,7 @@ def test_explain_answers_for_every_chip_and_changes_nothing():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     report = qp.explain(model, (X,))
     assert report.targets == CHIPS
-    assert (report.fused, report.total) == (3, 3)
+    assert report.fused == report.total == len(CHIPS)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert report["ascend310p"].total == 1
     with pytest.raises(KeyError, match="ascend310p, ascend910b"):

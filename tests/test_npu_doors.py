@@ -19,7 +19,7 @@ import quantpass as qp
 from quantpass.graph.torch_internals import compile_with_aot
 from quantpass.pipeline import explain_graph
 from quantpass.planning.options import make_options
-from tests.helpers import IntegerW8A8, StaticW8A8, WeightOnly, assert_close
+from tests.helpers import CHIPS, IntegerW8A8, StaticW8A8, WeightOnly, assert_close
 from tests.test_aclnn import Int4
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +87,7 @@ def run_through(model, hook, config, *args, skip=False):
 # -- what the hook does ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["ascend310p", "ascend910b", "ascend910_93"])
+@pytest.mark.parametrize("target", CHIPS)
 @pytest.mark.parametrize(
     "model",
     [

@@ -9,11 +9,11 @@ import sys
 
 import torch
 
-from quantpass.lowering.standin_device import SOC_NAMES, install
+from quantpass.lowering.standin_device import install_for
 
 
 def main(path):
-    install(SOC_NAMES["ascend910b"])
+    install_for("ascend910b")
     import torch_npu.contrib.module as vendor
 
     import quantpass as qp

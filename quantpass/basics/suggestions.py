@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(given: object, accepted: Iterable[str]) -> str:
@@ -19,3 +19,9 @@ def nearest(given: object, accepted: Iterable[str], at_most: int = 1) -> list[st
 def suggestion(names: list[str]) -> str:
     """The first of ``names`` as a question, with a space before it; nothing where there is none."""
     return f" Did you mean {names[0]!r}?" if names else ""
+
+
+def either(names: Sequence[str]) -> str:
+    """``'a', 'b' or 'c'``."""
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}" if others else last

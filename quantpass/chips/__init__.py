@@ -16,6 +16,12 @@ from quantpass.chips.rules import Chip
 
 CHIPS = MappingProxyType({c.name: c for c in (ASCEND310P, ASCEND910B, ASCEND910_93, ASCEND950, CPU)})
 
+NPUS = tuple(c.name for c in CHIPS.values() if c.soc_names)
+"""The targets that are Ascend chips."""
+
+DOCUMENTED = tuple(c.name for c in CHIPS.values() if c.documented)
+"""The targets that the two module documents speak of."""
+
 
 def chip_named(target: str) -> Chip:
     """The chip for a target name (``"ascend310p"``) or a SoC name (``"Ascend310P3"``), spelled as the vendor does.

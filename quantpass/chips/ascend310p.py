@@ -12,6 +12,8 @@ ASCEND310P = Chip(
     title="Atlas inference series (310P)",
     soc_prefixes=("Ascend310P",),
     soc_names=tuple(f"Ascend310P{i}" for i in (1, 2, 3, 4, 5, 7)),
+    typical_soc="Ascend310P3",
+    documented=True,
     rules=(
         *quant_matmul.rules(quant_matmul.ROWS_310P, "310p", quant_matmul.HINT_310P),
         *quant_matmul.LAYOUT_310P,

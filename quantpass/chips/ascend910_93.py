@@ -10,4 +10,5 @@ ASCEND910_93 = replace(
     title="Atlas A3 (910_93)",
     soc_prefixes=("Ascend910_93",),
     soc_names=tuple(f"Ascend910_93{v}" for v in (62, 63, 72, 81, 82, 91, 92)),
+    typical_soc="Ascend910_9392",
 )

@@ -12,6 +12,8 @@ ASCEND910B = Chip(
     title="Atlas A2 (910B)",
     soc_prefixes=("Ascend910B",),
     soc_names=tuple(f"Ascend910B{v}" for v in ("1", "2", "2C", "3", "4", "4-1")),
+    typical_soc="Ascend910B2",
+    documented=True,
     rules=(
         *quant_matmul.rules(quant_matmul.ROWS_A2, "a2", quant_matmul.HINT_A2),
         *quant_matmul.INT4_A2,

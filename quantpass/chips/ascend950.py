@@ -35,6 +35,9 @@ ASCEND950 = replace(
             for v in ["9583", "9584", "9585", "9586", "9587", "9588", "9591", "9592", "9595", "9596", "95A1", "95A2"]
         ),
     ),
+    typical_soc="Ascend950PR_9599",
+    documented=False,
+    batch_matmul_v4=True,
     rules=(
         *quant_matmul.rules(quant_matmul.ROWS_A5, "a5", quant_matmul.HINT_A2),
         *quant_matmul.INT4_A2,

@@ -65,7 +65,10 @@ class Chip:
         name: quantpass's name, e.g. ``"ascend310p"``.
         title: the vendor's product name.
         soc_prefixes: what ``torch_npu.npu.get_device_name()`` starts with on it.
-        soc_names: the whole names that torch_npu 2.13.0 knows (``c10_npu::SocVersion``).
+        soc_names: the whole names that torch_npu 2.13.0 knows (``c10_npu::SocVersion``); none where it is no NPU.
+        typical_soc: the one among them that stands for the family where no NPU is there to ask.
+        documented: the two module documents speak of it, so ``explain`` does where no target is given.
+        batch_matmul_v4: GE's ``npu_quant_matmul`` is QuantBatchMatmulV4 here, not V3.
         rules: its legality rows.
         layouts: operator to the weight layouts worth trying in graph mode, best first.
         eager_layouts: the same for eager mode.
@@ -80,6 +83,13 @@ class Chip:
     eager_layouts: dict[str, tuple[WeightLayout, ...]] = field(default_factory=dict)
     saturates: bool = False
     soc_names: tuple[str, ...] = ()
+    typical_soc: str = ""
+    documented: bool = False
+    batch_matmul_v4: bool = False
+
+    def soc_name(self, target: str) -> str:
+        """What the driver calls a chip that is asked for as ``target``: a family's name stands for its typical chip."""
+        return target if target in self.soc_names else self.typical_soc
 
     def rules_of(self, op: str) -> tuple[Rule, ...]:
         return tuple(r for r in self.rules if r.op == op)

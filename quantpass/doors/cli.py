@@ -18,7 +18,7 @@ import click
 from quantpass.basics.reasons import REASONS
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.basics.torch_types import dtype_name
-from quantpass.chips import checking, chip_named, tables
+from quantpass.chips import DOCUMENTED, checking, chip_named, tables
 from quantpass.version import __version__
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ def main() -> None:
 
 @main.command()
 @click.argument("factory", metavar="MODULE:FACTORY")
-@click.option("--target", "-t", multiple=True, help="Chip or SoC name; repeat for several. Default: all three.")
+@click.option(
+    "--target", "-t", multiple=True, help=f"Chip or SoC name; repeat for several. Default: {', '.join(DOCUMENTED)}."
+)
 @click.option("--mode", type=click.Choice(["graph", "eager"]), default="graph", help="Whose rules: GE graphs or aclnn.")
 @click.option("--dynamic", is_flag=True, help="Capture with dynamic shapes.")
 @click.option(

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_map_only
 
-from quantpass.chips import CHIPS
+from quantpass.chips import CHIPS, DOCUMENTED
 from quantpass.doors.compiled import copied
 from quantpass.doors.lower import carry_out
 from quantpass.doors.preview import GePreview
@@ -54,7 +54,7 @@ def explain(
             graph is looked at, with or without ``args``.
         args: positional inputs.
         kwargs: keyword inputs.
-        target: one target or several; None for all three chips of the module documents.
+        target: one target or several; None for the chips of the two module documents.
         dynamic: as for ``torch.compile``.
         options: as for :func:`quantpass.backend`.
 
@@ -96,7 +96,7 @@ def check_call(door: str, model: Any, args: Any) -> None:
 
 def _targets(target: str | Sequence[str] | None) -> list[str]:
     if target is None:
-        return ["ascend310p", "ascend910b", "ascend910_93"]
+        return list(DOCUMENTED)
     targets = [target] if isinstance(target, str) else list(target)
     if not targets:
         raise ValueError(f"target is empty; give one or several of {', '.join(CHIPS)}")

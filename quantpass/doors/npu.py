@@ -287,7 +287,7 @@ def require_torchair(door: str) -> Any:
 def _register_ge_converters(options: Options) -> None:
     from quantpass.lowering.ge_converters import register_converters
 
-    register_converters(batch_matmul_v4=options.chip.name == "ascend950")
+    register_converters(batch_matmul_v4=options.chip.batch_matmul_v4)
 
 
 def _chosen(door: str, target: str | None, options: dict[str, Any]) -> Options:

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from quantpass.chips.rules import Chip
+from quantpass.chips import NPUS
 from quantpass.doors.npu_compiler import compile_for_npu
 from quantpass.graph.dump import dump
 from quantpass.graph.torch_internals import compile_isolated, traced_as_on_npu
 from quantpass.graph.writes import written_arguments
 from quantpass.lowering.fx_parcel import pack
 from quantpass.lowering.ge_graph import GeGraph
-from quantpass.lowering.standin_device import SOC_NAMES
 from quantpass.lowering.standin_process import Request, TorchairProcess
 from quantpass.planning.options import Options, make_options
 from quantpass.report import Report
@@ -135,7 +134,10 @@ def preview_ge(
     if not isinstance(args, tuple | list):
         raise TypeError(f"args is a {type(args).__name__}; give the model's inputs as a tuple, e.g. args=(x,)")
     settings = make_options({"target": target, **options}, "preview_ge")
-    chip, soc_name = settings.chip, soc_name_of(target, settings.chip)
+    chip = settings.chip
+    if chip.name not in NPUS:
+        raise ValueError(f"target is {target!r}; a GE preview takes one of {', '.join(NPUS)}, or a SoC name")
+    soc_name = chip.soc_name(target)
     captured, reports = _capture(model, args, kwargs or {}, settings, fuse)
     if process is not None:
         graphs = _converted(captured, soc_name, process)
@@ -143,13 +145,6 @@ def preview_ge(
         with TorchairProcess(torch_npu) as own:
             graphs = _converted(captured, soc_name, own)
     return GePreview(chip.name, soc_name, graphs, sum(reports, Report((), (chip.name,), settings.mode)))
-
-
-def soc_name_of(target: str, chip: Chip) -> str:
-    """The SoC name to pretend to be: the target itself where it is one, else one of the family."""
-    if chip.name not in SOC_NAMES:
-        raise ValueError(f"target is {target!r}; a GE preview takes one of {', '.join(SOC_NAMES)}, or a SoC name")
-    return target if target in chip.soc_names else SOC_NAMES[chip.name]
 
 
 def _capture(

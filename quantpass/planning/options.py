@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
-from quantpass.basics.suggestions import did_you_mean
-from quantpass.chips import chip_named, chip_of_device
+from quantpass.basics.suggestions import did_you_mean, either
+from quantpass.chips import DOCUMENTED, NPUS, chip_named, chip_of_device
 from quantpass.chips.legality import checked_allow
 from quantpass.chips.rules import Chip
 from quantpass.patterns import Dialect
@@ -62,10 +62,10 @@ class Options:
         if self.target is not None:
             chip_named(self.target)
         _one_of("lowering", self.lowering, LOWERINGS)
-        if self.lowering == "aclnn" and self.target is not None and chip_named(self.target).name == "cpu":
+        if self.lowering == "aclnn" and self.target is not None and chip_named(self.target).name not in NPUS:
             raise ValueError(
-                "lowering is 'aclnn' and target 'cpu': the vendor's operators follow a chip's rules. Give target="
-                "'ascend310p', 'ascend910b' or 'ascend910_93'; with quantpass.emulate_npu() they run on CPU tensors."
+                f"lowering is 'aclnn' and target {self.target!r}: the vendor's operators follow a chip's rules. Give "
+                f"target={either(DOCUMENTED)}; with quantpass.emulate_npu() they run on CPU tensors."
             )
         _one_of("numerics", self.numerics, NUMERICS)
         if self.mode is None:
@@ -166,7 +166,7 @@ def device_target() -> str:
     except Exception as error:
         raise ValueError(
             "target is None, which asks the NPU for its name, and no NPU can be asked here "
-            f"({type(error).__name__}: {error}). Name one: target='ascend310p', 'ascend910b', 'ascend910_93' or 'cpu'."
+            f"({type(error).__name__}: {error}). Name one: target={either((*DOCUMENTED, 'cpu'))}."
         ) from error
     chip = chip_of_device(name)
     return name if name in chip.soc_names else chip.name

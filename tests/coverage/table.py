@@ -14,6 +14,7 @@ import torch
 from tabulate import tabulate
 
 import quantpass as qp
+from quantpass.chips import DOCUMENTED
 from quantpass.doors.compiled import copied
 from tests.coverage import elsewhere, here
 from tests.coverage.captured import Captured, capture, load, run
@@ -21,7 +22,7 @@ from tests.coverage.scheme import Scheme
 from tests.coverage.store import CAPTURES
 from tests.coverage.unread import section
 
-TARGETS = ("cpu", "ascend310p", "ascend910b", "ascend910_93")
+TARGETS = ("cpu", *DOCUMENTED)
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 HEAD = """# What is read of each tool
