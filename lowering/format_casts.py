@@ -11,7 +11,6 @@ ConvertWeightToINT4PackKernelNpuOpApi.cpp:93-113.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -108,8 +107,6 @@ def carry_out_casts(gm: GraphModule, constants: Constants) -> dict[Node, str]:
     for node in gm.graph.find_nodes(op="call_function", target=ops.format_cast.default):
         if isinstance(node.args[0], Node) and node.args[0].op in ("placeholder", "get_attr"):
             casts.setdefault(node.args[0], []).append(node)
-    if any(layer_for(source.meta["val"].device) for source in casts):
-        gc.collect()  # what read the graph refers to itself in circles, and to every original
     done: dict[Node, str] = {}
     copies: dict[Node, Node] = {}
     for source, nodes in casts.items():

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from quantpass.basics.symbolic import is_one, same_size
+from quantpass.graph import expr as ex
 from quantpass.graph.constants import ModuleConstants
 from quantpass.graph.dump import describe_node
 from quantpass.graph.expr import Call, Const, Expr, Recentred, Ref, Size
@@ -29,9 +30,6 @@ from quantpass.graph.torch_internals import (
 )
 
 aten = torch.ops.aten
-
-_KEEPS_CONTIGUOUS = (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim)
-"""Views whose result is contiguous where their input is."""
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node", "custom")
 
@@ -61,10 +59,13 @@ def _inner_calls(e: Call, made: Container[int], twins: Container[Node]) -> Itera
                 stack.extend((a, False) for a in reversed((*top.args, *top.kwargs.values())))
 
 
-def _is_contiguous(target: Any, shape: tuple[Any, ...], inputs: Sequence[torch.Tensor]) -> bool:
-    """True where a result of this shape is known to be contiguous without asking the operator."""
-    moves = target is aten.sym_size.int or (target.is_view and target not in _KEEPS_CONTIGUOUS)
-    return not moves and all(isinstance(s, int) for s in shape) and all(known_contiguous(i) for i in inputs)
+def _is_contiguous(call: Call, inputs: Sequence[torch.Tensor]) -> bool:
+    """True where the result of a call is known to be contiguous without asking the operator."""
+    if call.target is aten.sym_size.int or not all(isinstance(s, int) for s in call.shape):
+        return False
+    move = ex.movement_in(call, len(call.shape)) if call.target.is_view else None
+    keeps = not call.target.is_view or (move is not None and move.kind in ("same", "reshape"))
+    return keeps and all(known_contiguous(i) for i in inputs)
 
 
 def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -234,7 +235,7 @@ class Rewriter:
     def _fake(self, node: Node, inputs: list[Node], known: Call | None) -> Any:
         """What the node's value looks like; asking the operator itself is slow, so only where planning can't say."""
         fakes = [i.meta["val"] for i in inputs if isinstance(i.meta["val"], torch.Tensor)]
-        if known is not None and fakes and _is_contiguous(node.target, known.shape, fakes):
+        if known is not None and fakes and _is_contiguous(known, fakes):
             return contiguous_fake(self._mode, known.shape, known.dtype, fakes[0].device)
         args, kwargs = map_aggregate(
             (node.args, dict(node.kwargs)), lambda x: x.meta["val"] if isinstance(x, Node) else x
