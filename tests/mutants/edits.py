@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = (
     # reading
     "patterns/affine.py",
-    "patterns/arithmetic.py",
     "patterns/contractions.py",
     "patterns/epilogues.py",
     "patterns/integers.py",
-    "patterns/movement.py",
+    "quantpass/graph/decode.py",
+    "quantpass/graph/instructions.py",
     "quantpass/graph/node_memo.py",
     "patterns/proof.py",
     "patterns/terms.py",
