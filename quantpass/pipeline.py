@@ -14,7 +14,7 @@ from quantpass.basics.boundary import failed, guarded, must_raise
 from quantpass.basics.reject import Reject
 from quantpass.graph.dump import dump
 from quantpass.graph.hidden_weights import weights_behind
-from quantpass.graph.records import Plan, Site
+from quantpass.graph.records import Plan, Site, Weight
 from quantpass.graph.site_keys import Token, site_keys
 from quantpass.graph.static_values import StaticValues
 from quantpass.graph.torch_internals import real_tensors
@@ -211,6 +211,7 @@ def _site(
         rejects=planned.rejects,
         numerics=planned.numerics if fused else None,
         reading=reading.text,
+        proved=isinstance(reading.weight, Weight) and reading.weight.proved,
         before=before,
         after=after,
         # A body may be called several times in one graph.

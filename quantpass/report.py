@@ -301,6 +301,7 @@ def _site_dict(s: Site) -> dict[str, Any]:
         "matmul": s.op,
         "target": s.target,
         "reading": s.reading,
+        "proved": s.proved,
         "fused": s.fused,
         "compilations": list(s.compilations or (s.fused,)),
         "plan": None
@@ -346,7 +347,8 @@ td, th { border: 1px solid #ccc; padding: .3em .6em; text-align: left; vertical-
 <table><tr><th>site</th><th>matmul</th><th>read as</th><th>target</th><th>verdict</th><th>details</th></tr>
 {% for s in report.sites %}
 <tr class="{{ 'yes' if s.fused else 'no' }}"><td>{{ s.name }}<br><small>{{ s.source }}</small></td>
-<td>{{ s.op }}</td><td>{{ s.reading }}</td><td>{{ s.target }}</td><td>{{ cell(s) }}</td><td>
+<td>{{ s.op }}</td><td>{{ s.reading }}{% if s.proved %} (compared with the graph's value){% endif %}</td>
+<td>{{ s.target }}</td><td>{{ cell(s) }}</td><td>
 {% if s.plan %}{{ s.plan }}<ul>{% for f in s.plan.fixups %}<li>{{ f }}</li>{% endfor %}</ul>{{ s.numerics }}{% endif %}
 {% for r in s.rejects %}
 <p><b>{{ r.rule }}</b>: {{ r.fact }}; wanted {{ r.want }}.{% if r.hint %} {{ r.hint }}.{% endif %}

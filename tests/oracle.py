@@ -243,12 +243,26 @@ class _Checker:
                 return Value(self._fake_quantized(node), tainted=True)
             if name in ROUNDS or not floating:
                 self.odd_codes |= floating and bool(native.isnan().any())
+                lost = self._no_integer(node, native)
+                if lost is not None:  # which integer NaN becomes, PyTorch leaves to the machine
+                    self.odd_codes = True
+                    return Value(native.double().masked_fill(lost, math.nan), tainted=True)
                 return Value(wide(native), tainted=native.dtype != torch.bool)
             if not any(i.tainted for i in inputs):
                 return Value(wide(native))
             self._count_rounding(node, native, name)
             return Value(self._run(node, lambda i: i.v, native), tainted=True)
         return self._behind(node, name, native)
+
+    def _no_integer(self, node, native):
+        """Where a cast to wide integers meets NaN; None for nowhere."""
+        sources = [self.native[i] for i in node.all_input_nodes]
+        if native.dtype not in (torch.int16, torch.int32, torch.int64) or len(sources) != 1:
+            return None
+        source = sources[0]
+        if not isinstance(source, torch.Tensor) or not source.is_floating_point() or source.shape != native.shape:
+            return None
+        return source.isnan() if bool(source.isnan().any()) else None
 
     def _behind(self, node, name, native) -> Value:
         """A node that a matmul's result flows into."""

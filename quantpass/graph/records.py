@@ -176,6 +176,7 @@ class Site:
         rejects: why not, where not fused.
         numerics: the :class:`Numerics` contract of the fused site, or None.
         reading: what was read of the operands, in words.
+        proved: True where the weight, as the operator computes with it, was compared with the graph's own value.
         key: what tells this matmul from every other one of the process, however often it is compiled; None where
             nothing does.
         compilations: where several compilations are one site in a report, whether each of them was fused.
@@ -190,6 +191,7 @@ class Site:
     rejects: tuple[Reject, ...]
     numerics: Numerics | None
     reading: str = ""
+    proved: bool = False
     before: str = field(default="", repr=False)
     after: str = field(default="", repr=False)
     key: Hashable = field(default=None, repr=False, compare=False)
