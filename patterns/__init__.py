@@ -52,6 +52,8 @@ def default_dialects(more: tuple[Dialect, ...] = ()) -> Dialects:
         integers=_table(2, *(d.integers for d in dialects)),
         contractions=_table(1, contractions.contractions(), *(d.contractions for d in dialects)),
         steps=_table(3, *(d.steps for d in dialects)),
+        quantizers=_table(0, *(d.quantizers for d in dialects)),
+        scales=_table(0, *(d.scales for d in dialects)),
     )
 
 

@@ -11,10 +11,12 @@ from quantpass.graph.schema import ReaderTable
 
 if TYPE_CHECKING:
     from quantpass.graph.expr import Recentred
+    from quantpass.patterns.activations import Quantizer
     from quantpass.patterns.affine import Affine, NotAffine
     from quantpass.patterns.contractions import Contraction, NoContraction
     from quantpass.patterns.epilogues import Step
     from quantpass.patterns.integers import Bounds
+    from quantpass.patterns.magnitudes import ChosenScale
 
 R = TypeVar("R")
 
@@ -40,6 +42,10 @@ class Dialect:
             :class:`~quantpass.patterns.contractions.Contraction` or ``NoContraction``.
         steps: what can follow a matmul. Readers take ``(reader, value, node, **arguments)`` and return a
             :class:`~quantpass.patterns.epilogues.Step` or None.
+        quantizers: operators that quantize a tensor. Readers take ``(**arguments)`` and return a
+            :class:`~quantpass.patterns.activations.Quantizer` or None.
+        scales: operators that choose a scale and a zero point for a tensor. Readers take ``(**arguments)`` and return
+            a :class:`~quantpass.patterns.magnitudes.ChosenScale` or None.
     """
 
     name: str
@@ -48,6 +54,8 @@ class Dialect:
     integers: Readers[Bounds | None] = field(default_factory=dict)
     contractions: Readers[Contraction | NoContraction | None] = field(default_factory=dict)
     steps: Readers[Step | None] = field(default_factory=dict)
+    quantizers: Readers[Quantizer | None] = field(default_factory=dict)
+    scales: Readers[ChosenScale | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +70,11 @@ class Dialects:
     integers: ReaderTable[Bounds | None]
     contractions: ReaderTable[Contraction | NoContraction | None]
     steps: ReaderTable[Step | None]
+    quantizers: ReaderTable[Quantizer | None]
+    scales: ReaderTable[ChosenScale | None]
 
     def know(self, target: Any) -> bool:
         """True for an operator that something is known of."""
-        tables = (self.dequantizers, self.recentre, self.integers, self.contractions, self.steps, decoders())
+        named = (self.dequantizers, self.recentre, self.integers, self.contractions, self.steps)
+        tables = (*named, self.quantizers, self.scales, decoders())
         return any(table.get(target) is not None for table in tables)

@@ -7,16 +7,19 @@ zero_point, quant_min, quant_max)`` and ``dequantize = (codes - zero_point) * sc
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from quantpass.graph.expr import Call, Recentred
+from quantpass.patterns.activations import Quantizer
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
 from quantpass.patterns.epilogues import Step
 from quantpass.patterns.integers import Bounds, IntegerReader
+from quantpass.patterns.magnitudes import ChosenScale
 
 
 def dialect() -> Dialect:
@@ -38,6 +41,15 @@ def dialect() -> Dialect:
         steps={
             "quantized_decomposed::quantize_per_tensor": _quantize_per_tensor,
             "quantized_decomposed::quantize_per_tensor.tensor": _quantize_per_tensor,
+        },
+        quantizers={
+            "quantized_decomposed::quantize_per_tensor": _quantizer,
+            "quantized_decomposed::quantize_per_tensor.tensor": _quantizer,
+            "quantized_decomposed::quantize_per_token": _quantizer_of_rows,
+        },
+        scales={
+            "quantized_decomposed::choose_qparams_symmetric.tensor": _chosen_for_all,
+            "quantized_decomposed::choose_qparams_per_token": _chosen_for_rows,
         },
     )
 
@@ -139,3 +151,32 @@ def _quantize_per_tensor(
     if dtype not in (torch.int8, torch.uint8) or not all(isinstance(q, int) for q in (quant_min, quant_max)):
         return None
     return Step("quantize", node, term=term, zero_point=int(zero), bounds=(quant_min, quant_max))
+
+
+def _quantizer(
+    *, input_: Any, scale: Any, zero_point: Any, quant_min: Any, quant_max: Any, dtype: torch.dtype
+) -> Quantizer | None:
+    if dtype not in (torch.int8, torch.uint8) or not isinstance(quant_min, int) or not isinstance(quant_max, int):
+        return None
+    return Quantizer(input_, scale, zero_point, quant_min, quant_max, torch.float32)
+
+
+def _quantizer_of_rows(
+    *, input_: Any, scales: Any, zero_points: Any, quant_min: Any, quant_max: Any, dtype: torch.dtype
+) -> Quantizer | None:
+    computed = input_.meta["val"].dtype  # where the scales are wider, it computes better than that
+    quantizer = _quantizer(
+        input_=input_, scale=scales, zero_point=zero_points, quant_min=quant_min, quant_max=quant_max, dtype=dtype
+    )
+    return None if quantizer is None else replace(quantizer, dtype=computed)
+
+
+def _chosen_for_all(*, input_: Any, quant_min: Any, quant_max: Any, eps: Any, dtype: torch.dtype) -> ChosenScale | None:
+    if not isinstance(quant_min, int) or not isinstance(quant_max, int) or not isinstance(eps, int | float):
+        return None
+    divisor, zero_point = (quant_max - quant_min) / 2, 128 if dtype == torch.uint8 else 0
+    return ChosenScale(input_, True, divisor, eps * divisor, zero_point, input_.meta["val"].dtype)
+
+
+def _chosen_for_rows(*, input_: Any, dtype: torch.dtype) -> ChosenScale | None:
+    return ChosenScale(input_, False, 127.0, 1e-5, 0, input_.meta["val"].dtype) if dtype == torch.int8 else None

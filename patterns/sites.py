@@ -18,6 +18,7 @@ from quantpass.graph.expr import Expr, Ref
 from quantpass.graph.records import Weight
 from quantpass.graph.schema import op_name
 from quantpass.graph.static_values import StaticValues
+from quantpass.patterns.activations import ActivationReader
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.contractions import Contraction, NoContraction, read_contraction
 from quantpass.patterns.derived import Found
@@ -47,6 +48,7 @@ class Reading:
         text: what was read, in words.
         rejects: why the site can't be fused whatever the target.
         ranges: what the graph guarantees of the integers in the activation's zero point.
+        activations: reads how the activation was quantized.
         body: the graph of a higher-order operator that it lies in, or empty.
     """
 
@@ -61,6 +63,7 @@ class Reading:
     text: str
     rejects: tuple[Reject, ...] = ()
     ranges: Mapping[Node, Range] = field(default_factory=dict)
+    activations: ActivationReader | None = None
     body: str = ""
 
 
@@ -76,9 +79,10 @@ def find_sites(
         given: what is known of nodes from outside of the graph.
     """
     reader = AffineReader(values, dialects, given)
-    net = Net(reader)
+    net, activations = Net(reader), ActivationReader(reader)
     for node in graph.nodes:
-        yield from guarded(partial(_read, reader, net, node), partial(_failed, node), f"reading {node.name}")
+        for reading in guarded(partial(_read, reader, net, node), partial(_failed, node), f"reading {node.name}"):
+            yield replace(reading, activations=activations) if reading.activations is None else reading
 
 
 def _read(reader: AffineReader, net: Net, node: Node) -> tuple[Reading, ...]:

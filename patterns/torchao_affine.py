@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from quantpass.basics.symbolic import is_one, same_size
 from quantpass.graph.schema import op_name
+from quantpass.patterns.activations import Quantizer
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
+from quantpass.patterns.magnitudes import ChosenScale
 from quantpass.patterns.terms import Term
 
 
 def dialect() -> Dialect:
-    return Dialect("torchao", dequantizers={"torchao::dequantize_affine": _dequantize_affine})
+    return Dialect(
+        "torchao",
+        dequantizers={"torchao::dequantize_affine": _dequantize_affine},
+        quantizers={"torchao::quantize_affine": _quantize_affine},
+        scales={"torchao::choose_qparams_affine": _choose_qparams_affine},
+    )
 
 
 def _dequantize_affine(
@@ -48,6 +56,71 @@ def _dequantize_affine(
             continue
         value = combine(value, Term(reader.values.expr(operand), aligned))
     return value
+
+
+def _quantize_affine(
+    *,
+    input_: Any,
+    block_size: Any,
+    scale: Any,
+    zero_point: Any,
+    output_dtype: torch.dtype,
+    quant_min: Any,
+    quant_max: Any,
+) -> Quantizer | None:
+    bounds = _bounds(output_dtype, quant_min, quant_max)
+    if bounds is None or _granularity(input_, block_size) is None or not isinstance(scale, Node):
+        return None
+    if isinstance(zero_point, Node) and same_size(zero_point.meta["val"].numel(), 0):
+        zero_point = None  # the operator takes no elements for none
+    dtype = torch.promote_types(input_.meta["val"].dtype, scale.meta["val"].dtype)
+    return Quantizer(input_, scale, zero_point, *bounds, dtype)
+
+
+def _choose_qparams_affine(
+    *,
+    input_: Any,
+    mapping_type: str,
+    block_size: Any,
+    target_dtype: torch.dtype,
+    quant_min: Any,
+    quant_max: Any,
+    eps: Any,
+    scale_dtype: Any,
+    zero_point_dtype: Any,
+    keepdim: bool,
+) -> ChosenScale | None:
+    del zero_point_dtype, keepdim  # of the results: in meta["val"]
+    if mapping_type != "SYMMETRIC" or not isinstance(input_, Node):
+        return None
+    bounds, whole = _bounds(target_dtype, quant_min, quant_max), _granularity(input_, block_size)
+    if bounds is None or whole is None:
+        return None
+    low, high = bounds
+    own = input_.meta["val"].dtype
+    floor = torch.finfo(own).smallest_normal if eps is None else eps
+    divisor = (high - low) / 2
+    narrower = own if scale_dtype is None or torch.promote_types(own, scale_dtype) == scale_dtype else scale_dtype
+    return ChosenScale(input_, whole, divisor, floor * divisor, int((high + low + 1) / 2), narrower)
+
+
+def _bounds(dtype: torch.dtype, low: Any, high: Any) -> tuple[int, int] | None:
+    """The operator's bounds: those of the dtype where none are given."""
+    if dtype not in (torch.int8, torch.uint8):
+        return None
+    info = torch.iinfo(dtype)
+    low, high = info.min if low is None else low, info.max if high is None else high
+    return (int(low), int(high)) if info.min <= low < high <= info.max else None
+
+
+def _granularity(x: Any, block_size: Any) -> bool | None:
+    """True for one block, False for one of each row, None for others."""
+    *leading, last = zip(x.meta["val"].shape, block_size, strict=True)
+    if not same_size(*last):
+        return None
+    if all(same_size(size, block) for size, block in leading):
+        return not all(is_one(size) for size, _ in leading)
+    return False if all(is_one(block) for _, block in leading) else None
 
 
 def _aligned(shape: tuple[Any, ...], block_size: Any) -> tuple[Any, ...] | None:
