@@ -77,7 +77,7 @@ def _install() -> tuple[Library, ...]:
     defined = Library("npu", "FRAGMENT")
     for schema in SCHEMAS:
         defined.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    sys.meta_path.insert(0, _LateImport())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _LateImport())
     return (_add_kernels(defined, missing_fakes_only=False),)
 
 

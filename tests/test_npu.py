@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from quantpass.doors.npu_compiler import compile_for_npu
+from quantpass.doors.settings import make_options
 from quantpass.lowering import standin_cann
-from quantpass.planning.options import make_options
 from tests.helpers import StaticW8A8, WeightOnly
 
 X = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).half()

@@ -16,9 +16,9 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import quantpass as qp
+from quantpass.doors.settings import make_options
 from quantpass.graph.torch_internals import compile_with_aot
 from quantpass.pipeline import explain_graph
-from quantpass.planning.options import make_options
 from tests.helpers import CHIPS, IntegerW8A8, StaticW8A8, WeightOnly, assert_close
 from tests.test_aclnn import Int4
 

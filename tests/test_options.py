@@ -1,11 +1,15 @@
 """Names and options: a typo is an error with the nearest name, and no door takes what it does not carry out."""
 
+from dataclasses import fields
+from typing import Unpack, get_type_hints
+
 import pytest
 import torch
 
 import quantpass as qp
 from quantpass.chips import CHIPS, chip_named, chip_of_device, liftable_rules
-from quantpass.planning.options import Options, make_options
+from quantpass.doors.settings import TAKEN_BY, make_options
+from quantpass.planning.options import Options
 from tests.helpers import WeightOnly
 
 X = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).half()
@@ -124,6 +128,13 @@ def test_an_option_that_a_door_would_ignore_is_refused_by_it(door, option):
     with pytest.raises(TypeError, match=f"{door} does not take the option '{option}'.*Taken by: backend") as error:
         model_doors()[door](**{option: value[option]})
     assert f"{option}," not in str(error.value).partition(f"{door} takes: ")[2]
+
+
+@pytest.mark.parametrize("door", [d for d in TAKEN_BY if d.isidentifier()])
+def test_a_type_checker_sees_what_a_door_takes(door):
+    hints = get_type_hints(getattr(qp, door))
+    assert hints["options"] == Unpack[TAKEN_BY[door]]
+    assert {f.name for f in fields(Options)} >= TAKEN_BY[door].__optional_keys__
 
 
 def test_a_mistyped_option_names_one_that_the_door_takes():

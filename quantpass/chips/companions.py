@@ -92,7 +92,7 @@ class Unavailable:
 
 def _is_int4(arg: str) -> When:
     def test(call: OpCall) -> bool:
-        return call.value(arg) == "quint4x2"
+        return bool(call.value(arg) == "quint4x2")
 
     return When(f"{arg} quint4x2", test)
 

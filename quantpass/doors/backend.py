@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.fx import GraphModule
 
 from quantpass.doors.compiled import CompiledGraph, OnOutcome
+from quantpass.doors.settings import BackendOptions, make_options
 from quantpass.graph.records import WeightFormat
 from quantpass.graph.torch_internals import StaticInputs, compile_with_aot, decomposition_table
 from quantpass.pipeline import Outcome
-from quantpass.planning.options import Options, make_options
+from quantpass.planning.options import Options
 from quantpass.report import Report
 
 logger = logging.getLogger("quantpass")
@@ -36,7 +37,7 @@ class Backend:
         self.report = self.report + report
 
 
-def backend(target: str | None = None, **options: Any) -> Backend:
+def backend(target: str | None = None, **options: Unpack[BackendOptions]) -> Backend:
     """A backend for ``torch.compile(model, backend=qp.backend(target="ascend310p"))``.
 
     What was prepared from weights holds for their values. On a CPU the contents are compared at each call, so that

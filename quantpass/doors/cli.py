@@ -23,6 +23,7 @@ from quantpass.version import __version__
 
 if TYPE_CHECKING:
     from quantpass.doors.preview import GePreview
+    from quantpass.planning.options import Mode
 
 _PATH = click.Path(path_type=Path)
 
@@ -64,7 +65,7 @@ def main() -> None:
 def explain(
     factory: str,
     target: tuple[str, ...],
-    mode: str,
+    mode: Mode,
     dynamic: bool,
     json_path: Path | None,
     html_path: Path | None,

@@ -174,9 +174,9 @@ class CompiledGraph:
         with real_tensors():
             fakes = [mode.from_tensor(t, static_shapes=True) if mode else t for t in constants]
         inputs = [*fake_inputs, *fakes]
-        compiled = inductor_compile(gm, inputs) if inner == "inductor" else inner(gm, inputs)  # type: ignore[operator]
+        compiled = inductor_compile(gm, inputs) if inner == "inductor" else inner(gm, inputs)
         if getattr(compiled, "_boxed_call", False):
-            return compiled  # type: ignore[no-any-return]
+            return compiled
         return lambda boxed: compiled(*boxed)
 
 

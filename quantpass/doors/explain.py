@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.export import ExportedProgram
@@ -14,6 +14,7 @@ from quantpass.chips import CHIPS, DOCUMENTED
 from quantpass.doors.compiled import copied
 from quantpass.doors.lower import carry_out
 from quantpass.doors.preview import GePreview
+from quantpass.doors.settings import CaptureOptions, GraphOptions, make_options
 from quantpass.graph.constants import Constants, ModuleConstants, refuse_to_load, weights_of_fused
 from quantpass.graph.dump import diff_text, dump
 from quantpass.graph.exported import ProgramConstants, program_inputs, refuse_to_load_into, targets_of
@@ -30,7 +31,7 @@ from quantpass.graph.torch_internals import (
 )
 from quantpass.lowering.ge_graph import GeGraph
 from quantpass.pipeline import Outcome, explain_graph, fuse_graph
-from quantpass.planning.options import Options, make_options
+from quantpass.planning.options import Options
 from quantpass.report import Report, merged
 
 
@@ -41,7 +42,7 @@ def explain(
     *,
     target: str | Sequence[str] | None = None,
     dynamic: bool | None = None,
-    **options: Any,
+    **options: Unpack[CaptureOptions],
 ) -> Report:
     """The verdict on every quantized matmul of a model, for one or several targets. Needs no device, changes nothing.
 
@@ -159,7 +160,7 @@ def _verdicts(gm: GraphModule, weights: StaticInputs, settings: list[Options]) -
     return Report(sites, names, settings[0].mode, notes=notes), outcomes[0].shown
 
 
-def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **options: Any) -> Report:
+def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **options: Unpack[GraphOptions]) -> Report:
     """Rewrite a graph in place.
 
     The fused graph holds its own weights, as they are now: what fused operators compute with is copied or prepared, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.fx import GraphModule
@@ -21,10 +21,11 @@ from quantpass.doors.hooks import (
     skipped_by_options,
     users_own,
 )
+from quantpass.doors.settings import NpuOptions, make_options
 from quantpass.graph.torch_internals import static_inputs
 from quantpass.lowering.leftovers import expand_leftovers
 from quantpass.lowering.torchair_graphs import turn_off_view_optimize
-from quantpass.planning.options import Options, device_target, make_options
+from quantpass.planning.options import Options, device_target
 from quantpass.report import Report
 
 logger = logging.getLogger("quantpass")
@@ -103,7 +104,7 @@ def npu_backend(
     target: str | None = None,
     *,
     custom_decompositions: Mapping[Any, Any] | None = None,
-    **options: Any,
+    **options: Unpack[NpuOptions],
 ) -> NpuBackend:
     """A drop-in for ``torchair.get_npu_backend`` that fuses quantized matmuls first.
 
@@ -169,7 +170,7 @@ class Registration:
         self._found = self._found + report
 
 
-def register(config: Any, target: str | None = None, **options: Any) -> Registration:
+def register(config: Any, target: str | None = None, **options: Unpack[NpuOptions]) -> Registration:
     """Put the pass into a ``torchair.CompilerConfig``; everything else about compiling stays torchair's.
 
     Only ``config.post_grad_custom_pre_pass`` is set. A hook that is there already is kept and runs first, on the graph
@@ -220,7 +221,7 @@ class NpugraphExOptions(dict[str, Any]):
 
 
 def npugraph_ex_options(
-    target: str | None = None, *, npugraph_ex: Mapping[str, Any] | None = None, **options: Any
+    target: str | None = None, *, npugraph_ex: Mapping[str, Any] | None = None, **options: Unpack[NpuOptions]
 ) -> NpugraphExOptions:
     """Options with which ``torch.compile(model, backend="npugraph_ex", options=...)`` fuses quantized matmuls.
 
@@ -290,7 +291,7 @@ def _register_ge_converters(options: Options) -> None:
     register_converters(batch_matmul_v4=options.chip.batch_matmul_v4)
 
 
-def _chosen(door: str, target: str | None, options: dict[str, Any]) -> Options:
+def _chosen(door: str, target: str | None, options: NpuOptions) -> Options:
     made = make_options({"target": target, **options}, door)
     # The name is asked for now, so that a compile cache never mixes two chips.
     return replace(made, target=device_target()) if target is None else made

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.fx import GraphModule
 
 from quantpass.chips import NPUS
 from quantpass.doors.npu_compiler import compile_for_npu
+from quantpass.doors.settings import PreviewOptions, make_options
 from quantpass.graph.dump import dump
 from quantpass.graph.torch_internals import compile_isolated, traced_as_on_npu
 from quantpass.graph.writes import written_arguments
 from quantpass.lowering.fx_parcel import pack
 from quantpass.lowering.ge_graph import GeGraph
 from quantpass.lowering.standin_process import Request, TorchairProcess
-from quantpass.planning.options import Options, make_options
+from quantpass.planning.options import Options
 from quantpass.report import Report
 
 
@@ -107,7 +108,7 @@ def preview_ge(
     fuse: bool = True,
     torch_npu: str | os.PathLike[str] | None = None,
     process: TorchairProcess | None = None,
-    **options: Any,
+    **options: Unpack[PreviewOptions],
 ) -> GePreview:
     """The GE graph that torchair compiles for a chip. Needs torch_npu's wheel and a C compiler, no device, no CANN.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from tabulate import tabulate
@@ -16,6 +16,7 @@ from quantpass.doors.backend import compile_graph
 from quantpass.doors.compiled import CompiledGraph, copied
 from quantpass.doors.explain import check_call
 from quantpass.doors.lower import carry_out
+from quantpass.doors.settings import CaptureOptions, make_options
 from quantpass.graph.constants import ModuleConstants
 from quantpass.graph.exported import flat_inputs, program_values
 from quantpass.graph.hidden_weights import Watch
@@ -23,7 +24,7 @@ from quantpass.graph.records import Numerics, Site
 from quantpass.graph.torch_internals import attribute_values, compile_isolated, fill_in_values, without_function_modes
 from quantpass.pipeline import Outcome, fuse_graph
 from quantpass.planning.already_fused import is_own_call
-from quantpass.planning.options import Options, make_options
+from quantpass.planning.options import Options
 from quantpass.planning.unknown_values import require_data
 from quantpass.report import Report
 
@@ -140,7 +141,7 @@ def verify(
     kwargs: dict[str, Any] | None = None,
     *,
     target: str | None = None,
-    **options: Any,
+    **options: Unpack[CaptureOptions],
 ) -> Verification:
     """Run a model unfused and fused for ``target`` on a CPU, and compare every fused site and every result.
 

@@ -111,7 +111,7 @@ def _tensors_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _parts(name: str, t: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The plain tensors of one: those inside a subclass, and those that a tool keeps as its attributes."""
     if is_wrapper_subclass(t):
-        for inner in t.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        for inner in t.__tensor_flatten__()[0]:
             yield from _parts(f"{name}.{inner}", getattr(t, inner))
         return
     yield name, t

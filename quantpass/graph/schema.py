@@ -62,7 +62,7 @@ def positional(node: Node, **replaced: Any) -> tuple[tuple[Any, ...], dict[str, 
         Positional and keyword arguments; keyword-only ones at their default are left out.
     """
     bound = {**bind(node), **replaced}
-    _, defaults = _defaults(node.target)  # type: ignore[arg-type]
+    _, defaults = _defaults(node.target)
     args, kwargs = [], {}
     for argument in node.target._schema.arguments:  # type: ignore[union-attr]
         value = bound[argument.name]

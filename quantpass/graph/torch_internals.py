@@ -67,7 +67,7 @@ def contiguous_fake(mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dty
 
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     """The fake mode that the fake tensors among ``values`` belong to."""
-    return detect_fake_mode(list(values))  # type: ignore[no-any-return]
+    return detect_fake_mode(list(values))
 
 
 def like_inputs(constants: Sequence[torch.Tensor], inputs: Sequence[Any]) -> list[torch.Tensor]:
@@ -100,7 +100,7 @@ def compile_with_aot(
         return compiler(aot, static_inputs(aot, dynamo_graph, inputs), fake_inputs)
 
     try:
-        return aot_module_simplified(  # type: ignore[no-any-return]
+        return aot_module_simplified(
             gm,
             given[1],
             fw_compiler=compile_aten,  # type: ignore[arg-type]
@@ -389,4 +389,4 @@ def inductor_compile(gm: GraphModule, fake_inputs: list[Any]) -> Callable[..., A
     assert mode is not None
     with mode, torch.no_grad():
         traced = make_fx(gm, decomposition_table=select_decomp_table(), _allow_non_fake_inputs=True)(*fake_inputs)
-    return compile_fx_inner(traced, fake_inputs)  # type: ignore[no-any-return]
+    return compile_fx_inner(traced, fake_inputs)

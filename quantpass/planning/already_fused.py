@@ -80,7 +80,8 @@ def broken_calls(graph: Graph, options: Options) -> Iterator[str]:
 
 
 def _is_cast_to_nz(node: Any) -> bool:
-    return isinstance(node, Node) and node.target is torch.ops.quantpass.format_cast.default and node.args[1] == NZ
+    cast = isinstance(node, Node) and node.target is torch.ops.quantpass.format_cast.default
+    return cast and bool(node.args[1] == NZ)
 
 
 def _judged_site(node: Node, op: str, options: Options) -> Site:

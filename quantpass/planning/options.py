@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 from quantpass.basics.suggestions import did_you_mean, either
 from quantpass.chips import DOCUMENTED, NPUS, chip_named, chip_of_device
@@ -16,11 +15,12 @@ from quantpass.patterns import Dialect
 from quantpass.version import __version__
 
 LOWERINGS = ("reference", "aclnn")
-INNERS = ("eager", "inductor")
-NUMERICS = ("strict", "vendor")
-MODES = ("graph", "eager")
-NZ_MODES = ("auto", "never")
-DECOMPOSITIONS = ("none", "inductor", "core")
+
+Inner = Literal["eager", "inductor"]
+NumericsContract = Literal["strict", "vendor"]
+Mode = Literal["graph", "eager"]
+NzMode = Literal["auto", "never"]
+Decompositions = Literal["none", "inductor", "core"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Options:
         numerics: ``"strict"`` keeps the integer codes that the graph's own quantize operators produce, and after an
             integer matmul the graph's own roundings; ``"vendor"`` lets the operator take in the whole epilogue, which
             rounds once where the graph rounds several times.
-        mode: which of a chip's rules hold: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn). None, the
-            default, becomes ``"eager"`` with ``lowering="aclnn"`` and ``"graph"`` otherwise.
+        mode: which of a chip's rules hold: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn). For a door, None
+            is ``"eager"`` with ``lowering="aclnn"`` and ``"graph"`` otherwise.
         nz: ``"auto"`` lays weights out in FRACTAL_NZ where the chip wants it, ``"never"`` leaves them in ND.
         allow: rules to lift by name: contradicted ones, about which documents and code disagree, and
             ``"numerics.float16"``, which has float32 sites computed in float16 where a chip needs that.
@@ -49,12 +49,12 @@ class Options:
 
     target: str | None = None
     lowering: str = "reference"
-    inner: str | Callable[..., Any] | None = None
-    numerics: str = "strict"
-    mode: str = None  # type: ignore[assignment]  # never None once made
-    nz: str = "auto"
+    inner: Inner | Callable[..., Any] | None = None
+    numerics: NumericsContract = "strict"
+    mode: Mode = "graph"
+    nz: NzMode = "auto"
     allow: tuple[str, ...] = ()
-    decompositions: str = "none"
+    decompositions: Decompositions = "none"
     dialects: tuple[Dialect, ...] = ()
     on_report: Callable[..., Any] | None = None
 
@@ -67,17 +67,15 @@ class Options:
                 f"lowering is 'aclnn' and target {self.target!r}: the vendor's operators follow a chip's rules. Give "
                 f"target={either(DOCUMENTED)}; with quantpass.emulate_npu() they run on CPU tensors."
             )
-        _one_of("numerics", self.numerics, NUMERICS)
-        if self.mode is None:
-            object.__setattr__(self, "mode", "eager" if self.lowering == "aclnn" else "graph")
-        _one_of("mode", self.mode, MODES)
-        _one_of("nz", self.nz, NZ_MODES)
-        _one_of("decompositions", self.decompositions, DECOMPOSITIONS)
+        _one_of("numerics", self.numerics, get_args(NumericsContract))
+        _one_of("mode", self.mode, get_args(Mode))
+        _one_of("nz", self.nz, get_args(NzMode))
+        _one_of("decompositions", self.decompositions, get_args(Decompositions))
         if self.inner is not None and not callable(self.inner):
             _one_of(
                 "inner",
                 self.inner,
-                INNERS,
+                get_args(Inner),
                 extra=" Also accepted: None, or a function (graph_module, example_inputs) -> callable.",
             )
         object.__setattr__(self, "allow", checked_allow(self.allow))
@@ -100,57 +98,6 @@ class Options:
         settings["dialects"] = [d.name for d in self.dialects]
         text = repr((__version__, sorted(settings.items())))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-_BACKENDS = ("backend", "torch.compile(backend='quantpass')")
-_NPU_DOORS = ("npu_backend", "register", "npugraph_ex_options")
-
-_TORCHAIRS = ("lowering", "mode", "inner")
-
-_TAKEN_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "lowering": (*_BACKENDS, "explain", "fuse", "verify"),
-        "mode": (*_BACKENDS, "explain", "fuse", "verify", "preview_ge"),
-        "inner": _BACKENDS,
-        "decompositions": (*_BACKENDS, "explain", "verify"),
-        "on_report": (*_BACKENDS, *_NPU_DOORS, "preview_ge"),
-    }
-)
-"""Options that not every door carries out, and the doors that do."""
-
-_WHY: Mapping[tuple[str, str], str] = MappingProxyType(
-    {
-        **{(d, n): f": {d} sets {n} itself, from torchair's mode" for d in _NPU_DOORS for n in _TORCHAIRS},
-        ("npu_backend", "decompositions"): ": it has custom_decompositions, as torchair.get_npu_backend does",
-        ("fuse", "decompositions"): ": it takes the graph as it is; call run_decompositions() on the program first",
-        **{(d, "on_report"): ": the report is returned" for d in ("explain", "fuse", "verify")},
-    }
-)
-"""Why a door does not take one of them, where there is more to say."""
-
-
-def make_options(given: Mapping[str, Any], door: str = "backend") -> Options:
-    """Options from the keyword arguments of a door.
-
-    Raises:
-        TypeError: an argument that does not exist (the message names the nearest one that does), or one that ``door``
-            would not carry out (the message names the doors that do).
-        ValueError: a value that is not accepted.
-    """
-    names = [f.name for f in fields(Options)]
-    accepted = [n for n in names if door in _TAKEN_BY.get(n, (door,))]
-    for name in given:
-        if name not in names:
-            meant = did_you_mean(name, accepted)
-            raise TypeError(f"unknown option {name!r}. Accepted: {', '.join(accepted)}.{meant}")
-        if name not in accepted:
-            why = _WHY.get((door, name), "")
-            takers = ", ".join(_TAKEN_BY[name])
-            raise TypeError(
-                f"{door} does not take the option {name!r}{why}. Taken by: {takers}. "
-                f"{door} takes: {', '.join(accepted)}."
-            )
-    return Options(**given)
 
 
 def device_target() -> str:
