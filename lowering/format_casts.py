@@ -23,8 +23,10 @@ from quantpass.graph.constants import Constants
 from quantpass.graph.records import WeightFormat
 from quantpass.graph.torch_internals import real_tensors
 from quantpass.lowering.fractal_nz import nz_bytes
-from quantpass.lowering.int4 import unpack_int4
-from quantpass.operators.ir import NZ
+from quantpass.operators import OPERATORS
+from quantpass.operators.arguments import NZ
+from quantpass.operators.int4 import unpack_int4
+from quantpass.operators.operator import Operator
 
 ops = torch.ops.quantpass
 
@@ -175,10 +177,12 @@ def ledger(gm: GraphModule, constants: Constants, nd_reasons: Mapping[str, str])
         nd_reasons: by site, why its weight stays in ND.
     """
     rows: dict[Node, WeightFormat] = {}
+    fused: dict[Any, Operator] = {op.overload: op for op in OPERATORS if op.vendor.weight}
     for node in gm.graph.nodes:
-        if node.target not in (ops.quant_matmul.default, ops.weight_quant_matmul.default):
+        if node.target not in fused:
             continue
-        weight, site = node.args[1], str(node.meta.get("quantpass", node.name))
+        op = fused[node.target]
+        weight, site = getattr(op.bind(node), op.vendor.weight), str(node.meta.get("quantpass", node.name))
         is_cast = weight.target is ops.format_cast.default
         source: Any = weight.args[0] if is_cast else weight
         if source in rows:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from quantpass.operators.ir import require
+from quantpass.operators.arguments import require
 
 ROWS = 16
 """Rows of a tile."""
@@ -77,6 +77,6 @@ def pack_int4_nz(codes: torch.Tensor) -> torch.Tensor:
     Returns:
         ``(ceil(N / 64), ceil(K / 16), 16, 8)`` int32, zero padded.
     """
-    from quantpass.lowering.int4 import pack_int4
+    from quantpass.operators.int4 import pack_int4
 
     return to_fractal_nz(pack_int4(codes), columns=8)

@@ -1,6 +1,6 @@
 """Running a GE graph on CPU tensors: the proof that a previewed graph computes what the model computes.
 
-Quantized operators are the reference kernels of :mod:`quantpass.lowering.reference`; the others are PyTorch's. What
+Quantized operators are the reference kernels of :mod:`quantpass.operators`; the others are PyTorch's. What
 an operator means is documented with its prototype in CANN (``REG_OP``). An operator or an attribute that is not known
 here is an error, never a guess.
 """

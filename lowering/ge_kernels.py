@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from quantpass.lowering.ge_constants import dtype_name, dtype_named
-from quantpass.lowering.int4 import pack_int4, unpack_int4
-from quantpass.lowering.quant_matmul import quant_matmul
-from quantpass.lowering.scale_words import pack_scale_word
-from quantpass.lowering.weight_quant_matmul import weight_quant_matmul
+from quantpass.operators import OPERATORS
+from quantpass.operators.ge import dtype_name, dtype_named, padded
+from quantpass.operators.int4 import pack_int4, unpack_int4
 
 Inputs = list[Any]
 Attributes = dict[str, Any]
@@ -29,10 +26,8 @@ def kernels(*, saturates: bool, exact_gelu: bool = False) -> dict[str, Kernel]:
     """
     gelu = "none" if exact_gelu else "tanh"
     return {
-        "QuantBatchMatmulV3": functools.partial(_quant_batch_matmul, saturates=saturates),
-        "QuantBatchMatmulV4": functools.partial(_quant_batch_matmul_v4, saturates=saturates),
-        "WeightQuantBatchMatmulV2": functools.partial(_weight_quant_batch_matmul, saturates=saturates),
-        **_QUANTIZED,
+        **{name: _on_chip(kernel, saturates) for op in OPERATORS for name, kernel in op.ge_kernels.items()},
+        **_CASTS,
         **_ARITHMETIC,
         **_SHAPES,
         **_MATRICES,
@@ -40,67 +35,11 @@ def kernels(*, saturates: bool, exact_gelu: bool = False) -> dict[str, Kernel]:
     }
 
 
-def _padded(x: Inputs, count: int) -> Inputs:
-    """Inputs with those at the end that were left out."""
-    return [*x, *[None] * (count - len(x))]
+def _on_chip(kernel: Callable[[Inputs, Attributes, bool], Any], saturates: bool) -> Kernel:
+    return lambda x, a: kernel(x, a, saturates)
 
 
-# -- quantized ---------------------------------------------------------------------------------------------------------
-
-
-def _quant_batch_matmul(x: Inputs, a: Attributes, *, saturates: bool) -> torch.Tensor:
-    x1, x2, scale, offset, bias, pertoken = _padded(x, 6)
-    return quant_matmul(
-        x1,
-        x2,
-        scale,
-        offset=offset,
-        bias=bias,
-        pertoken_scale=pertoken,
-        output_dtype=dtype_named(dtype_name(a["dtype"])),
-        transpose_x1=a["transpose_x1"],
-        transpose_x2=a["transpose_x2"],
-        saturate=saturates,
-    )
-
-
-def _quant_batch_matmul_v4(x: Inputs, a: Attributes, *, saturates: bool) -> torch.Tensor:
-    """V4 takes V3's operands in another order, and more of them."""
-    x1, x2, bias, x1_scale, x2_scale, *others = _padded(x, 10)
-    if any(t is not None for t in others) or a["group_size"]:
-        raise NotImplementedError("QuantBatchMatmulV4 with offsets, y_scale, a table or group_size")
-    return _quant_batch_matmul([x1, x2, x2_scale, None, bias, x1_scale], a, saturates=saturates)
-
-
-def _weight_quant_batch_matmul(x: Inputs, a: Attributes, *, saturates: bool) -> torch.Tensor:
-    activation, weight, scale, offset, quant_scale, quant_offset, bias = _padded(x, 7)
-    transposed = a["transpose_weight"]
-    if transposed:
-        scale, offset = _turned(scale), _turned(offset)
-    elif weight.dtype == torch.int32 and weight.shape[-2] * 8 == activation.shape[-1]:
-        weight, transposed = weight.transpose(-2, -1), True  # a Transpose of (N, K / 8) words is not undone by words
-    return weight_quant_matmul(
-        activation,
-        weight,
-        scale,
-        offset,
-        quant_scale,
-        quant_offset,
-        bias,
-        a["antiquant_group_size"],
-        a["inner_precise"],
-        transpose_x=a["transpose_x"],
-        transpose_weight=transposed,
-        saturate=saturates,
-    )
-
-
-def _turned(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    return parameter if parameter is None or parameter.dim() < 2 else parameter.transpose(-2, -1)
-
-
-def _trans_quant_param(x: Inputs, a: Attributes) -> torch.Tensor:
-    return pack_scale_word(x[0], x[1] if len(x) > 1 else None, a.get("round_mode", 0))
+# -- casts -------------------------------------------------------------------------------------------------------------
 
 
 def _bitcast(x: Inputs, a: Attributes) -> torch.Tensor:
@@ -126,12 +65,7 @@ def _cast(x: Inputs, a: Attributes) -> torch.Tensor:
     return t.to(dtype_named(name))  # type: ignore[no-any-return]
 
 
-_QUANTIZED: dict[str, Kernel] = {
-    "TransQuantParamV2": _trans_quant_param,
-    "TransData": lambda x, a: x[0],
-    "Bitcast": _bitcast,
-    "Cast": _cast,
-}
+_CASTS: dict[str, Kernel] = {"Bitcast": _bitcast, "Cast": _cast}
 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------
@@ -161,7 +95,7 @@ def _softmax(x: Inputs, a: Attributes) -> torch.Tensor:
 
 
 def _layer_norm(x: Inputs, a: Attributes) -> tuple[torch.Tensor, ...]:
-    t, shape, gamma, beta = _padded(x, 4)
+    t, shape, gamma, beta = padded(x, 4)
     out, mean, rstd = torch.native_layer_norm(t, _ints(shape), gamma, beta, a["epsilon"])
     return out, mean.float(), rstd.float()
 

@@ -19,7 +19,7 @@ from quantpass.chips import chip_of_device
 from quantpass.lowering.fx_parcel import TensorValue, unpack
 from quantpass.lowering.ge_graph import GeGraph, from_proto
 from quantpass.lowering.standin_process import Reply, Request
-from quantpass.operators.ir import ND
+from quantpass.operators.arguments import ND
 
 _NEEDED = ("torch.ao.quantization.fx._decomposed",)
 """Modules that define operators a graph may hold."""
@@ -31,7 +31,7 @@ def convert(request: Request, torchair: Any) -> Reply:
     from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from quantpass.lowering.torchair_graphs import make_torchair_compiler
+    from quantpass.lowering.torchair_graphs import hand_over
 
     mode, device = FakeTensorMode(), torch.device("npu:0")
 
@@ -50,7 +50,7 @@ def convert(request: Request, torchair: Any) -> Reply:
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     inputs = [n.meta.get("val") for n in placeholders]
     with tracing(TracingContext(mode)), torch.no_grad():
-        concrete = make_torchair_compiler(config)(gm, inputs).runner  # type: ignore[attr-defined]
+        concrete = hand_over(torchair.get_compiler(config), config, len(inputs))(gm, inputs).runner  # type: ignore[attr-defined]
     positions = tuple(info.func.fx_input_idx for info in concrete._input_info_list)
     formats = {i: n.meta["acl_format"] for i, n in enumerate(placeholders) if "acl_format" in n.meta}
     shapes = {i: n.meta["val"].shape for i, n in enumerate(placeholders) if i in formats}
@@ -104,7 +104,7 @@ def serve(connection: Connection) -> None:
     """Answer requests until ``None`` comes."""
     import torch_npu  # noqa: F401
 
-    from quantpass.lowering.ge_converters import register_converters
+    from quantpass.lowering import GE
     from quantpass.lowering.standin_device import install
 
     for module in _NEEDED:
@@ -113,7 +113,7 @@ def serve(connection: Connection) -> None:
     while (request := connection.recv()) is not None:
         try:
             install(request.soc_name)
-            register_converters(batch_matmul_v4=chip_of_device(request.soc_name).batch_matmul_v4)
+            GE.prepare(chip_of_device(request.soc_name))
             reply = convert(request, torchair)
         except Exception as error:
             reply = Reply(error=f"{type(error).__name__}: {error}", details=traceback.format_exc())

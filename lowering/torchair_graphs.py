@@ -8,29 +8,37 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from quantpass.lowering.leftovers import expand_leftovers
+from quantpass.operators.weight_quant_matmul import WEIGHT_QUANT_MATMUL
+
 GraphCompiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 """A graph compiler as torchair's ``get_compiler`` returns it."""
-
-ops = torch.ops.quantpass
 
 
 def turn_off_view_optimize(gm: GraphModule, config: Any) -> None:
     """What torchair itself does for a graph that holds a weight-quant matmul, but before passes have run."""
-    if not gm.graph.find_nodes(op="call_function", target=ops.weight_quant_matmul.default):
+    if not gm.graph.find_nodes(op="call_function", target=WEIGHT_QUANT_MATMUL.overload):
         return
     experimental = getattr(config, "experimental_config", None)
     if experimental is not None and hasattr(experimental, "enable_view_optimize"):
         experimental.enable_view_optimize = False
 
 
-def make_torchair_compiler(config: Any) -> GraphCompiler:
-    """torchair's compiler for one ``CompilerConfig``, with what it asks of passes that create its operators."""
-    import torchair
+def hand_over(compiler: GraphCompiler, config: Any, given: int) -> GraphCompiler:
+    """What stands in front of torchair's compiler for a fused graph.
 
-    compiler = torchair.get_compiler(config)
+    Args:
+        compiler: torchair's, or what stands in for it.
+        config: torchair's.
+        given: how many inputs the graph had; those behind them are constants that were prepared.
+    """
 
     def compile_graph(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        for tensor in inputs[given:]:  # they keep their address, as parameters do
+            if isinstance(tensor, torch.Tensor):
+                tensor._torchair_is_parameter = True  # type: ignore[attr-defined]
         turn_off_view_optimize(gm, config)
-        return compiler(gm, inputs)  # type: ignore[no-any-return]
+        expand_leftovers(gm)
+        return compiler(gm, inputs)
 
     return compile_graph

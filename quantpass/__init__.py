@@ -94,8 +94,7 @@ if not TYPE_CHECKING:  # where mypy sees it, it takes every name to be there
 
 
 def _define_operators() -> None:
-    for module in ("operators.ir", "lowering.reference"):
-        _import_module(f"quantpass.{module}")
+    _import_module("quantpass.operators")
 
 
 # A saved program that holds torch.ops.quantpass.* loads wherever quantpass and torch were imported, in either order and

@@ -16,8 +16,11 @@ from torch import nn
 
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips import chip_named
-from quantpass.chips.calls import QMM, WQMM, OpCall
+from quantpass.chips.calls import OpCall
 from quantpass.chips.legality import Verdict, judge
+from quantpass.chips.quant_matmul import QMM
+from quantpass.chips.weight_quant_matmul import WQMM
+from quantpass.operators.operator import vendor_call
 
 ops = torch.ops.quantpass
 
@@ -50,13 +53,8 @@ class _QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, weight={self.weight.dtype}"
 
 
-def _spec(t: torch.Tensor | None, *, transposed: bool = False) -> TensorSpec | None:
-    if t is None:
-        return None
-    shape = tuple(t.shape)
-    if transposed and t.dim() >= 2:
-        shape = (*shape[:-2], shape[-1], shape[-2])
-    return TensorSpec(t.dtype, shape, transposed=transposed and t.dim() >= 2)
+def _spec(value: Any) -> Any:
+    return TensorSpec(value.dtype, tuple(value.shape)) if isinstance(value, torch.Tensor) else value
 
 
 def _require(verdict: Verdict, module: str) -> None:
@@ -143,31 +141,25 @@ class LinearWeightQuant(_QuantizedLinear):
         """
         if not torch.compiler.is_compiling():
             _require(judge(self.call(x), chip_named("ascend910b"), _DOCUMENTED), "LinearWeightQuant")
-        scale, offset = _column_major(self.antiquant_scale), _column_major(self.antiquant_offset)
-        assert scale is not None
-        return ops.weight_quant_matmul(  # type: ignore[no-any-return]
-            x, self.weight, scale, offset, self.quant_scale, self.quant_offset, self.bias, self.antiquant_group_size,
-            self.inner_precise, transpose_weight=True,
-        )  # fmt: skip
+        return ops.weight_quant_matmul(**self._arguments(x))  # type: ignore[no-any-return]
+
+    def _arguments(self, x: torch.Tensor) -> dict[str, Any]:
+        return {
+            "x": x,
+            "weight": self.weight,
+            "antiquant_scale": _column_major(self.antiquant_scale),
+            "antiquant_offset": _column_major(self.antiquant_offset),
+            "quant_scale": self.quant_scale,
+            "quant_offset": self.quant_offset,
+            "bias": self.bias,
+            "antiquant_group_size": self.antiquant_group_size,
+            "inner_precise": self.inner_precise,
+            "transpose_weight": True,
+        }
 
     def call(self, x: torch.Tensor, *, mode: str = "eager") -> OpCall:
         """The operator call that the forward makes, for :func:`quantpass.chips.legality.judge`."""
-        scale, offset = _column_major(self.antiquant_scale), _column_major(self.antiquant_offset)
-        return OpCall(
-            WQMM,
-            mode,
-            {
-                "x": _spec(x),
-                "weight": _spec(self.weight, transposed=True),
-                "antiquant_scale": _spec(scale),
-                "antiquant_offset": _spec(offset),
-                "quant_scale": _spec(self.quant_scale),
-                "quant_offset": _spec(self.quant_offset),
-                "bias": _spec(self.bias),
-                "antiquant_group_size": self.antiquant_group_size,
-                "inner_precise": self.inner_precise,
-            },
-        )
+        return vendor_call(WQMM, self._arguments(x), mode, _spec)
 
     @classmethod
     def from_linear(
@@ -297,14 +289,23 @@ class LinearQuant(_QuantizedLinear):
                 )
         if not torch.compiler.is_compiling():
             _require(judge(self.call(x1), chip_named("ascend910b"), _DOCUMENTED), "LinearQuant")
-        scale: torch.Tensor = self.scale
-        offset: torch.Tensor | None = self.offset
+        arguments = self._arguments(x1)
         if self._packs_scale():
-            scale, offset = ops.trans_quant_param(scale, offset), None
-        return ops.quant_matmul(  # type: ignore[no-any-return]
-            x1, self.weight, scale, offset=offset, pertoken_scale=self.pertoken_scale, bias=self.bias,
-            output_dtype=self.output_dtype or torch.int8, group_sizes=self.group_size, transpose_x2=True,
-        )  # fmt: skip
+            arguments |= {"scale": ops.trans_quant_param(self.scale, self.offset), "offset": None}
+        return ops.quant_matmul(**arguments)  # type: ignore[no-any-return]
+
+    def _arguments(self, x1: torch.Tensor) -> dict[str, Any]:
+        return {
+            "x1": x1,
+            "x2": self.weight,
+            "scale": self.scale,
+            "offset": self.offset,
+            "pertoken_scale": self.pertoken_scale,
+            "bias": self.bias,
+            "output_dtype": self.output_dtype or torch.int8,
+            "group_sizes": self.group_size,
+            "transpose_x2": True,
+        }
 
     def _packs_scale(self) -> bool:
         word = self.output_dtype in (None, torch.int8, torch.float16)
@@ -312,23 +313,11 @@ class LinearQuant(_QuantizedLinear):
 
     def call(self, x1: torch.Tensor, *, mode: str = "eager") -> OpCall:
         """The operator call that the forward makes, for :func:`quantpass.chips.legality.judge`."""
-        scale = _spec(self.scale)
-        if scale is not None and self._packs_scale():
-            scale = TensorSpec(torch.int64, scale.shape)
-        return OpCall(
-            QMM,
-            mode,
-            {
-                "x1": _spec(x1),
-                "x2": _spec(self.weight, transposed=True),
-                "scale": scale,
-                "offset": _spec(self.offset),
-                "pertoken_scale": _spec(self.pertoken_scale),
-                "bias": _spec(self.bias),
-                "output_dtype": self.output_dtype,
-                "group_sizes": self.group_size,
-            },
-        )
+        call = vendor_call(QMM, self._arguments(x1), mode, _spec)
+        scale = call.tensor("scale")
+        if scale is None or not self._packs_scale():
+            return call
+        return call.replaced(scale=TensorSpec(torch.int64, scale.shape))
 
     @classmethod
     def from_linear(

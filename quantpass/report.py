@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from tabulate import tabulate
 
 from quantpass.basics.reject import Reject
+from quantpass.chips.checking import OPERATORS
 from quantpass.graph.dump import diff_text
 from quantpass.graph.records import Site, WeightFormat
 from quantpass.version import __version__
@@ -268,7 +269,7 @@ def _bytes_once(formats: Sequence[WeightFormat]) -> Iterator[tuple[int, int]]:
 
 def _cell(site: Site) -> str:
     if site.fused and site.plan is not None:
-        op = "QMM" if site.plan.op == "npu_quant_matmul" else "WQMM"
+        op = OPERATORS[site.plan.op].family.upper()
         out = site.plan.call.get("output_dtype")
         result = f" -> {str(out).removeprefix('torch.')}" if out is not None else ""
         kind = site.numerics.kind if site.numerics else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantpass.lowering.emulation import SCHEMAS
+from quantpass.operators import EMULATED
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,5 +161,7 @@ def test_half_defined_namespaces_are_refused():
 
 
 def test_schemas_parse():
-    for schema in SCHEMAS:
-        assert torch._C.parse_schema(schema).name == schema.partition("(")[0]
+    for op in EMULATED:
+        parsed = torch._C.parse_schema(op.vendor.schema)
+        assert parsed.name == op.vendor.name
+        assert [a.name for a in parsed.arguments if a.name not in op.vendor.unjudged] == [*op.vendor.arguments]

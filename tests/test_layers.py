@@ -11,9 +11,9 @@ LAYERS = (
     "quantpass/graph",
     "patterns",
     "quantpass/operators",
+    "lowering",
     "quantpass/planning",
     "the pass",
-    "lowering",
     "quantpass/doors",
 )
 THE_PASS = {"pipeline.py", "rewrite.py", "report.py", "nn.py", "verify_graph.py"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantpass.doors.npu_compiler import compile_for_npu
+from quantpass.doors.preview import compile_for_npu
 from quantpass.doors.settings import make_options
 from quantpass.lowering import standin_cann
 from tests.helpers import StaticW8A8, WeightOnly

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantpass.lowering.fractal_nz import from_fractal_nz, nz_bytes, pack_int4_nz, tile_columns, to_fractal_nz
-from quantpass.lowering.int4 import pack_int4, unpack_int4
-from quantpass.lowering.quantizers import npu_anti_quant, npu_dynamic_quant, npu_quantize
-from quantpass.lowering.scale_words import fp19, pack_scale_word, unpack_scale_word
-from quantpass.lowering.weight_quant_matmul import chosen_template
+from quantpass.operators.int4 import pack_int4, unpack_int4
+from quantpass.operators.quantizers import npu_anti_quant, npu_dynamic_quant, npu_quantize
+from quantpass.operators.scale_words import fp19, pack_scale_word, unpack_scale_word
+from quantpass.operators.weight_quant_matmul import chosen_template
 
 ops = torch.ops.quantpass
 SEEDS = st.integers(0, 2**31)

@@ -1,8 +1,9 @@
 """Atlas inference series (Ascend 310P): int8 weights in FRACTAL_NZ, float16 and int8 results, one scale a column."""
 
 from quantpass.chips import companions, quant_matmul, weight_quant_matmul
-from quantpass.chips.calls import QMM, WQMM
+from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.rules import Chip, WeightLayout
+from quantpass.chips.weight_quant_matmul import WQMM
 
 _NZ = WeightLayout("NZ", True, "graph mode takes a weight stored (N, K), cast to FRACTAL_NZ, viewed transposed")
 _ND = WeightLayout("ND", True, "eager mode converts an ND weight itself")

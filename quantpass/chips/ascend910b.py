@@ -1,8 +1,9 @@
 """Atlas A2 (Ascend 910B): bfloat16, per-token scales, int32 results, int4 weights."""
 
 from quantpass.chips import companions, quant_matmul, weight_quant_matmul
-from quantpass.chips.calls import QMM, WQMM
+from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.rules import Chip, WeightLayout
+from quantpass.chips.weight_quant_matmul import WQMM
 
 _ND = WeightLayout("ND", None, "as stored")
 _NZ = WeightLayout("NZ", None, "the matmul units read FRACTAL_NZ directly")

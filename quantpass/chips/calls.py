@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.basics.torch_types import I32, dtype_name, is_dtype
-
-QMM = "npu_quant_matmul"
-WQMM = "npu_weight_quant_batchmatmul"
 
 INT4_PER_INT32 = 8
 
@@ -21,12 +18,12 @@ class OpCall:
     """A call of one of the vendor's operators.
 
     Attributes:
-        op: operator name without namespace, e.g. ``"npu_quant_matmul"``.
+        op: the operator.
         mode: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn).
         args: argument name to :class:`TensorSpec`, number, dtype or None; those not given are None.
     """
 
-    op: str
+    op: VendorOp
     mode: str
     args: Mapping[str, Any]
 
@@ -45,20 +42,16 @@ class OpCall:
     @cached_property
     def sizes(self) -> dict[str, Any]:
         """The named sizes of the call (``m``, ``k``, ``n`` ...); a size that the arguments do not determine is absent."""
-        if self.op == QMM:
-            return _qmm_sizes(self)
-        if self.op == WQMM:
-            return _wqmm_sizes(self)
-        return _last_size(self)
+        return self.op.sizes(self)
 
 
 def packed_int4(spec: TensorSpec | None) -> bool:
     return spec is not None and spec.dtype_name == I32
 
 
-def _matrix_sizes(spec: TensorSpec, rows: str, columns: str) -> dict[str, Any]:
+def matrix_sizes(spec: TensorSpec | None, rows: str, columns: str) -> dict[str, Any]:
     """Sizes of a matrix by name; int32 carries eight int4 along the stored last axis."""
-    if spec.rank < 2:
+    if spec is None or spec.rank < 2:
         return {}
     r, c = spec.shape[-2:]
     if packed_int4(spec):
@@ -66,7 +59,14 @@ def _matrix_sizes(spec: TensorSpec, rows: str, columns: str) -> dict[str, Any]:
     return {rows: r, columns: c}
 
 
-def _last_size(call: OpCall) -> dict[str, Any]:
+def in_groups(sizes: dict[str, Any], group: int) -> dict[str, Any]:
+    """``sizes``, and how many ``groups`` of ``group`` rows K has, where that is known."""
+    if group > 0 and isinstance(sizes.get("k"), int):
+        return {**sizes, "groups": -(-sizes["k"] // group)}
+    return sizes
+
+
+def last_size(call: OpCall) -> dict[str, Any]:
     """The last dimension of the tensor that an elementwise operator works on, unpacked."""
     spec = call.tensor("input") or call.tensor("x")
     if spec is None or not spec.shape:
@@ -74,28 +74,48 @@ def _last_size(call: OpCall) -> dict[str, Any]:
     return {"last": spec.shape[-1] * (INT4_PER_INT32 if packed_int4(spec) else 1)}
 
 
-def _qmm_sizes(call: OpCall) -> dict[str, Any]:
-    sizes: dict[str, Any] = {}
-    x1, x2 = call.tensor("x1"), call.tensor("x2")
-    if x1 is not None and x1.rank >= 2:
-        r, c = x1.shape[-2:]
-        sizes |= {"m": r, "k": c * INT4_PER_INT32 if packed_int4(x1) else c}
-    if x2 is not None:
-        sizes |= _matrix_sizes(x2, "k_of_x2", "n")
-    group = (call.args.get("group_sizes") or (0,))[-1]
-    if group > 0 and isinstance(sizes.get("k"), int):
-        sizes["groups"] = -(-sizes["k"] // group)
-    return sizes
+@dataclass(frozen=True, eq=False)
+class VendorOp:
+    """One of the vendor's operators, ``torch.ops.npu.<name>``.
 
+    Attributes:
+        schema: as torch_npu 2.13.0 declares it.
+        sizes: the named sizes of a call, for its rules.
+        unjudged: arguments of forms that no rule speaks of; no call that can be judged gives them.
+        weight: the argument whose storage format a chip cares for; none where there is no such argument.
+        family: what the ids of its rules begin with.
+    """
 
-def _wqmm_sizes(call: OpCall) -> dict[str, Any]:
-    sizes: dict[str, Any] = {}
-    x, weight = call.tensor("x"), call.tensor("weight")
-    if x is not None and x.rank >= 2:
-        sizes |= {"m": x.shape[-2], "k": x.shape[-1]}
-    if weight is not None:
-        sizes |= _matrix_sizes(weight, "k_of_weight", "n")
-    group = call.args.get("antiquant_group_size") or 0
-    if group > 0 and isinstance(sizes.get("k"), int):
-        sizes["groups"] = -(-sizes["k"] // group)
-    return sizes
+    schema: str
+    sizes: Callable[[OpCall], dict[str, Any]] = last_size
+    unjudged: tuple[str, ...] = ()
+    weight: str = ""
+    family: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def name(self) -> str:
+        return self.schema.partition("(")[0]
+
+    @cached_property
+    def types(self) -> Mapping[str, str]:
+        """The arguments that rules speak of, in order, and their types: ``{"x": "Tensor", "axis": "int"}``."""
+        inside = self.schema.partition("(")[2].partition(") ->")[0]
+        pairs = (argument.split("=")[0].rsplit(" ", 1) for argument in inside.split(", ") if argument != "*")
+        return {name: type_.removesuffix("?") for type_, name in pairs if name not in self.unjudged}
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return tuple(self.types)
+
+    @cached_property
+    def numbers(self) -> frozenset[str]:
+        """Arguments that are no tensors: numbers, dtypes, words."""
+        return frozenset(name for name, type_ in self.types.items() if type_ != "Tensor")
+
+    @cached_property
+    def integers(self) -> frozenset[str]:
+        """Arguments that take an integer and no dtype."""
+        return frozenset(n for n, type_ in self.types.items() if type_ == "int" and not n.endswith(("dtype", "_type")))

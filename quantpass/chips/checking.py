@@ -9,45 +9,26 @@ from typing import TYPE_CHECKING, Any
 from quantpass.basics.suggestions import did_you_mean
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.basics.torch_types import F16, F32, I8, I64, is_tensor
-from quantpass.chips import chip_named
-from quantpass.chips.calls import QMM, WQMM, OpCall
-from quantpass.chips.companions import ANTI_QUANT, DYNAMIC_QUANT, FORMAT_CAST, INT4PACK, QUANTIZE, TQP
+from quantpass.chips import CHIPS, chip_named
+from quantpass.chips.calls import OpCall, VendorOp
 from quantpass.chips.legality import Verdict, checked_allow, judge
+from quantpass.chips.quant_matmul import QMM
+from quantpass.chips.weight_quant_matmul import WQMM
 
 if TYPE_CHECKING:
     import torch
 
-ARGUMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        QMM: ("x1", "x2", "scale", "offset", "pertoken_scale", "bias", "output_dtype", "group_sizes"),
-        WQMM: (
-            *("x", "weight", "antiquant_scale", "antiquant_offset", "quant_scale", "quant_offset", "bias"),
-            *("antiquant_group_size", "inner_precise"),
-        ),
-        TQP: ("scale", "offset", "round_mode"),
-        INT4PACK: ("weight", "inner_k_tiles"),
-        FORMAT_CAST: ("input", "acl_format"),
-        DYNAMIC_QUANT: ("input", "smooth_scales", "group_index", "dst_type", "quant_mode"),
-        ANTI_QUANT: ("x", "scale", "offset", "dst_dtype"),
-        QUANTIZE: ("input", "scales", "zero_points", "dtype", "axis", "div_mode"),
-        "LinearQuant": ("x1", "input", "weight", "scale", "offset", "pertoken_scale", "bias", "output_dtype"),
-        "LinearWeightQuant": (
-            *("x", "weight", "antiquant_scale", "antiquant_offset", "quant_scale", "quant_offset", "bias"),
-            *("antiquant_group_size", "inner_precise"),
-        ),
-    }
+OPERATORS: Mapping[str, VendorOp] = MappingProxyType(
+    {rule.op.name: rule.op for chip in CHIPS.values() for rule in chip.rules}
 )
-"""Operators and modules that can be asked about, with their arguments."""
+"""Operators that can be asked about: those that some chip has rules for."""
 
-_NUMBERS = frozenset(
-    (
-        *("output_dtype", "group_sizes", "antiquant_group_size", "inner_precise", "round_mode", "inner_k_tiles"),
-        *("acl_format", "dst_type", "quant_mode", "dst_dtype", "dtype", "axis", "div_mode"),
-    )
+_LINEAR_QUANT = ("x1", "input", "weight", *(a for a in QMM.arguments if a not in ("x1", "x2", "group_sizes")))
+
+MODULES: Mapping[str, tuple[VendorOp, tuple[str, ...]]] = MappingProxyType(
+    {"LinearQuant": (QMM, _LINEAR_QUANT), "LinearWeightQuant": (WQMM, WQMM.arguments)}
 )
-"""Arguments that are no tensors."""
-
-_INTEGERS = frozenset(("antiquant_group_size", "inner_precise", "round_mode", "inner_k_tiles", "acl_format", "axis"))
+"""Modules that can be asked about: the operator that their forward calls, and what they are asked with."""
 
 
 def check_op(op: str, *, target: str, mode: str = "graph", allow: tuple[str, ...] = (), **arguments: Any) -> Verdict:
@@ -76,33 +57,42 @@ def check_op(op: str, *, target: str, mode: str = "graph", allow: tuple[str, ...
         raise ValueError(f"mode is {mode!r}; accepted: 'graph' (GE), 'eager' (aclnn)")
     chip = chip_named(target)
     given = {k: _argument(name, k, v) for k, v in arguments.items()}
-    call = _as_operator(OpCall(name, mode, given))
+    call = OpCall(_asked(name)[0], mode, given)
+    call = OpCall(call.op, mode, _FORWARD[name](call)) if name in _FORWARD else call
     return judge(call, chip, checked_allow(allow))
+
+
+def _asked(name: str) -> tuple[VendorOp, tuple[str, ...]]:
+    """The operator behind a name, and the arguments that it can be asked with."""
+    op = OPERATORS.get(name)
+    return (op, op.arguments) if op is not None else MODULES[name]
 
 
 def _operator(op: str) -> str:
     name = str(op).rpartition(".")[2] if str(op).startswith(("torch.ops.", "module:", "torch_npu.")) else str(op)
     name = name.removesuffix(".default")
+    accepted = (*OPERATORS, *MODULES)
     for candidate in (name, f"npu_{name}"):
-        if candidate in ARGUMENTS:
+        if candidate in accepted:
             return candidate
-    raise ValueError(f"unknown operator {op!r}. Accepted: {', '.join(ARGUMENTS)}.{did_you_mean(name, ARGUMENTS)}")
+    raise ValueError(f"unknown operator {op!r}. Accepted: {', '.join(accepted)}.{did_you_mean(name, accepted)}")
 
 
-def _argument(op: str, name: str, value: Any) -> Any:
-    if name not in ARGUMENTS[op]:
-        meant = did_you_mean(name, ARGUMENTS[op])
-        raise TypeError(f"{op} has no argument {name!r}. Accepted: {', '.join(ARGUMENTS[op])}.{meant}")
-    if (isinstance(value, TensorSpec) or is_tensor(value)) and name in _NUMBERS:
-        raise TypeError(f"{op}: {name} is a tensor; it takes a number, a dtype or a word")
+def _argument(asked: str, name: str, value: Any) -> Any:
+    op, arguments = _asked(asked)
+    if name not in arguments:
+        meant = did_you_mean(name, arguments)
+        raise TypeError(f"{asked} has no argument {name!r}. Accepted: {', '.join(arguments)}.{meant}")
+    if (isinstance(value, TensorSpec) or is_tensor(value)) and name in op.numbers:
+        raise TypeError(f"{asked}: {name} is a tensor; it takes a number, a dtype or a word")
     if value is None or isinstance(value, TensorSpec):
         return value
-    if name in _INTEGERS and not isinstance(value, int):
-        raise TypeError(f"{op}: {name} is {value!r}; it takes an integer")
+    if name in op.integers and not isinstance(value, int):
+        raise TypeError(f"{asked}: {name} is {value!r}; it takes an integer")
     if is_tensor(value):
         return spec_of_tensor(value)
-    if name not in _NUMBERS:
-        raise TypeError(f"{op}: {name} is {value!r}; give a TensorSpec(dtype, shape) or a tensor")
+    if name not in op.numbers:
+        raise TypeError(f"{asked}: {name} is {value!r}; give a TensorSpec(dtype, shape) or a tensor")
     return value
 
 
@@ -112,27 +102,30 @@ def spec_of_tensor(t: torch.Tensor) -> TensorSpec:
     return TensorSpec(t.dtype, tuple(t.shape), transposed=swapped)
 
 
-def _as_operator(call: OpCall) -> OpCall:
-    """A module's call as the operator call that its forward makes."""
-    if call.op == "LinearQuant":
-        args = dict(call.args)
-        scale, output = args.get("scale"), call.value("output_dtype")
-        packs = args.get("pertoken_scale") is None and output in (None, I8, F16)
-        if isinstance(scale, TensorSpec) and scale.dtype_name == F32 and packs:
-            args["scale"] = TensorSpec(I64, scale.shape)
-        module_input = args.pop("input", None)  # the vendor's forward names it x, the document x1
-        args["x1"] = module_input if args.get("x1") is None else args["x1"]
-        args["x2"] = logical(args.pop("weight", None))
-        return OpCall(QMM, call.mode, args)
-    if call.op == "LinearWeightQuant":
-        args = dict(call.args)
-        args["weight"] = logical(args.get("weight"))
-        for name in ("antiquant_scale", "antiquant_offset"):
-            spec = args.get(name)
-            if isinstance(spec, TensorSpec) and spec.rank == 2:
-                args[name] = logical(spec)
-        return OpCall(WQMM, call.mode, args)
-    return call
+def _linear_quant(call: OpCall) -> dict[str, Any]:
+    """The arguments of the call that LinearQuant's forward makes."""
+    args = dict(call.args)
+    scale, output = args.get("scale"), call.value("output_dtype")
+    packs = args.get("pertoken_scale") is None and output in (None, I8, F16)
+    if isinstance(scale, TensorSpec) and scale.dtype_name == F32 and packs:
+        args["scale"] = TensorSpec(I64, scale.shape)
+    module_input = args.pop("input", None)  # the vendor's forward names it x, the document x1
+    args["x1"] = module_input if args.get("x1") is None else args["x1"]
+    args["x2"] = logical(args.pop("weight", None))
+    return args
+
+
+def _linear_weight_quant(call: OpCall) -> dict[str, Any]:
+    """The arguments of the call that LinearWeightQuant's forward makes."""
+    args = {**call.args, "weight": logical(call.args.get("weight"))}
+    for name in ("antiquant_scale", "antiquant_offset"):
+        spec = call.tensor(name)
+        if spec is not None and spec.rank == 2:
+            args[name] = logical(spec)
+    return args
+
+
+_FORWARD = {"LinearQuant": _linear_quant, "LinearWeightQuant": _linear_weight_quant}
 
 
 def logical(spec: Any) -> Any:

@@ -8,16 +8,30 @@ from typing import Any
 from quantpass.basics.symbolic import statically_true
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.basics.torch_types import BF16, F16, F32, I8, I32
-from quantpass.chips.calls import OpCall
+from quantpass.chips.calls import OpCall, VendorOp
 from quantpass.chips.requirements import DtypeIn, Finding, Layout, NotEmpty, Present, Rank, SameDtype, Shape, Value
 from quantpass.chips.rules import Rule, When
 
-TQP = "npu_trans_quant_param"
-INT4PACK = "npu_convert_weight_to_int4pack"
-FORMAT_CAST = "npu_format_cast"
-DYNAMIC_QUANT = "npu_dynamic_quant"
-ANTI_QUANT = "npu_anti_quant"
-QUANTIZE = "npu_quantize"
+TQP = VendorOp("npu_trans_quant_param(Tensor scale, Tensor? offset=None, int? round_mode=0) -> Tensor")
+INT4PACK = VendorOp("npu_convert_weight_to_int4pack(Tensor weight, int inner_k_tiles=0) -> Tensor")
+FORMAT_CAST = VendorOp(
+    "npu_format_cast(Tensor input, int acl_format, *, int? customize_dtype=None, int? input_dtype=None) -> Tensor",
+    unjudged=("customize_dtype", "input_dtype"),
+)
+DYNAMIC_QUANT = VendorOp(
+    "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? dst_type=None, "
+    'str quant_mode="pertoken", float dst_type_max=0.) -> (Tensor, Tensor)',
+    unjudged=("dst_type_max",),
+)
+ANTI_QUANT = VendorOp(
+    "npu_anti_quant(Tensor x, Tensor scale, *, Tensor? offset=None, int? dst_dtype=None, int? src_dtype=None) "
+    "-> Tensor",
+    unjudged=("src_dtype",),
+)
+QUANTIZE = VendorOp(
+    "npu_quantize(Tensor input, Tensor scales, Tensor? zero_points, int dtype, int axis=1, bool div_mode=True) "
+    "-> Tensor"
+)
 
 GRAPH = ("graph",)
 _NZ, _ND = 29, 2

@@ -1,8 +1,9 @@
 """The ``cpu`` target: whatever the reference kernels compute, wider than any chip."""
 
 from quantpass.basics.torch_types import BF16, F16, F32, I8, I32, I64
-from quantpass.chips.calls import QMM, WQMM
+from quantpass.chips import quant_matmul, weight_quant_matmul
 from quantpass.chips.dtype_table import DtypeTable, Row
+from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.requirements import (
     Broadcasts,
     EqualSizes,
@@ -16,9 +17,10 @@ from quantpass.chips.requirements import (
     Value,
 )
 from quantpass.chips.rules import Chip, Rule, dtype_is, grouped
+from quantpass.chips.weight_quant_matmul import WQMM
 
 _FLOATS = (F16, BF16, F32)
-_SOURCE = "quantpass/lowering/reference.py"
+_SOURCE = "quantpass/operators"
 
 _QMM_ROWS = (
     Row(((I8, I32), (I8, I32), (I64, F32), (None,), (I32, None), (None,), (F16,))),
@@ -26,8 +28,6 @@ _QMM_ROWS = (
     Row(((I8, I32), (I8, I32), (F32, BF16), (None,), (I32, *_FLOATS, None), (F32, None), (F16, BF16, F32))),
     Row(((I8, I32), (I8, I32), (F32, BF16), (None,), (I32, None), (None,), (I32,))),
 )
-_QMM_COLUMNS = ("x1", "x2", "scale", "offset", "bias", "pertoken_scale", "output_dtype")
-_WQMM_COLUMNS = ("x", "weight", "antiquant_scale", "antiquant_offset", "bias", "quant_scale", "quant_offset")
 _WQMM_ROWS = tuple(
     Row(((x,), (I8, I32), (x,), (x, None), (*_FLOATS, None), (F32, I64, None), (F32, None))) for x in _FLOATS
 )
@@ -54,7 +54,7 @@ CPU = Chip(
         Rule("cpu.qmm.scale.shape", QMM, Shape("scale", (("n",), (1,))), _SOURCE, "code"),
         Rule("cpu.qmm.pertoken.shape", QMM, Shape("pertoken_scale", (("m",),)), _SOURCE, "code"),
         Rule("cpu.qmm.bias.shape", QMM, QmmBias(), _SOURCE, "code"),
-        Rule("cpu.qmm.dtypes", QMM, DtypeTable(_QMM_COLUMNS, _QMM_ROWS, {"output_dtype": I8}), _SOURCE, "code"),
+        Rule("cpu.qmm.dtypes", QMM, DtypeTable(quant_matmul.COLUMNS, _QMM_ROWS, {"output_dtype": I8}), _SOURCE, "code"),
         Rule("cpu.wqmm.operands", WQMM, Present("antiquant_scale"), _SOURCE, "code"),
         Rule("cpu.wqmm.empty", WQMM, NotEmpty(("weight",)), _SOURCE, "code"),
         Rule("cpu.wqmm.k", WQMM, EqualSizes("k", "k_of_weight", "x and weight with the same k"), _SOURCE, "code"),
@@ -82,6 +82,6 @@ CPU = Chip(
             _SOURCE,
             "code",
         ),
-        Rule("cpu.wqmm.dtypes", WQMM, DtypeTable(_WQMM_COLUMNS, _WQMM_ROWS), _SOURCE, "code"),
+        Rule("cpu.wqmm.dtypes", WQMM, DtypeTable(weight_quant_matmul.COLUMNS, _WQMM_ROWS), _SOURCE, "code"),
     ),
 )

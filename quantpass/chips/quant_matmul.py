@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quantpass.basics.torch_types import BF16, F16, F32, I8, I32, I64
-from quantpass.chips.calls import QMM, packed_int4
+from quantpass.chips.calls import INT4_PER_INT32, OpCall, VendorOp, in_groups, matrix_sizes, packed_int4
 from quantpass.chips.dtype_table import Cell, DtypeTable, Row
 from quantpass.chips.requirements import (
     Broadcasts,
@@ -24,6 +24,27 @@ from quantpass.chips.requirements import (
     Value,
 )
 from quantpass.chips.rules import Rule, When, both, dtype_is, in_nz, transposed
+
+
+def _sizes(call: OpCall) -> dict[str, Any]:
+    sizes: dict[str, Any] = {}
+    x1 = call.tensor("x1")
+    if x1 is not None and x1.rank >= 2:
+        m, k = x1.shape[-2:]
+        sizes = {"m": m, "k": k * INT4_PER_INT32 if packed_int4(x1) else k}
+    sizes |= matrix_sizes(call.tensor("x2"), "k_of_x2", "n")
+    return in_groups(sizes, (call.args.get("group_sizes") or (0,))[-1])
+
+
+QMM = VendorOp(
+    "npu_quant_matmul(Tensor x1, Tensor x2, Tensor scale, *, Tensor? offset=None, Tensor? pertoken_scale=None, "
+    "Tensor? bias=None, int? output_dtype=None, int? x1_dtype=None, int? x2_dtype=None, "
+    "int? pertoken_scale_dtype=None, int? scale_dtype=None, int[]? group_sizes=None, Tensor? y_scale=None) -> Tensor",
+    _sizes,
+    unjudged=("x1_dtype", "x2_dtype", "pertoken_scale_dtype", "scale_dtype", "y_scale"),
+    weight="x2",
+    family="qmm",
+)
 
 COLUMNS = ("x1", "x2", "scale", "offset", "bias", "pertoken_scale", "output_dtype")
 EAGER = ("eager",)

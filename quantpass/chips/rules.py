@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from quantpass.chips.calls import OpCall
+from quantpass.chips.calls import OpCall, VendorOp
 from quantpass.chips.requirements import Requirement
 
 
@@ -35,7 +35,7 @@ class Rule:
     """
 
     id: str
-    op: str
+    op: VendorOp
     need: Requirement
     source: str
     evidence: str = "documented"
@@ -79,8 +79,8 @@ class Chip:
     title: str
     soc_prefixes: tuple[str, ...]
     rules: tuple[Rule, ...]
-    layouts: dict[str, tuple[WeightLayout, ...]] = field(default_factory=dict)
-    eager_layouts: dict[str, tuple[WeightLayout, ...]] = field(default_factory=dict)
+    layouts: dict[VendorOp, tuple[WeightLayout, ...]] = field(default_factory=dict)
+    eager_layouts: dict[VendorOp, tuple[WeightLayout, ...]] = field(default_factory=dict)
     saturates: bool = False
     soc_names: tuple[str, ...] = ()
     typical_soc: str = ""
@@ -91,10 +91,10 @@ class Chip:
         """What the driver calls a chip that is asked for as ``target``: a family's name stands for its typical chip."""
         return target if target in self.soc_names else self.typical_soc
 
-    def rules_of(self, op: str) -> tuple[Rule, ...]:
+    def rules_of(self, op: VendorOp) -> tuple[Rule, ...]:
         return tuple(r for r in self.rules if r.op == op)
 
-    def layouts_of(self, op: str, mode: str) -> tuple[WeightLayout, ...]:
+    def layouts_of(self, op: VendorOp, mode: str) -> tuple[WeightLayout, ...]:
         table = self.layouts if mode == "graph" else self.eager_layouts
         return table.get(op, (WeightLayout("ND", None, "no layout is preferred"),))
 

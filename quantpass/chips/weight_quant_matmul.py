@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from quantpass.basics.torch_types import BF16, F16, F32, I8, I32, I64
-from quantpass.chips.calls import WQMM, OpCall
+from quantpass.chips.calls import OpCall, VendorOp, in_groups, matrix_sizes
 from quantpass.chips.dtype_table import DtypeTable, Row
 from quantpass.chips.requirements import (
     Absent,
@@ -20,6 +22,24 @@ from quantpass.chips.requirements import (
     Value,
 )
 from quantpass.chips.rules import Rule, When, both, dtype_is, given, grouped, in_nz, transposed
+
+
+def _sizes(call: OpCall) -> dict[str, Any]:
+    x = call.tensor("x")
+    sizes = {} if x is None or x.rank < 2 else {"m": x.shape[-2], "k": x.shape[-1]}
+    sizes |= matrix_sizes(call.tensor("weight"), "k_of_weight", "n")
+    return in_groups(sizes, call.args.get("antiquant_group_size") or 0)
+
+
+WQMM = VendorOp(
+    "npu_weight_quant_batchmatmul(Tensor x, Tensor weight, Tensor antiquant_scale, Tensor? antiquant_offset=None, "
+    "Tensor? quant_scale=None, Tensor? quant_offset=None, Tensor? bias=None, int antiquant_group_size=0, "
+    "int inner_precise=0, int? weight_dtype=None) -> Tensor",
+    _sizes,
+    unjudged=("weight_dtype",),
+    weight="weight",
+    family="wqmm",
+)
 
 COLUMNS = ("x", "weight", "antiquant_scale", "antiquant_offset", "bias", "quant_scale", "quant_offset")
 EAGER, GRAPH = ("eager",), ("graph",)

@@ -204,7 +204,7 @@ def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **o
         _part_with_weights(graph, outcome, constants)
     graphs = ((outcome.before, dump(gm)),)
     # A graph for an NPU keeps its casts as planned: whoever runs it has the tensors.
-    formats = carry_out(gm, outcome, settings, constants, casts=settings.lowering == "aclnn")
+    formats = carry_out(gm, outcome, settings, constants, casts=not settings.lowerer.keeps_casts)
     if isinstance(constants, ProgramConstants):
         constants.update_signature()
     return Report(outcome.sites, (settings.chip.name,), settings.mode, graphs, formats, outcome.notes)

@@ -24,7 +24,6 @@ from torch.fx import GraphModule, Node
 from quantpass.graph.constants import ModuleConstants
 from quantpass.graph.dump import dump
 from quantpass.graph.torch_internals import attribute_values
-from quantpass.lowering.aclnn import lower_to_aclnn
 from quantpass.lowering.torchair_graphs import turn_off_view_optimize
 from quantpass.pipeline import Outcome, fuse_graph
 from quantpass.planning.candidates import AT_EVERY_CALL
@@ -97,7 +96,7 @@ def run_pass(gm: GraphModule, config: Any, options: Options, door: str) -> Repor
     Args:
         gm: the graph, edited in place.
         config: torchair's; ``enable_view_optimize`` is turned off where needed.
-        options: with ``lowering="aclnn"`` the vendor's operators are put in place of quantpass's.
+        options: target, settings and lowering.
         door: the name of the door, for the report.
     """
     constants = _GraphConstants(gm, attribute_values(gm))
@@ -105,8 +104,7 @@ def run_pass(gm: GraphModule, config: Any, options: Options, door: str) -> Repor
     graphs = ((outcome.before, dump(gm)),)
     notes = (*outcome.notes, *_gains(gm, outcome, door))
     turn_off_view_optimize(gm, config)
-    if options.lowering == "aclnn":
-        lower_to_aclnn(gm)
+    options.lowerer.lower(gm)
     return Report(outcome.sites, (options.chip.name,), options.mode, graphs, (), notes)
 
 

@@ -10,7 +10,6 @@ from torch.fx import GraphModule, Node
 from quantpass.graph.constants import Constants
 from quantpass.graph.records import PREPARED, WeightFormat
 from quantpass.graph.site_keys import Token
-from quantpass.lowering.aclnn import lower_to_aclnn
 from quantpass.lowering.format_casts import aliases, carry_out_casts, ledger
 from quantpass.pipeline import Outcome
 from quantpass.planning.options import Options
@@ -37,8 +36,7 @@ def carry_out(
         for source, how in carry_out_casts(gm, constants).items():
             why = "the graph or another tensor reads it as well" if how == "copied" else ""
             rows[source] = replace(rows[source], how=how, why=why)
-    if options.lowering == "aclnn":
-        lower_to_aclnn(gm, constants)
+    options.lowerer.lower(gm, constants)
     keys = {s.name: s.key for s in reversed(outcome.sites)}
     return tuple(replace(row, key=_key(constants, source, row, keys)) for source, row in rows.items())
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
-import torch
 from torch.fx import GraphModule
 
 from quantpass.doors.backend import log_report, refuse_training, report_of
@@ -23,8 +22,8 @@ from quantpass.doors.hooks import (
 )
 from quantpass.doors.settings import NpuOptions, make_options
 from quantpass.graph.torch_internals import static_inputs
-from quantpass.lowering.leftovers import expand_leftovers
-from quantpass.lowering.torchair_graphs import turn_off_view_optimize
+from quantpass.lowering import ACLNN, GE
+from quantpass.lowering.torchair_graphs import hand_over
 from quantpass.planning.options import Options, device_target
 from quantpass.report import Report
 
@@ -80,19 +79,10 @@ class _FusingCompiler:
 
     def __call__(self, aot: GraphModule, fake_inputs: list[Any]) -> Callable[..., Any]:
         backend = self._backend
-        given = len(fake_inputs)
-
-        def hand_over(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-            for tensor in inputs[given:]:  # prepared constants keep their address, as parameters do
-                if isinstance(tensor, torch.Tensor):
-                    tensor._torchair_is_parameter = True  # type: ignore[attr-defined]
-            turn_off_view_optimize(graph, backend.config)
-            expand_leftovers(graph)
-            return self._compiler(graph, inputs)  # type: ignore[no-any-return]
-
+        inner = hand_over(self._compiler, backend.config, len(fake_inputs))
         weights = static_inputs(aot, *self.given)
         listener = report_of(backend.options, backend._gather)
-        return CompiledGraph(aot, weights, fake_inputs, replace(backend.options, inner=hand_over), listener)
+        return CompiledGraph(aot, weights, fake_inputs, replace(backend.options, inner=inner), listener)
 
     def set_arg_pos_to_source(self, positions: Any) -> None:
         """torchair asks this of its compiler when exporting."""
@@ -142,8 +132,7 @@ def npu_backend(
     # Whoever runs the graph operator by operator needs operators that an NPU has.
     eagerly = bool(getattr(getattr(config, "debug", None), "run_eagerly", False)) or skipped_by(config) is not None
     settings = _settings(chosen, captured=_is_captured(config), aclnn=_is_captured(config) or eagerly)
-    if settings.lowering != "aclnn":
-        _register_ge_converters(settings)
+    settings.lowerer.prepare(settings.chip)
     return NpuBackend(config, settings, _get_merged_decompositions(config, dict(custom_decompositions or {})))
 
 
@@ -259,14 +248,13 @@ def _runner(registration: Registration, door: str) -> HookFunction:
         del example_inputs
         options = registration.options
         # The mode may have been set after registering.
-        if _is_captured(config) and options.lowering != "aclnn":
-            options = replace(options, lowering="aclnn", mode="eager")
-        if options.lowering != "aclnn":
-            require_torchair(door)
-            _register_ge_converters(options)
+        if _is_captured(config):
+            options = _settings(options, captured=True, aclnn=True)
+        try:
+            options.lowerer.prepare(options.chip)
+        except ImportError as error:
+            raise _missing(door, error) from error
         registration.add(run_pass(gm, config, options, door))
-        if options.lowering != "aclnn":
-            expand_leftovers(gm)
 
     return run
 
@@ -281,14 +269,12 @@ def require_torchair(door: str) -> Any:
         import torch_npu  # noqa: F401  - loads torchair
         import torchair
     except ImportError as error:
-        raise ImportError(f"{door} needs torch_npu and torchair, and {error}. {_INSTALL}") from error
+        raise _missing(door, error) from error
     return torchair
 
 
-def _register_ge_converters(options: Options) -> None:
-    from quantpass.lowering.ge_converters import register_converters
-
-    register_converters(batch_matmul_v4=options.chip.batch_matmul_v4)
+def _missing(door: str, error: ImportError) -> ImportError:
+    return ImportError(f"{door} needs torch_npu and torchair, and {error}. {_INSTALL}")
 
 
 def _chosen(door: str, target: str | None, options: NpuOptions) -> Options:
@@ -298,7 +284,7 @@ def _chosen(door: str, target: str | None, options: NpuOptions) -> Options:
 
 
 def _settings(chosen: Options, *, captured: bool, aclnn: bool) -> Options:
-    return replace(chosen, lowering="aclnn" if aclnn else "reference", mode="eager" if captured else "graph")
+    return replace(chosen, lowering=(ACLNN if aclnn else GE).name, mode="eager" if captured else "graph")
 
 
 def _is_captured(config: Any) -> bool:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import torch
 from torch.fx import GraphModule
 
 from quantpass.chips import NPUS
-from quantpass.doors.npu_compiler import compile_for_npu
+from quantpass.doors.backend import refuse_training, report_of
+from quantpass.doors.compiled import CompiledGraph
 from quantpass.doors.settings import PreviewOptions, make_options
 from quantpass.graph.dump import dump
-from quantpass.graph.torch_internals import compile_isolated, traced_as_on_npu
+from quantpass.graph.torch_internals import StaticInputs, compile_isolated, compile_with_aot, traced_as_on_npu
 from quantpass.graph.writes import written_arguments
+from quantpass.lowering import GE
 from quantpass.lowering.fx_parcel import pack
 from quantpass.lowering.ge_graph import GeGraph
 from quantpass.lowering.standin_process import Request, TorchairProcess
+from quantpass.lowering.torchair_graphs import GraphCompiler, hand_over
 from quantpass.planning.options import Options
 from quantpass.report import Report
 
@@ -191,3 +194,54 @@ def _converted(captured: list[_Captured], soc_name: str, process: TorchairProces
         assert reply.graph is not None
         found.append(PreviewedGraph(reply.graph, reply.pbtxt, dump(record.gm), record.inputs, record.outputs))
     return tuple(found)
+
+
+def compile_for_npu(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    torchair_compiler: GraphCompiler,
+    *,
+    fuse: bool = True,
+    decompositions: dict[Any, Any] | None = None,
+    gather: Callable[[Report], None] | None = None,
+) -> Callable[..., Any]:
+    """Trace a Dynamo graph to ATen, fuse it and compile the result with torchair.
+
+    Args:
+        gm: what Dynamo hands to a backend.
+        example_inputs: the real inputs, weights among them.
+        options: target and settings; ``inner`` and ``lowering`` are not looked at.
+        torchair_compiler: compiles the fused graph. Its placeholders are those of the traced graph and then the
+            prepared constants; one that has to be in a format other than ND says so as ``meta["acl_format"]``.
+        fuse: False hands the traced graph over as it is.
+        decompositions: torchair's (``torchair._utils.get_npu_default_decompositions()``).
+        gather: called with the report of every graph.
+
+    Raises:
+        RuntimeError: autograd would record the graph.
+    """
+    refuse_training(example_inputs)
+
+    def compiler(aot: GraphModule, weights: StaticInputs, fake_inputs: list[Any]) -> Callable[..., Any]:
+        inner = hand_over(torchair_compiler, None, len(fake_inputs))
+        if not fuse:
+            return _boxed(inner(aot, fake_inputs))
+        settings = replace(options, inner=inner, lowering=GE.name)
+        return CompiledGraph(aot, weights, fake_inputs, settings, report_of(options, gather))
+
+    return compile_with_aot(gm, example_inputs, compiler, decompositions)
+
+
+def _boxed(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of boxed inputs, as AOTAutograd wants it."""
+    if getattr(compiled, "_boxed_call", False):
+        return compiled
+
+    def call(inputs: list[Any]) -> Any:
+        args = list(inputs)
+        inputs.clear()
+        return compiled(*args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call

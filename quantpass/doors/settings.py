@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import Any, Literal, TypedDict
 
 from quantpass.basics.suggestions import did_you_mean
+from quantpass.lowering import LOWERINGS, REFERENCE, RUN_HERE
 from quantpass.patterns import Dialect
-from quantpass.planning.options import Decompositions, Inner, Mode, NumericsContract, NzMode, Options
+from quantpass.planning.options import Decompositions, Inner, Mode, NumericsContract, NzMode, Options, one_of
 
 LoweringHere = Literal["reference", "aclnn"]
 
@@ -104,10 +105,10 @@ def make_options(given: Mapping[str, Any], door: str = "backend") -> Options:
                 f"{door} does not take the option {name!r}{_WHY.get((door, name), '')}. Taken by: {takers}. "
                 f"{door} takes: {', '.join(accepted)}."
             )
-    settings = dict(given)
-    if settings.get("mode") is None:
-        settings["mode"] = "eager" if settings.get("lowering") == "aclnn" else "graph"
-    return Options(**settings)
+    lowering = given.get("lowering", REFERENCE.name)
+    one_of("lowering", lowering, RUN_HERE)
+    mode = given.get("mode") or LOWERINGS[lowering].mode
+    return Options(**{**given, "mode": mode})
 
 
 def _names(taken: type) -> frozenset[str]:

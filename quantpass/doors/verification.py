@@ -239,7 +239,7 @@ def _verify_program(
     leaves = {copy_of[n]: t for n, t in program_values(program).items()} | attribute_values(fused)
     constants = ModuleConstants(fused, leaves)
     outcome = fuse_graph(fused, leaves, options, constants.add)
-    carry_out(fused, outcome, options, constants, casts=options.lowering == "aclnn")
+    carry_out(fused, outcome, options, constants, casts=not options.lowerer.keeps_casts)
     measured.reports.append(Report(outcome.sites, (options.chip.name,), options.mode, notes=outcome.notes))
     measured.graphs.append(_Graph(outcome))
     # A program's run writes to nothing of the caller's.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,29 +15,28 @@ from torch.fx import Graph, Node
 from quantpass.basics.boundary import guarded
 from quantpass.basics.reject import Reject
 from quantpass.basics.tensor_spec import TensorSpec
-from quantpass.chips.calls import QMM, WQMM, OpCall
-from quantpass.chips.checking import logical, spec_of_tensor
+from quantpass.chips.calls import OpCall, VendorOp
+from quantpass.chips.checking import spec_of_tensor
 from quantpass.chips.legality import Verdict, judge
 from quantpass.graph.records import Numerics, Plan, Site
 from quantpass.graph.schema import bind, op_name
-from quantpass.operators.ir import DTYPE_NUMBERS, NZ
+from quantpass.operators import OPERATORS
+from quantpass.operators.arguments import DTYPE_NUMBERS, NZ
+from quantpass.operators.operator import vendor_call
+from quantpass.operators.preparation import FORMAT_CAST
 from quantpass.patterns.sites import provenance
 from quantpass.planning.options import Options
 
-_OPERATORS = {
-    "npu::npu_quant_matmul": QMM,
-    "npu::npu_weight_quant_batchmatmul": WQMM,
-    "quantpass::quant_matmul": QMM,
-    "quantpass::weight_quant_matmul": WQMM,
-}
-
-_OWN_FLAGS = frozenset(("transpose_x1", "transpose_x2", "transpose_x", "transpose_weight", "template", "saturate"))
-"""What quantpass's operators say by flags, and the vendor's by strides or by the chip."""
+_MATMULS: Mapping[str, VendorOp] = MappingProxyType(
+    {
+        name: op.vendor
+        for op in OPERATORS
+        if op.vendor.weight
+        for name in (f"npu::{op.vendor.name}", f"quantpass::{op.name}")
+    }
+)
 
 _DTYPES = {number: dtype for dtype, number in DTYPE_NUMBERS.items()}
-
-_WEIGHT = {QMM: "x2", WQMM: "weight"}
-
 
 _OWN_CALL = "called by the model itself"
 
@@ -51,9 +51,9 @@ def own_calls(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if _operator(n) is not None and "quantpass" not in n.meta]
 
 
-def _operator(node: Node) -> str | None:
+def _operator(node: Node) -> VendorOp | None:
     is_call = node.op == "call_function" and isinstance(node.target, OpOverload)
-    return _OPERATORS.get(node.target._schema.name) if is_call else None  # type: ignore[union-attr]
+    return _MATMULS.get(node.target._schema.name) if is_call else None  # type: ignore[union-attr]
 
 
 def already_fused(calls: Iterable[Node], options: Options, keys: Mapping[Node, Hashable]) -> Iterator[Site]:
@@ -71,49 +71,44 @@ def broken_calls(graph: Graph, options: Options) -> Iterator[str]:
         op = _operator(node)
         if op is None or "quantpass" not in node.meta:
             continue
-        call = OpCall(op, options.mode, _arguments(node))
-        weight, given = call.tensor(_WEIGHT[op]), bind(node)[_WEIGHT[op]]
-        if weight is not None and _is_cast_to_nz(given):
-            call = call.replaced(**{_WEIGHT[op]: TensorSpec(weight.dtype, weight.shape, "NZ", weight.transposed)})
-        verdict = judge(call, options.chip, options.allow)
+        verdict = judge(_call(node, op, options, _in_its_format), options.chip, options.allow)
         yield from (f"{node.name} for {node.meta['quantpass']!r}: {reject}" for reject in verdict.rejects)
 
 
-def _is_cast_to_nz(node: Any) -> bool:
-    cast = isinstance(node, Node) and node.target is torch.ops.quantpass.format_cast.default
-    return cast and bool(node.args[1] == NZ)
+def _judged_site(node: Node, op: VendorOp, options: Options) -> Site:
+    return _site(node, _call(node, op, options, _described), options)
 
 
-def _judged_site(node: Node, op: str, options: Options) -> Site:
-    return _site(node, OpCall(op, options.mode, _arguments(node)), options)
+def _call(node: Node, op: VendorOp, options: Options, describe: Callable[[Any], Any]) -> OpCall:
+    call = vendor_call(op, bind(node), options.mode, describe)
+    number = call.args.get("output_dtype")
+    return call.replaced(output_dtype=_DTYPES[number]) if number in _DTYPES else call
 
 
-def _unjudged(node: Node, op: str, options: Options, reject: Reject) -> Site:
+def _unjudged(node: Node, op: VendorOp, options: Options, reject: Reject) -> Site:
     name, source = provenance(node)
     reading = f"a call of {op}"
     return Site(name, source, op_name(node), options.chip.name, False, None, (reject,), None, reading)
 
 
-def _arguments(node: Node) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    bound = bind(node)
-    swapped = {name for name in bound if bound.get(f"transpose_{name}") is True}
-    for name, value in bound.items():
-        fake = value.meta.get("val") if isinstance(value, Node) else None
-        spec = spec_of_tensor(fake) if isinstance(fake, torch.Tensor) else None
-        if name not in _OWN_FLAGS:
-            arguments[name] = value if spec is None else logical(spec) if name in swapped else spec
-    number = arguments.get("output_dtype")
-    if isinstance(number, int):
-        arguments["output_dtype"] = _DTYPES.get(number, number)
-    return arguments
+def _described(value: Any) -> Any:
+    fake = value.meta.get("val") if isinstance(value, Node) else None
+    return spec_of_tensor(fake) if isinstance(fake, torch.Tensor) else value
+
+
+def _in_its_format(value: Any) -> Any:
+    """As ``_described``; what the graph casts to FRACTAL_NZ is in that format."""
+    spec = _described(value)
+    is_cast = isinstance(value, Node) and value.target is FORMAT_CAST.overload
+    in_nz = is_cast and value.args[1] == NZ
+    return TensorSpec(spec.dtype, spec.shape, "NZ", spec.transposed) if in_nz else spec
 
 
 def _site(node: Node, call: OpCall, options: Options) -> Site:
     verdict, call, weight_format = _judged(call, options)
     name, source = provenance(node)
     notes = () if weight_format == "ND" else ("legal with the weight in FRACTAL_NZ, which the graph does not say",)
-    plan = Plan(call.op, node, None, (_OWN_CALL,), dict(call.args), weight_format, notes)
+    plan = Plan(call.op.name, node, None, (_OWN_CALL,), dict(call.args), weight_format, notes)
     return Site(
         name=name,
         source=source,
@@ -130,10 +125,10 @@ def _site(node: Node, call: OpCall, options: Options) -> Site:
 def _judged(call: OpCall, options: Options) -> tuple[Verdict, OpCall, str]:
     """The verdict on the call; a weight's format is not part of a graph, so either may make it legal."""
     verdict = judge(call, options.chip, options.allow)
-    weight = call.tensor(_WEIGHT[call.op])
+    weight = call.tensor(call.op.weight)
     if verdict.legal or weight is None:
         return verdict, call, "ND"
     in_nz = TensorSpec(weight.dtype, weight.shape, "NZ", weight.transposed)
-    other = call.replaced(**{_WEIGHT[call.op]: in_nz})
+    other = call.replaced(**{call.op.weight: in_nz})
     found = judge(other, options.chip, options.allow)
     return (found, other, "NZ") if found.legal else (verdict, call, "ND")

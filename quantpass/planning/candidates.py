@@ -11,12 +11,13 @@ import torch
 from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.basics.tensor_spec import TensorSpec
-from quantpass.chips.calls import OpCall
+from quantpass.chips.calls import OpCall, VendorOp
 from quantpass.chips.rules import Chip, WeightLayout
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Call, Const, Expr
 from quantpass.graph.records import Numerics, Weight
-from quantpass.operators.ir import NZ
+from quantpass.operators.arguments import NZ
+from quantpass.operators.operator import Operator, vendor_call
 from quantpass.patterns.sites import Reading
 from quantpass.planning.composition import Composition
 from quantpass.planning.options import Options
@@ -41,10 +42,8 @@ class LaidOut:
     fixups: tuple[str, ...] = ()
 
     @property
-    def spec(self) -> TensorSpec:
-        shape = ex.shape_of(self.expr)
-        logical = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
-        return TensorSpec(ex.dtype_of(self.expr), logical, self.format, self.transposed)
+    def stored(self) -> TensorSpec:
+        return TensorSpec(ex.dtype_of(self.expr), ex.shape_of(self.expr), self.format)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class Candidate:
     int8_shift: int = 0
 
 
-def weight_layouts(weight: Weight, chip: Chip, op: str, options: Options, *, int4: bool) -> Iterator[LaidOut]:
+def weight_layouts(weight: Weight, chip: Chip, op: VendorOp, options: Options, *, int4: bool) -> Iterator[LaidOut]:
     """The ways to lay ``weight`` out, best first; packed as int4 where asked and possible."""
     layouts = chip.layouts_of(op, options.mode)
     if options.nz == "never":
@@ -89,19 +88,19 @@ def weight_layouts(weight: Weight, chip: Chip, op: str, options: Options, *, int
             yield laid_out
 
 
-def no_layout(family: str, chip: Chip) -> Reject:
-    """Why a weight can't be laid out at all; ``family`` is the first part of the rule's name."""
+def no_layout(op: VendorOp, chip: Chip) -> Reject:
+    """Why a weight can't be laid out at all."""
     return refuse(
-        f"{family}.weight.runtime",
+        f"{op.family}.weight.runtime",
         "the right operand is computed when the graph runs",
         want=f"a weight that is known when compiling: {chip.title} takes it in FRACTAL_NZ",
     )
 
 
-def saturated(family: str, chip: Chip) -> Reject:
-    """Why a bias that may be infinite stays outside; ``family`` is the first part of the rule's name."""
+def saturated(op: VendorOp, chip: Chip) -> Reject:
+    """Why a bias that may be infinite stays outside."""
     return refuse(
-        f"{family}.bias.saturates",
+        f"{op.family}.bias.saturates",
         f"the bias is, or may be when the graph runs, infinite, and {chip.title} limits float16 results to 65504",
     )
 
@@ -126,7 +125,7 @@ def _in_format(stored: LaidOut | None, name: str, options: Options) -> LaidOut |
         return stored
     codes = stored.expr
     known = isinstance(codes, Const)
-    if len(ex.shape_of(codes)) > 2 or (not known and (options.mode != "graph" or options.lowering == "aclnn")):
+    if len(ex.shape_of(codes)) > 2 or (not known and (options.mode != "graph" or not options.lowerer.keeps_casts)):
         return None  # no batches; and the cast of a tensor that is computed can only be part of a GE graph
     cast = Call(ops.format_cast.default, (codes, NZ), {}, ex.dtype_of(codes), ex.shape_of(codes))
     return replace(stored, expr=cast, format="NZ", fixups=(*stored.fixups, _CAST if known else AT_EVERY_CALL))
@@ -180,13 +179,22 @@ def _product_sizes(reading: Reading, shape: tuple[Any, ...]) -> list[Any]:
     return [*[sizes[d] for d in order][:-1], shape[-1]]
 
 
-def spec_of(e: Expr | None, shape: tuple[Any, ...] | None = None) -> TensorSpec | None:
-    """The description of an argument."""
-    return None if e is None else TensorSpec(ex.dtype_of(e), shape or ex.shape_of(e))
+def planned_call(
+    op: Operator, arguments: dict[str, Any], weight: LaidOut, options: Options, **shapes: tuple[Any, ...]
+) -> OpCall:
+    """The call of ``op`` as legality sees it; ``shapes`` of arguments that are to be described by another one."""
+
+    def describe(name: str, value: Any) -> Any:
+        is_tensor = isinstance(value, Expr)
+        return TensorSpec(ex.dtype_of(value), shapes.get(name) or ex.shape_of(value)) if is_tensor else value
+
+    described = {name: describe(name, value) for name, value in arguments.items()}
+    return vendor_call(op.vendor, described | {op.vendor.weight: weight.stored}, options.mode)
 
 
-def call_op(target: Any, arguments: dict[str, Any], dtype: torch.dtype, shape: tuple[Any, ...]) -> Call:
+def call_op(op: Operator, arguments: dict[str, Any], dtype: torch.dtype, shape: tuple[Any, ...]) -> Call:
     """A fused call; arguments at their schema's default are left out, so that graphs stay readable."""
+    target = op.overload
     schema = target._schema
     positional, keywords = [], {}
     for a in schema.arguments:

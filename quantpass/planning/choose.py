@@ -15,8 +15,9 @@ from torch.fx import Node
 
 from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
-from quantpass.chips.calls import QMM
+from quantpass.chips.calls import VendorOp
 from quantpass.chips.legality import judge
+from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.rules import Chip
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Const, Expr, Ref
@@ -75,7 +76,7 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) ->
                 rejects.append(_written(written))
                 continue
             if plan.weight_format == "ND":
-                plan = replace(plan, nd_reason=_nd_reason(plan, reading.weight, not_nz, chip, options))
+                plan = replace(plan, nd_reason=_nd_reason(candidate.call.op, reading.weight, not_nz, chip, options))
             return Planned(plan, numerics)
         if candidate.weight_format == "NZ":
             not_nz.extend(verdict.rejects)
@@ -92,9 +93,9 @@ def _why_not(rejects: list[Reject], nearest: dict[str, tuple[Reject, ...]]) -> t
     return tuple(dict.fromkeys((*rejects, *broken)))
 
 
-def _nd_reason(plan: Plan, weight: Weight, not_nz: list[Reject], chip: Chip, options: Options) -> str:
+def _nd_reason(op: VendorOp, weight: Weight, not_nz: list[Reject], chip: Chip, options: Options) -> str:
     """Why a weight is not laid out in FRACTAL_NZ."""
-    layouts = chip.layouts_of(plan.op, options.mode)
+    layouts = chip.layouts_of(op, options.mode)
     if options.nz == "never":
         return "nz='never'"
     if all(x.format == "ND" for x in layouts):
@@ -115,7 +116,7 @@ def _candidates(
 
 
 def _family(candidate: Candidate) -> str:
-    return "qmm." if candidate.call.op == QMM else "wqmm."
+    return f"{candidate.call.op.family}."
 
 
 def _activation_reject(read: NotAffine) -> Reject:
@@ -142,7 +143,7 @@ def _as_plan(
     notes.extend(_weaker(candidate, reading, passed_over))
     notes.extend(_left_behind(candidate, reading, passed_over))
     return Plan(
-        op=candidate.call.op,
+        op=candidate.call.op.name,
         output=candidate.composition.output,
         value=_with_leftover(candidate, reading),
         fixups=candidate.fixups,
@@ -156,7 +157,7 @@ def _as_plan(
 
 def _weaker(candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...]) -> Iterator[str]:
     """Why a quantized activation is dequantized in the graph and the matmul is not an integer one."""
-    if candidate.call.op == QMM:
+    if candidate.call.op is QMM:
         return
     activation = reading.activation
     if isinstance(activation, Affine) or activation.quantized:

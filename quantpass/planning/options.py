@@ -11,10 +11,10 @@ from quantpass.basics.suggestions import did_you_mean, either
 from quantpass.chips import DOCUMENTED, NPUS, chip_named, chip_of_device
 from quantpass.chips.legality import checked_allow
 from quantpass.chips.rules import Chip
+from quantpass.lowering import LOWERINGS, REFERENCE
+from quantpass.lowering.lowering import Lowering
 from quantpass.patterns import Dialect
 from quantpass.version import __version__
-
-LOWERINGS = ("reference", "aclnn")
 
 Inner = Literal["eager", "inductor"]
 NumericsContract = Literal["strict", "vendor"]
@@ -48,7 +48,7 @@ class Options:
     """
 
     target: str | None = None
-    lowering: str = "reference"
+    lowering: str = REFERENCE.name
     inner: Inner | Callable[..., Any] | None = None
     numerics: NumericsContract = "strict"
     mode: Mode = "graph"
@@ -61,18 +61,18 @@ class Options:
     def __post_init__(self) -> None:
         if self.target is not None:
             chip_named(self.target)
-        _one_of("lowering", self.lowering, LOWERINGS)
-        if self.lowering == "aclnn" and self.target is not None and chip_named(self.target).name not in NPUS:
+        one_of("lowering", self.lowering, tuple(LOWERINGS))
+        if self.lowerer.needs_a_chip and self.target is not None and chip_named(self.target).name not in NPUS:
             raise ValueError(
-                f"lowering is 'aclnn' and target {self.target!r}: the vendor's operators follow a chip's rules. Give "
-                f"target={either(DOCUMENTED)}; with quantpass.emulate_npu() they run on CPU tensors."
+                f"lowering is {self.lowering!r} and target {self.target!r}: the vendor's operators follow a chip's "
+                f"rules. Give target={either(DOCUMENTED)}; with quantpass.emulate_npu() they run on CPU tensors."
             )
-        _one_of("numerics", self.numerics, get_args(NumericsContract))
-        _one_of("mode", self.mode, get_args(Mode))
-        _one_of("nz", self.nz, get_args(NzMode))
-        _one_of("decompositions", self.decompositions, get_args(Decompositions))
+        one_of("numerics", self.numerics, get_args(NumericsContract))
+        one_of("mode", self.mode, get_args(Mode))
+        one_of("nz", self.nz, get_args(NzMode))
+        one_of("decompositions", self.decompositions, get_args(Decompositions))
         if self.inner is not None and not callable(self.inner):
-            _one_of(
+            one_of(
                 "inner",
                 self.inner,
                 get_args(Inner),
@@ -89,6 +89,11 @@ class Options:
     def chip(self) -> Chip:
         """The chip that ``target`` names."""
         return chip_named(self.target if self.target is not None else device_target())
+
+    @property
+    def lowerer(self) -> Lowering:
+        """The lowering that ``lowering`` names."""
+        return LOWERINGS[self.lowering]
 
     @property
     def fingerprint(self) -> str:
@@ -119,7 +124,7 @@ def device_target() -> str:
     return name if name in chip.soc_names else chip.name
 
 
-def _one_of(name: str, value: Any, accepted: tuple[str, ...], extra: str = "") -> None:
+def one_of(name: str, value: Any, accepted: tuple[str, ...], extra: str = "") -> None:
     if value not in accepted:
         meant = did_you_mean(value, accepted)
         raise ValueError(f"{name} is {value!r}. Accepted: {', '.join(map(repr, accepted))}.{extra}{meant}")

@@ -10,12 +10,13 @@ import torch
 from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.basics.symbolic import broadcast_shape
-from quantpass.chips.calls import QMM, OpCall
 from quantpass.chips.legality import HALF_OPT_IN
+from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.rules import Chip
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Const, Expr
 from quantpass.graph.records import Numerics, Weight
+from quantpass.operators.quant_matmul import QUANT_MATMUL
 from quantpass.patterns.affine import Affine
 from quantpass.patterns.sites import Reading
 from quantpass.planning import conventions
@@ -28,8 +29,8 @@ from quantpass.planning.candidates import (
     in_output_form,
     no_layout,
     ops,
+    planned_call,
     saturated,
-    spec_of,
     weight_layouts,
 )
 from quantpass.planning.composition import Composition
@@ -62,7 +63,7 @@ def quant_matmul_candidates(
         return
     layouts = tuple(weight_layouts(weight, chip, QMM, options, int4=False))
     if not layouts:
-        yield no_layout("qmm", chip)
+        yield no_layout(QMM, chip)
         return
     for composition in reversed(compositions):
         if not composition.complete:
@@ -217,7 +218,7 @@ def _addend_problem(p: Product, chip: Chip) -> Reject | None:
     if not p.composition.dtype.is_floating_point:
         return None
     if chip.saturates and p.composition.dtype == torch.float16 and not all_finite(p.addend):
-        return saturated("qmm", chip)
+        return saturated(QMM, chip)
     if isinstance(p.addend, Const):
         narrow = p.addend.tensor.to(torch.float32)
         if not bool((torch.isfinite(narrow) == torch.isfinite(p.addend.tensor)).all()):
@@ -268,7 +269,7 @@ def _emit(
 ) -> Candidate:
     """The call with result dtype ``out``; int32 results are scaled in the graph where the site is floating."""
     c, n = p.composition, p.weight.n
-    *batch, m, k = ex.shape_of(p.x)
+    *batch, m, _ = ex.shape_of(p.x)
     scale = ex.named(ex.cast(p.columns, torch.float32), "scale")
     float_epilogue = out == torch.int32 and c.dtype.is_floating_point
     if out == torch.int32:
@@ -287,17 +288,10 @@ def _emit(
         "transpose_x2": laid_out.transposed,
         "saturate": chip.saturates and out == torch.float16,
     }
-    specs = {
-        "x1": spec_of(p.x, (*batch, m, k)),
-        "x2": laid_out.spec,
-        "scale": spec_of(scale),
-        "pertoken_scale": spec_of(rows, (m,)),
-        "bias": spec_of(bias),
-        "output_dtype": out,
-    }
+    call = planned_call(QUANT_MATMUL, arguments, laid_out, options, pertoken_scale=(m,))
     fixups = [*p.fixups, *laid_out.fixups]
     lead = broadcast_shape(batch, ex.shape_of(laid_out.expr)[:-2])
-    value: Expr = call_op(ops.quant_matmul.default, arguments, out, (*lead, m, n))
+    value: Expr = call_op(QUANT_MATMUL, arguments, out, (*lead, m, n))
     int8_codes = None
     if float_epilogue:
         value = _scaled_in_graph(value, p)
@@ -313,9 +307,7 @@ def _emit(
     if word and p.addend is not None:
         fixups.append("bias rounded to int32")
     numerics = _numerics(p, word, in_half=in_half)
-    return Candidate(
-        OpCall(QMM, options.mode, specs), c, value, laid_out.format, numerics, tuple(fixups), int8_codes, shift
-    )
+    return Candidate(call, c, value, laid_out.format, numerics, tuple(fixups), int8_codes, shift)
 
 
 def _scale_word(scale: Expr, offset: float) -> Expr:

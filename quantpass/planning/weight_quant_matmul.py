@@ -9,12 +9,13 @@ import torch
 
 from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
-from quantpass.chips.calls import WQMM, OpCall
 from quantpass.chips.legality import HALF_OPT_IN
 from quantpass.chips.rules import Chip
+from quantpass.chips.weight_quant_matmul import WQMM
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Const, Expr
 from quantpass.graph.records import Numerics, Weight
+from quantpass.operators.weight_quant_matmul import WEIGHT_QUANT_MATMUL
 from quantpass.patterns.proof import FLOAT64
 from quantpass.patterns.sites import Reading
 from quantpass.patterns.weights_by_value import shifted_by_group
@@ -28,10 +29,9 @@ from quantpass.planning.candidates import (
     flattened,
     in_output_form,
     no_layout,
-    ops,
+    planned_call,
     rows_of,
     saturated,
-    spec_of,
     weight_layouts,
 )
 from quantpass.planning.composition import Composition
@@ -63,7 +63,7 @@ def weight_quant_candidates(
     packed = [] if narrow is None else [*weight_layouts(weight, chip, WQMM, options, int4=True)]
     layouts = [*packed, *weight_layouts(weight, chip, WQMM, options, int4=False)]
     if not layouts:
-        yield no_layout("wqmm", chip)
+        yield no_layout(WQMM, chip)
         return
     dtypes = [ex.dtype_of(x)]
     if dtypes == [torch.float32] and HALF_OPT_IN in options.allow:
@@ -133,17 +133,9 @@ def _candidates(
             "transpose_weight": laid_out.transposed,
             "saturate": chip.saturates,
         }
-        specs = {
-            "x": spec_of(x, (m, weight.k)),
-            "weight": laid_out.spec,
-            "antiquant_scale": spec_of(scale16),
-            "antiquant_offset": spec_of(offset16),
-            "bias": spec_of(bias),
-            "antiquant_group_size": weight.group_size,
-        }
-        value = ex.cast(call_op(ops.weight_quant_matmul.default, arguments, dtype, (m, n)), c.dtype)
+        value = ex.cast(call_op(WEIGHT_QUANT_MATMUL, arguments, dtype, (m, n)), c.dtype)
         yield Candidate(
-            OpCall(WQMM, options.mode, specs),
+            planned_call(WEIGHT_QUANT_MATMUL, arguments, laid_out, options, x=(m, weight.k)),
             c,
             in_output_form(value, reading, c),
             laid_out.format,
@@ -338,7 +330,7 @@ def _bias_problem(c: Composition, x_dtype: torch.dtype, chip: Chip) -> Reject | 
         return None
     wanted = _bias_dtype(x_dtype)
     if chip.saturates and not all_finite(c.addend):
-        return saturated("wqmm", chip)
+        return saturated(WQMM, chip)
     if not isinstance(c.addend, Const):
         source = held_dtype(c.addend)
         if lossless(source, wanted) or (wanted == torch.float32 and not source.is_floating_point):

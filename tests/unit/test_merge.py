@@ -7,7 +7,7 @@ import torch
 from torch.fx import Graph
 
 from quantpass.graph.merge import duplicates
-from quantpass.operators import ir as _ir  # noqa: F401  (defines the fused operators)
+from quantpass.operators import OPERATORS as _operators  # noqa: F401  (defines the fused operators)
 
 aten = torch.ops.aten
 

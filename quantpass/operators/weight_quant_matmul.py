@@ -7,13 +7,19 @@ what the library would pick. docs/semantics.md, section 2, states each and what 
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from quantpass.lowering.int4 import unpack_int4
-from quantpass.lowering.integer_matmul import int_matmul
-from quantpass.lowering.quant_matmul import requantize, scale_and_offset, to_float
-from quantpass.lowering.scale_words import unpack_scale_word
-from quantpass.operators.ir import matrix_shape, require
+import torch
+from torch.fx import Node
+
+from quantpass.chips.weight_quant_matmul import WQMM
+from quantpass.operators.arguments import Arguments, matrix_shape, packed_transposed, refuse_given, require
+from quantpass.operators.ge import Ge, padded, turned
+from quantpass.operators.int4 import unpack_int4
+from quantpass.operators.multi_scale import INT4_PLANES, INT8_PLANES, accumulated, half_away
+from quantpass.operators.operator import AclnnGraph, Operator
+from quantpass.operators.results import requantize, scale_and_offset, to_float
+from quantpass.operators.scale_words import unpack_scale_word
 
 TEMPLATES = ("custom", "msd", "fixpipe", "310p", "auto")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,8 +92,8 @@ def weight_quant_matmul(
         )
     if template == "msd":
         require(antiquant_scale.dtype != torch.int64, "weight_quant_matmul: the msd template takes no int64 scale")
-        planes = _INT4_PLANES if weight.dtype == torch.int32 else _INT8_PLANES
-        acc = _msd(left, codes, scale, offset, antiquant_group_size, planes, bool(inner_precise))
+        planes = INT4_PLANES if weight.dtype == torch.int32 else INT8_PLANES
+        acc = accumulated(left, codes, scale, offset, antiquant_group_size, planes, bool(inner_precise))
     else:
         w = _dequantized(codes, scale, offset, x.dtype)
         acc = left.to(torch.float32) @ w.to(torch.float32)
@@ -97,7 +103,7 @@ def weight_quant_matmul(
         require(
             quant_offset is None, "weight_quant_matmul: quant_offset is given without quant_scale", "wqmm.quant_offset"
         )
-        return _half_away(acc, x.dtype, saturate) if template == "msd" else to_float(acc, x.dtype, saturate)
+        return half_away(acc, x.dtype, saturate) if template == "msd" else to_float(acc, x.dtype, saturate)
     offsets = None if quant_offset is None else quant_offset.reshape(-1)
     factor, word_offset = scale_and_offset(quant_scale.reshape(-1), offsets)
     return requantize(acc * factor, word_offset)
@@ -130,22 +136,6 @@ def chosen_template(
         return "msd" if m <= 64 and k % 32 == 0 and n % 32 == 0 and transpose_weight and n >= 2 * m else "custom"
     fits = group_size in (64, 128) and m <= group_size // 8 and k % group_size == 0 and n % 64 == 0
     return "msd" if fits and not transpose_weight else "custom"
-
-
-def dequantize_weight(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    offset: torch.Tensor | None,
-    dtype: torch.dtype,
-    group_size: int = 0,
-    *,
-    transposed: bool = False,
-) -> torch.Tensor:
-    """``(weight + offset) * scale`` as ``(K, N)`` in ``dtype``, rounded as the custom template rounds it."""
-    codes = weight_codes(weight, transposed)
-    k, n = codes.shape
-    wide_scale, wide_offset = _parameters(scale, offset, dtype, k, n, group_size)
-    return _dequantized(codes, wide_scale, wide_offset, dtype)
 
 
 def weight_codes(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -250,64 +240,111 @@ def _bias(bias: torch.Tensor | None, n: int) -> torch.Tensor | None:
     return bias.reshape(n).to(torch.float32)
 
 
-# -- the MSD templates ---------------------------------------------------------------------------------------------
-# The weight stays integer; x is decomposed into integer planes relative to its largest element, so that the cube
-# multiplies integers: x / max = a1 / s1 + a2 / s2 (+ a3 / s3).
-
-_INT8_PLANES = (127.499, 2 * 127.499**2)
-_INT4_PLANES = (7.49, 7.49 * 14.98, 7.49 * 14.98**2)
-
-
-def _msd(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    offset: torch.Tensor | None,
-    group_size: int,
-    planes: tuple[float, ...],
-    fast: bool,
-) -> torch.Tensor:
-    """The accumulator of the multi-scale decomposition templates, ``(..., M, N)`` float32."""
-    k = codes.shape[0]
-    group = group_size or k
-    total: torch.Tensor | None = None
-    for start in range(0, k, group):
-        rows = slice(start, min(start + group, k))
-        part = _msd_group(x[..., rows].to(torch.float32), codes[rows], planes, fast and group_size > 0)
-        if offset is not None:
-            added = offset[start if offset.shape[0] > 1 else 0].to(torch.float32)
-            part = part + x[..., rows].to(torch.float32).sum(-1, keepdim=True) * added
-        part = part * scale[start if scale.shape[0] > 1 else 0].to(torch.float32)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
+def _fake(a: Arguments) -> torch.Tensor:
+    x, weight = a.x, a.weight
+    require(x.dim() >= 2, f"weight_quant_matmul: x has rank {x.dim()}; it must be (..., M, K)")
+    require(weight.dim() == 2, f"weight_quant_matmul: weight has rank {weight.dim()}; it must be a matrix")
+    m, k = (x.shape[-1], x.shape[-2]) if a.transpose_x else (x.shape[-2], x.shape[-1])
+    kw, n = matrix_shape(weight, a.transpose_weight)
+    require(k == kw, f"weight_quant_matmul: x has K = {k} and weight has K = {kw}")
+    dtype = torch.int8 if a.quant_scale is not None else x.dtype
+    return x.new_empty((*x.shape[:-2], m, n), dtype=dtype)  # type: ignore[no-any-return]
 
 
-def _msd_group(x: torch.Tensor, codes: torch.Tensor, planes: tuple[float, ...], fast: bool) -> torch.Tensor:
-    largest = x.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest == 0, 0.0, 1.0 / largest)
-    # Short rows are divided, long ones multiplied by the reciprocal.
-    u = x * inverse if x.shape[-1] >= 128 else torch.where(largest == 0, 0.0, x / largest)
-    rest, result = u, torch.zeros((*x.shape[:-1], codes.shape[1]), dtype=torch.float16 if fast else torch.float32)
-    for steps in planes:
-        plane = _round_half_away(rest * steps)
-        rest = rest - plane / steps
-        product = int_matmul(plane.to(torch.int8), codes).to(torch.float32) / steps
-        result = result + product.to(result.dtype)
-    return result.to(torch.float32) * largest
+def _aclnn(graph: AclnnGraph, node: Node, a: Arguments) -> None:
+    """The group scales of a transposed weight are a transposed view of ``(N, groups)``, as the weight is of (N, K)."""
+    scale, offset = a.antiquant_scale, a.antiquant_offset
+    if _has_turned_groups(a):
+        scale = graph.stored_transposed(node, scale, _reads_turned)
+        offset = None if offset is None else graph.stored_transposed(node, offset, _reads_turned)
+    quant_scale = a.quant_scale
+    if quant_scale is not None and quant_scale.meta["val"].dtype == torch.float32:
+        quant_scale = graph.scale_word(node, quant_scale, a.quant_offset, "quant_word")
+    x, weight = graph.viewed(node, a.x, a.transpose_x), graph.viewed(node, a.weight, a.transpose_weight)
+    keywords = {
+        "antiquant_offset": offset,
+        "quant_scale": quant_scale,
+        "quant_offset": None,
+        "bias": a.bias,
+        "antiquant_group_size": a.antiquant_group_size,
+        "inner_precise": a.inner_precise,
+    }
+    graph.replace(node, WQMM, (x, weight, scale), keywords)
 
 
-def _round_half_away(t: torch.Tensor) -> torch.Tensor:
-    return torch.sign(t) * torch.floor(t.abs() + 0.5)
+def _has_turned_groups(a: Arguments) -> bool:
+    return bool(a.antiquant_group_size and a.transpose_weight)
 
 
-def _half_away(t: torch.Tensor, dtype: torch.dtype, saturate: bool) -> torch.Tensor:
-    """Float32 to a 16-bit float with ties away from zero."""
-    nearest = to_float(t, dtype, saturate)
-    if dtype == torch.float32:
-        return nearest
-    tie = (nearest.to(torch.float64) - t.to(torch.float64)).abs() > 0
-    away = torch.nextafter(nearest, torch.where(t >= 0, torch.inf, -torch.inf).to(dtype))
-    middle = (nearest.to(torch.float64) + away.to(torch.float64)) / 2
-    exactly = tie & (middle == t.to(torch.float64))
-    return torch.where(exactly & torch.isfinite(away), away, nearest)
+def _reads_turned(user: Node) -> bool:
+    """True for a grouped matmul of a transposed weight."""
+    if user.target is not WEIGHT_QUANT_MATMUL.overload:
+        return False
+    return _has_turned_groups(WEIGHT_QUANT_MATMUL.bind(user))
+
+
+def _ge(ge: Ge, a: Arguments) -> Any:
+    """WeightQuantBatchMatmulV2. int4 stays packed in int32 here: the operator's kernel unpacks it."""
+    quant_scale, scale, offset = a.quant_scale, a.antiquant_scale, a.antiquant_offset
+    if quant_scale is not None and quant_scale.dtype == ge.dtypes.DT_INT64:
+        quant_scale = ge.api.Cast(quant_scale, dst_type=ge.dtypes.DT_UINT64)
+    if a.transpose_weight:
+        scale, offset = ge.turned(scale), ge.turned(offset)
+    return ge.api.WeightQuantBatchMatmulV2(
+        a.x,
+        a.weight,
+        scale,
+        antiquant_offset=offset,
+        quant_scale=quant_scale,
+        quant_offset=a.quant_offset,
+        bias=a.bias,
+        transpose_x=a.transpose_x,
+        transpose_weight=a.transpose_weight,
+        antiquant_group_size=a.antiquant_group_size,
+        inner_precise=a.inner_precise,
+    )
+
+
+def _run(inputs: list[Any], attrs: dict[str, Any], saturates: bool) -> torch.Tensor:
+    activation, weight, scale, offset, quant_scale, quant_offset, bias = padded(inputs, 7)
+    transposed = attrs["transpose_weight"]
+    if transposed:
+        scale, offset = turned(scale), turned(offset)
+    elif weight.dtype == torch.int32 and weight.shape[-2] * 8 == activation.shape[-1]:
+        weight, transposed = weight.transpose(-2, -1), True  # a Transpose of (N, K / 8) words is not undone by words
+    return weight_quant_matmul(
+        activation,
+        weight,
+        scale,
+        offset,
+        quant_scale,
+        quant_offset,
+        bias,
+        attrs["antiquant_group_size"],
+        attrs["inner_precise"],
+        transpose_x=attrs["transpose_x"],
+        transpose_weight=transposed,
+        saturate=saturates,
+    )
+
+
+def _emulated(a: Arguments) -> torch.Tensor:
+    refuse_given("npu_weight_quant_batchmatmul", a, *WQMM.unjudged)
+    transposed = a.weight.dtype == torch.int32 and packed_transposed(a.weight.shape[-2], a.x.shape[-1])
+    weight = a.weight.transpose(-2, -1) if transposed else a.weight
+    return torch.ops.quantpass.weight_quant_matmul(  # type: ignore[no-any-return]
+        a.x, weight, a.antiquant_scale, a.antiquant_offset, a.quant_scale, a.quant_offset, a.bias,
+        a.antiquant_group_size, a.inner_precise, transpose_weight=transposed,
+    )  # fmt: skip
+
+
+WEIGHT_QUANT_MATMUL = Operator(
+    vendor=WQMM,
+    kernel=weight_quant_matmul,
+    fake=_fake,
+    aclnn=_aclnn,
+    ge=_ge,
+    ge_kernels={"WeightQuantBatchMatmulV2": _run},
+    emulate=_emulated,
+    vendor_fake="wrong",  # for x of rank above 2
+)

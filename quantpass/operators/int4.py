@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from quantpass.operators.ir import require
+from quantpass.operators.arguments import require
 
 _SHIFTS = (0, 4, 8, 12, 16, 20, 24, 28)
 

@@ -1,18 +1,34 @@
-"""``npu_quant_matmul``: what it computes."""
+"""``npu_quant_matmul``: what it computes, and how each lowering carries it out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.fx import Node
 
-from quantpass.lowering.int4 import unpack_int4
-from quantpass.lowering.integer_matmul import int_matmul
-from quantpass.lowering.scale_words import pack_scale_word, unpack_scale_word
-from quantpass.operators.ir import OUTPUT_DTYPES, require
+from quantpass.chips.quant_matmul import QMM
+from quantpass.operators.arguments import (
+    DTYPE_NUMBERS,
+    Arguments,
+    dtype_numbered,
+    matrix_shape,
+    packed_transposed,
+    refuse_given,
+    require,
+)
+from quantpass.operators.ge import Ge, dtype_name, dtype_named, padded
+from quantpass.operators.grouped_int4 import int4_grouped, int8_by_int4
+from quantpass.operators.int4 import unpack_int4
+from quantpass.operators.integer_matmul import int_matmul
+from quantpass.operators.operator import AclnnGraph, Operator
+from quantpass.operators.results import requantize, scale_and_offset, to_float
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_FLOAT16_MAX = 65504.0
+_OUTPUTS = (torch.int8, *_FLOATS[:2], torch.int32, torch.float32)
+_GE_OUTPUTS = _OUTPUTS[:-1]
+_WORD_RESULTS = (torch.int8, torch.float16)
 
 
 def quant_matmul(
@@ -92,92 +108,6 @@ def quant_matmul(
     return to_float(t, out, saturate)
 
 
-def int4_grouped(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: torch.Tensor,
-    offset: torch.Tensor | None,
-    pertoken_scale: torch.Tensor | None,
-    group: int,
-) -> torch.Tensor:
-    """A4W4 with a scale and a zero point for each group of K (newer than LinearQuant.md).
-
-    ``y = pertoken_scale * sum_g scale_g * (a_g @ (b_g - offset_g))``; integer inside a group, float32 across groups.
-    The offset is **subtracted** here, unlike everywhere else in the vendor's operators.
-
-    Source: aclnnQuantMatmulV5.md:59-62; test_npu_quant_matmul.py, cpu_quant_matmul_a4w4_pergroup.
-    """
-    k, n = b.shape
-    groups = _groups(k, group)
-    _require_shape("scale", scale, (groups, n))
-    _require_dtype("scale", scale, torch.float32)
-    if offset is not None:
-        _require_shape("offset", offset, (groups, n))
-    y = torch.zeros((a.shape[0], n), dtype=torch.float32)
-    for g in range(groups):
-        rows = slice(g * group, (g + 1) * group)
-        weight = b[rows].to(torch.int32)
-        if offset is not None:
-            weight = weight - offset[g].to(torch.int32)
-        y = y + (a[:, rows].to(torch.float64) @ weight.to(torch.float64)).to(torch.float32) * scale[g]
-    return y if pertoken_scale is None else y * _column(pertoken_scale, a.shape[0])
-
-
-def int8_by_int4(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: torch.Tensor,
-    offset: torch.Tensor | None,
-    pertoken_scale: torch.Tensor | None,
-    group: int,
-) -> torch.Tensor:
-    """A8W4: int8 activation, int4 weight, int64 scale words for each group of K (newer than LinearQuant.md).
-
-    The activation is split into int4 halves, ``hi = a // 16`` and ``lo = (a & 15) - 8``; each group's integer sums
-    are scaled and accumulated in **float16**; ``y = (16 * hi_sum + lo_sum + offset) * pertoken_scale``. Since
-    ``16 * hi + lo = a - 8``, the caller's ``offset`` has to hold ``8 * sum_k scale * b``.
-
-    Source: test_npu_quant_matmul.py, a8w4_quant_golden.
-    """
-    k, n = b.shape
-    groups = _groups(k, group)
-    _require_shape("scale", scale, (groups, n))
-    _require_dtype("scale", scale, torch.int64)
-    factor, _ = unpack_scale_word(scale)
-    high = torch.div(a.to(torch.int32), 16, rounding_mode="floor")
-    low = (a.to(torch.int32) & 15) - 8
-    sums = []
-    for half in (high, low):
-        total = torch.zeros((a.shape[0], n), dtype=torch.float16)
-        for g in range(groups):
-            rows = slice(g * group, (g + 1) * group)
-            part = (half[:, rows].to(torch.float64) @ b[rows].to(torch.float64)).to(torch.float32) * factor[g]
-            total = total + part.to(torch.float16)
-        sums.append(total.to(torch.float32))
-    y = sums[0] * 16 + sums[1]
-    if offset is not None:
-        _require_shape("offset", offset, (n,))
-        y = y + offset.to(torch.float32)
-    return y if pertoken_scale is None else y * _column(pertoken_scale, a.shape[0])
-
-
-def scale_and_offset(scale: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the hardware reads: the FP19 scale and the 9-bit offset, packed first where the scale is a float."""
-    return unpack_scale_word(scale if scale.dtype == torch.int64 else pack_scale_word(scale, offset))
-
-
-def requantize(t: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """The fixpipe's float32 to int8: round half to even, clip to 9 bits, add the offset, clip to 8."""
-    return (t.round().clamp(-256, 255) + offset).clamp(-128, 127).to(torch.int8)
-
-
-def to_float(t: torch.Tensor, dtype: torch.dtype, saturate: bool) -> torch.Tensor:
-    """Float32 to the output's dtype, half to even."""
-    if saturate and dtype == torch.float16:
-        t = t.clamp(-_FLOAT16_MAX, _FLOAT16_MAX)
-    return t.to(dtype)
-
-
 def _operand(x: torch.Tensor, transposed: bool, name: str) -> torch.Tensor:
     known = x.dtype in (torch.int8, torch.int32)
     require(known, f"quant_matmul: {name} is {x.dtype}; it must be int8, or int4 in int32", f"cpu.qmm.dtypes.{name}")
@@ -197,8 +127,8 @@ def _check(
 ) -> None:
     m, n = a.shape[-2], b.shape[-1]
     require(
-        out in OUTPUT_DTYPES,
-        f"quant_matmul: output_dtype is {out}; it must be one of {OUTPUT_DTYPES}",
+        out in _OUTPUTS,
+        f"quant_matmul: output_dtype is {out}; it must be one of {_OUTPUTS}",
         "cpu.qmm.dtypes.output_dtype",
     )
     dtypes = (torch.float32, torch.bfloat16, torch.int64)
@@ -229,7 +159,9 @@ def _check(
             f"quant_matmul: pertoken_scale needs a floating output, not {out}",
             "cpu.qmm.dtypes.pertoken_scale",
         )
-        _require_shape("pertoken_scale", pertoken_scale, (m,), "qmm.pertoken.shape")
+        shape = tuple(pertoken_scale.shape)
+        message = f"quant_matmul: pertoken_scale has shape {shape}; it must be {(m,)}"
+        require(shape == (m,), message, "qmm.pertoken.shape")
     if bias is not None:
         floating = bias.dtype in _FLOATS
         message = f"quant_matmul: bias is {bias.dtype}; it must be int32 or floating"
@@ -252,21 +184,120 @@ def _check_batch(a: torch.Tensor, b: torch.Tensor) -> None:
         )
 
 
-def _groups(k: int, group: int) -> int:
-    require(group > 0, f"quant_matmul: group_sizes[-1] is {group}; it must be positive")
-    require(k % group == 0, f"quant_matmul: K = {k} is no multiple of the group size {group}")
-    return k // group
+def _fake(a: Arguments) -> torch.Tensor:
+    for name, t in (("x1", a.x1), ("x2", a.x2)):
+        require(t.dim() >= 2, f"quant_matmul: {name} has rank {t.dim()}; it must be at least 2")
+    m, k1 = matrix_shape(a.x1, a.transpose_x1)
+    k2, n = matrix_shape(a.x2, a.transpose_x2)
+    require(k1 == k2, f"quant_matmul: x1 has K = {k1} and x2 has K = {k2}")
+    batch = torch.broadcast_shapes(a.x1.shape[:-2], a.x2.shape[:-2])
+    return a.x1.new_empty((*batch, m, n), dtype=a.output_dtype or torch.int8)  # type: ignore[no-any-return]
 
 
-def _require_shape(name: str, t: torch.Tensor, shape: tuple[int, ...], rule: str = "qmm.grouped.shape") -> None:
-    require(tuple(t.shape) == shape, f"quant_matmul: {name} has shape {tuple(t.shape)}; it must be {shape}", rule)
+def _aclnn(graph: AclnnGraph, node: Node, a: Arguments) -> None:
+    """float16 and int8 results take their scale as a word, in which the offset travels: its tensor is never read."""
+    out = a.output_dtype or torch.int8
+    if out not in DTYPE_NUMBERS:
+        raise ValueError(
+            f"{node.name}: npu_quant_matmul gives {', '.join(map(str, DTYPE_NUMBERS))}, not {out}; "
+            "lowering='aclnn' carries out plans for a chip, not for target='cpu'"
+        )
+    scale, offset = a.scale, a.offset
+    if not (a.group_sizes and a.group_sizes[-1]):
+        floating_bias = a.bias is not None and a.bias.meta["val"].dtype.is_floating_point
+        through_word = out in _WORD_RESULTS and a.pertoken_scale is None and not floating_bias
+        if through_word and scale.meta["val"].dtype == torch.float32:
+            scale = graph.scale_word(node, scale, offset, "scale_word")
+        offset = None
+    keywords = {
+        "offset": offset,
+        "pertoken_scale": a.pertoken_scale,
+        "bias": a.bias,
+        "output_dtype": DTYPE_NUMBERS[out],
+        "group_sizes": a.group_sizes,
+    }
+    x1, x2 = graph.viewed(node, a.x1, a.transpose_x1), graph.viewed(node, a.x2, a.transpose_x2)
+    graph.replace(node, QMM, (x1, x2, scale), keywords)
 
 
-def _require_dtype(name: str, t: torch.Tensor, dtype: torch.dtype) -> None:
-    require(t.dtype == dtype, f"quant_matmul: {name} is {t.dtype}; it must be {dtype}")
+def _ge(ge: Ge, a: Arguments) -> Any:
+    """QuantBatchMatmulV3 (or V4). int4 packed in int32 becomes an INT4 tensor first."""
+    from torchair.ge._ge_graph import torch_type_to_ge_proto_type, torch_type_to_ge_type
+
+    dtype = a.output_dtype or torch.int8
+    if dtype not in _GE_OUTPUTS:
+        raise RuntimeError(
+            f"quantpass.quant_matmul with output_dtype {dtype} has no GE operator (it returns int8, float16, bfloat16 "
+            "or int32). It was planned for the target 'cpu'; compile with the chip's name as target."
+        )
+    x1, x2 = ge.as_int4(a.x1), ge.as_int4(a.x2)
+    same = {
+        "bias": a.bias,
+        "dtype": torch_type_to_ge_type(dtype),
+        "transpose_x1": a.transpose_x1,
+        "transpose_x2": a.transpose_x2,
+    }
+    if not ge.matmul_v4:
+        return ge.api.QuantBatchMatmulV3(x1, x2, a.scale, offset=a.offset, pertoken_scale=a.pertoken_scale, **same)
+    m, n, k = a.group_sizes or (0, 0, 0)
+    out = ge.api.QuantBatchMatmulV4(
+        x1,
+        x2,
+        x1_scale=a.pertoken_scale,
+        x2_scale=a.scale,
+        y_scale=None,
+        x1_offset=None,
+        x2_offset=a.offset,
+        y_offset=None,
+        x2_table=None,
+        group_size=(m << 32) + (n << 16) + k,
+        **same,
+    )
+    out.desc.dtype = torch_type_to_ge_proto_type(dtype)
+    return out
 
 
-def _column(pertoken_scale: torch.Tensor, m: int) -> torch.Tensor:
-    shape = tuple(pertoken_scale.shape)
-    require(shape in ((m,), (m, 1)), f"quant_matmul: pertoken_scale has shape {shape}; it must be ({m},) or ({m}, 1)")
-    return pertoken_scale.to(torch.float32).reshape(m, 1)
+def _run_v3(inputs: list[Any], attrs: dict[str, Any], saturates: bool) -> torch.Tensor:
+    x1, x2, scale, offset, bias, pertoken = padded(inputs, 6)
+    return quant_matmul(
+        x1,
+        x2,
+        scale,
+        offset=offset,
+        bias=bias,
+        pertoken_scale=pertoken,
+        output_dtype=dtype_named(dtype_name(attrs["dtype"])),
+        transpose_x1=attrs["transpose_x1"],
+        transpose_x2=attrs["transpose_x2"],
+        saturate=saturates,
+    )
+
+
+def _run_v4(inputs: list[Any], attrs: dict[str, Any], saturates: bool) -> torch.Tensor:
+    """V4 takes V3's operands in another order, and more of them."""
+    x1, x2, bias, x1_scale, x2_scale, *others = padded(inputs, 10)
+    if any(t is not None for t in others) or attrs["group_size"]:
+        raise NotImplementedError("QuantBatchMatmulV4 with offsets, y_scale, a table or group_size")
+    return _run_v3([x1, x2, x2_scale, None, bias, x1_scale], attrs, saturates)
+
+
+def _emulated(a: Arguments) -> torch.Tensor:
+    refuse_given("npu_quant_matmul", a, *QMM.unjudged)
+    k = a.x1.shape[-1] * (8 if a.x1.dtype == torch.int32 else 1)
+    transposed = a.x2.dtype == torch.int32 and packed_transposed(a.x2.shape[-2], k)
+    x2 = a.x2.transpose(-2, -1) if transposed else a.x2
+    return torch.ops.quantpass.quant_matmul(  # type: ignore[no-any-return]
+        a.x1, x2, a.scale, offset=a.offset, pertoken_scale=a.pertoken_scale, bias=a.bias, group_sizes=a.group_sizes,
+        output_dtype=dtype_numbered(a.output_dtype, torch.int8), transpose_x2=transposed,
+    )  # fmt: skip
+
+
+QUANT_MATMUL = Operator(
+    vendor=QMM,
+    kernel=quant_matmul,
+    fake=_fake,
+    aclnn=_aclnn,
+    ge=_ge,
+    ge_kernels={"QuantBatchMatmulV3": _run_v3, "QuantBatchMatmulV4": _run_v4},
+    emulate=_emulated,
+)

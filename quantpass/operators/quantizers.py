@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from quantpass.lowering.int4 import pack_int4, unpack_int4
-from quantpass.operators.ir import require
+from quantpass.chips import companions
+from quantpass.operators.arguments import Arguments, dtype_numbered, refuse_given, require
+from quantpass.operators.int4 import pack_int4, unpack_int4
+from quantpass.operators.operator import Emulated
 
 _QINT8, _QUINT8, _QINT32, _QUINT4X2 = torch.qint8, torch.quint8, torch.qint32, torch.quint4x2
+_CONTAINERS = {_QINT8: torch.int8, _QUINT8: torch.uint8, _QINT32: torch.int32}
 
 
 def npu_quantize(
@@ -48,7 +51,7 @@ def npu_quantize(
     value = value.round()
     if dtype == _QUINT4X2:
         return pack_int4(value.clamp(-8, 7).to(torch.int8))
-    container = {_QINT8: torch.int8, _QUINT8: torch.uint8, _QINT32: torch.int32}[dtype]
+    container = _CONTAINERS[dtype]
     info = torch.iinfo(container)
     return value.to(torch.float64).clamp(info.min, info.max).to(container)
 
@@ -145,3 +148,57 @@ def _along(name: str, parameter: torch.Tensor, x: torch.Tensor, axis: int) -> to
     view = [1] * x.dim()
     view[axis] = shape[0]
     return parameter.to(torch.float32).reshape(view)
+
+
+def _eighth(x: torch.Tensor) -> tuple[int, ...]:
+    """The shape of ``x`` with int4 packed along its last axis."""
+    return (*x.shape[:-1], x.shape[-1] // 8)
+
+
+def _quantize(a: Arguments) -> torch.Tensor:
+    dtype = dtype_numbered(a.dtype)
+    assert dtype is not None
+    return npu_quantize(a.input, a.scales, a.zero_points, dtype, a.axis, a.div_mode)
+
+
+def _quantize_fake(a: Arguments) -> torch.Tensor:
+    dtype, x = dtype_numbered(a.dtype), a.input
+    if dtype == _QUINT4X2:
+        return x.new_empty(_eighth(x), dtype=torch.int32)  # type: ignore[no-any-return]
+    require(dtype in _CONTAINERS, f"npu_quantize: dtype is {dtype}; it must be qint8, quint8, qint32 or quint4x2")
+    return torch.empty_like(x, dtype=_CONTAINERS[dtype])  # type: ignore[index]
+
+
+def _dynamic_quant(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    refuse_given("npu_dynamic_quant", a, "group_index", "dst_type_max")
+    dtype = dtype_numbered(a.dst_type, torch.int8)
+    assert dtype is not None
+    return npu_dynamic_quant(a.input, smooth_scales=a.smooth_scales, dst_type=dtype, quant_mode=a.quant_mode)
+
+
+def _dynamic_quant_fake(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    x = a.input
+    scale = x.new_empty(x.shape[:-1] if a.quant_mode == "pertoken" else (1,), dtype=torch.float32)
+    if dtype_numbered(a.dst_type) == _QUINT4X2:
+        return x.new_empty(_eighth(x), dtype=torch.int32), scale
+    return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format), scale
+
+
+def _anti_quant(a: Arguments) -> torch.Tensor:
+    source = dtype_numbered(a.src_dtype)
+    message = f"npu_anti_quant: src_dtype is {source}; it must be int8, quint4x2 or None"
+    require(source in (None, torch.int8, _QUINT4X2), message)
+    dtype = dtype_numbered(a.dst_dtype, torch.float16)
+    assert dtype is not None
+    return npu_anti_quant(a.x, a.scale, offset=a.offset, dst_dtype=dtype)
+
+
+def _anti_quant_fake(a: Arguments) -> torch.Tensor:
+    last = a.x.shape[-1] * (8 if a.x.dtype == torch.int32 else 1)
+    dtype = dtype_numbered(a.dst_dtype, torch.float16)
+    return a.x.new_empty((*a.x.shape[:-1], last), dtype=dtype)  # type: ignore[no-any-return]
+
+
+QUANTIZE = Emulated(vendor=companions.QUANTIZE, emulate=_quantize, emulate_fake=_quantize_fake)
+DYNAMIC_QUANT = Emulated(vendor=companions.DYNAMIC_QUANT, emulate=_dynamic_quant, emulate_fake=_dynamic_quant_fake)
+ANTI_QUANT = Emulated(vendor=companions.ANTI_QUANT, emulate=_anti_quant, emulate_fake=_anti_quant_fake)
