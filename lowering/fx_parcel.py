@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
@@ -139,11 +140,11 @@ def unpack(parcel: Parcel, make_fake: Callable[[TensorValue], Any], device: torc
 def _packed(a: Any) -> Any:
     if isinstance(a, Node):
         return NodeRef(a.name)
-    if isinstance(a, torch._ops.OpOverload):
+    if isinstance(a, OpOverload):
         return OpRef(a._schema.name, a._schema.overload_name or "default")
     if isinstance(a, torch.device):
         return DeviceRef()
-    if isinstance(a, torch._ops.HigherOrderOperator):
+    if isinstance(a, HigherOrderOperator):
         raise ValueError(f"the graph calls {a}: control flow and other higher-order operators have no preview")
     return a
 

@@ -89,16 +89,12 @@ class Report:
             return
         for target in self.targets:
             part = self[target] if len(self.targets) > 1 else self
-            yield f"  {target}: {part.fused} of {part.total} quantized matmuls fused{part._times()}"
+            yield f"  {target}: {part.fused} of {part.total} quantized matmuls fused{_times(part)}"
         yield ""
         yield from self._site_table()
         yield from self._reasons()
         yield from self._formats()
         yield from self._notes()
-
-    def _times(self) -> str:
-        often = max((len(s.compilations) for s in self.sites), default=0)
-        return f", in {often} compilations" if often > 1 else ""
 
     def _site_table(self) -> Iterator[str]:
         by_site: dict[tuple[str, str, str], dict[str, list[Site]]] = {}
@@ -226,6 +222,11 @@ class Report:
 
 
 _T = TypeVar("_T", Site, WeightFormat)
+
+
+def _times(report: Report) -> str:
+    often = max((len(s.compilations) for s in report.sites), default=0)
+    return f", in {often} compilations" if often > 1 else ""
 
 
 def _counted_once(

@@ -25,7 +25,9 @@ from quantpass.graph.torch_internals import (
     FakeTensorMode,
     contiguous_fake,
     fake_mode_of,
+    is_erased,
     known_contiguous,
+    order_key,
     real_tensors,
 )
 
@@ -157,7 +159,7 @@ class Rewriter:
             How many nodes were merged into an equal one.
         """
         results = set(self._graph.output_node().all_input_nodes)
-        pairs = list(duplicates((n for n in self._fused if not n._erased), written_to, results))
+        pairs = list(duplicates((n for n in self._fused if not is_erased(n)), written_to, results))
         for later, earlier in pairs:
             later.replace_all_uses_with(earlier)
         for later, _ in reversed(pairs):
@@ -202,7 +204,7 @@ class Rewriter:
     def _current(self, node: Node) -> Node:
         while node in self._replaced:
             node = self._replaced[node]
-        if node._erased:
+        if is_erased(node):
             raise RewriteError(f"{node.name} went into another site")
         return node
 
@@ -294,7 +296,7 @@ class Rewriter:
         todo = [node]
         while todo:
             n = todo.pop()
-            if n._erased or n.op != "call_function" or n.is_impure():
+            if is_erased(n) or n.op != "call_function" or n.is_impure():
                 continue
             asserts = [u for u in n.users if u.target is aten._assert_tensor_metadata.default]
             if len(asserts) != len(n.users):
@@ -302,7 +304,7 @@ class Rewriter:
             for u in asserts:
                 self._graph.erase_node(u)
             inputs = list(n.all_input_nodes)
-            erased.append((n._sort_key, describe_node(n)))
+            erased.append((order_key(n), describe_node(n)))
             self._graph.erase_node(n)
             todo.extend(inputs)
         return [text for _, text in sorted(erased, key=lambda pair: pair[0])]

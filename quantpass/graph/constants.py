@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
-from quantpass.graph.torch_internals import checks_guards
+from quantpass.graph.torch_internals import checks_guards, is_erased, storage_key
 
 
 class Constants(ABC):
@@ -84,7 +84,7 @@ class Constants(ABC):
 
 def _storage(t: torch.Tensor) -> int:
     """Tensors that are alive share memory where this is equal."""
-    return int(t.untyped_storage()._cdata) if t.layout == torch.strided else id(t)
+    return storage_key(t) if t.layout == torch.strided else id(t)
 
 
 class InputConstants(Constants):
@@ -130,7 +130,7 @@ class ModuleConstants(Constants):
         # Not in the state dict: prepared weights of another checkpoint are no weights for this graph.
         self._gm.register_buffer(unique, tensor, persistent=False)
         graph = self._gm.graph
-        if self._after is not None and self._after._erased:  # merged with its like, meanwhile
+        if self._after is not None and is_erased(self._after):  # merged with its like, meanwhile
             self._after = next(iter(reversed(graph.find_nodes(op="placeholder"))), None)
         with graph.inserting_after(self._after) if self._after else graph.inserting_before(next(iter(graph.nodes))):
             self._after = graph.get_attr(unique)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from quantpass.graph.schema import op_name
@@ -54,7 +55,7 @@ def _argument(a: Any) -> str:
         return f"[{', '.join(_argument(x) for x in a)}]"
     if isinstance(a, torch.dtype):
         return str(a).removeprefix("torch.")
-    if isinstance(a, torch._ops.OpOverload):
+    if isinstance(a, OpOverload):
         return str(a)
     return repr(a)
 

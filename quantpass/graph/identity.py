@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from quantpass.graph.torch_internals import StorageWeakRef, no_data_reason, real_tensors
+from quantpass.graph.torch_internals import StorageWeakRef, no_data_reason, real_tensors, storage_key
 
 State = tuple[Hashable, ...]
 
@@ -30,7 +30,7 @@ def state_of(t: torch.Tensor) -> State:
     layout = (t.dtype, t.shape, t.stride(), t.device)
     if _contents_count(t):
         return (*layout, _hash(t))
-    return (*layout, t.untyped_storage()._cdata, t.storage_offset(), t._version)
+    return (*layout, storage_key(t), t.storage_offset(), t._version)
 
 
 def _contents_count(t: torch.Tensor) -> bool:

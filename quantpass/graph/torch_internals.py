@@ -390,3 +390,18 @@ def inductor_compile(gm: GraphModule, fake_inputs: list[Any]) -> Callable[..., A
     with mode, torch.no_grad():
         traced = make_fx(gm, decomposition_table=select_decomp_table(), _allow_non_fake_inputs=True)(*fake_inputs)
     return compile_fx_inner(traced, fake_inputs)
+
+
+def storage_key(t: torch.Tensor) -> int:
+    """Equal for two tensors that are alive where they share memory."""
+    return int(t.untyped_storage()._cdata)
+
+
+def is_erased(node: Node) -> bool:
+    """True for a node that is in its graph no longer."""
+    return node._erased
+
+
+def order_key(node: Node) -> Any:
+    """What a node sorts by in its graph; it outlives the node's erasing."""
+    return node._sort_key
