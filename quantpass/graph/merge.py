@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from quantpass.graph.decode import decode
 from quantpass.graph.instructions import Cast, Move, Part
+from quantpass.graph.writes import written_arguments
 
 _MAKES = frozenset(f"aten::{name}" for name in ["full_like", "zeros_like", "ones_like", "full", "amax"])
 
@@ -59,7 +60,7 @@ def _is_plain(node: Node) -> bool:
     if not isinstance(target, OpOverload):
         return target is operator.getitem
     schema, tags = target._schema, target.tags
-    if schema.is_mutable or torch.Tag.nondeterministic_seeded in tags or target.namespace == "quantpass":
+    if written_arguments(node) or torch.Tag.nondeterministic_seeded in tags or target.namespace == "quantpass":
         return False
     if torch.Tag.pointwise in tags or torch.Tag.reduction in tags or target.is_view:
         return True

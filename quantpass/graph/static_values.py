@@ -82,10 +82,12 @@ class StaticValues:
         target = node.target
         if node.op != "call_function" or node in self.mutated or isinstance(target, HigherOrderOperator):
             return False
+        if written_arguments(node):
+            return False
         if isinstance(target, OpOverload):
             random = torch.Tag.nondeterministic_seeded in target.tags
-            return not target._schema.is_mutable and not random and can_run(target)
-        return getattr(target, "__module__", "") == "_operator" and not written_arguments(node)
+            return not random and can_run(target)
+        return getattr(target, "__module__", "") == "_operator"
 
     def value(self, node: Node) -> Any:
         """The value of a static node, computed as the graph computes it."""
