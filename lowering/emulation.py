@@ -25,9 +25,10 @@ def emulate_npu() -> None:
     """Give the vendor's quantized operators CPU kernels.
 
     ``torch.ops.npu.npu_quant_matmul``, ``npu_weight_quant_batchmatmul``, ``npu_trans_quant_param``, ``npu_quantize``,
-    ``npu_dynamic_quant``, ``npu_anti_quant``, ``npu_convert_weight_to_int4pack`` and ``npu_format_cast`` then take CPU
-    tensors, with the schemas of torch_npu 2.13.0 and the arithmetic of ``docs/semantics.md`` (A2/A3's where chips
-    differ), and can be traced by ``torch.compile``. Calling it again does nothing.
+    ``npu_dynamic_quant``, ``npu_anti_quant``, ``npu_convert_weight_to_int4pack``, ``npu_format_cast`` and
+    ``npu_quant_matmul_dequant`` then take CPU tensors, with the schemas of torch_npu 2.13.0 and the arithmetic of
+    ``docs/semantics.md`` (A2/A3's where chips differ), and can be traced by ``torch.compile``. Calling it again does
+    nothing.
 
     Where torch_npu is loaded already, its own operators get these kernels, and ``npu_format_cast``,
     ``npu_convert_weight_to_int4pack`` (which have none) and ``npu_weight_quant_batchmatmul`` (wrong for x of rank above

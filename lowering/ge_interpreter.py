@@ -16,6 +16,7 @@ from quantpass.chips import chip_named
 from quantpass.lowering.ge_constants import constant_tensor
 from quantpass.lowering.ge_graph import GeGraph, GeOp
 from quantpass.lowering.ge_kernels import Kernel, kernels
+from quantpass.operators.ge import Inputs
 
 
 def interpret(
@@ -46,15 +47,16 @@ def interpret(
     results: tuple[Any, ...] = ()
     for op in graph.ops:
         if op.type in ("Data", "RefData"):
-            given = inputs[graph.input_positions[op.attrs["index"]]]
-            made: tuple[Any, ...] = (given.contiguous() if isinstance(given, torch.Tensor) else torch.tensor(given),)
+            value = inputs[graph.input_positions[op.attrs["index"]]]
+            made: tuple[Any, ...] = (value.contiguous() if isinstance(value, torch.Tensor) else torch.tensor(value),)
         elif op.type == "Const":
             made = (constant_tensor(op.attrs["value"]),)
         elif op.type == "NetOutput":
             results = tuple(values[source] for source in op.inputs if source is not None)
             continue
         else:
-            made = _run(op, [None if s is None else values[s] for s in op.inputs], table)
+            given = [None if s is None else values[s] for s in op.inputs]
+            made = _run(op, Inputs(given, [t.name for t in op.input_tensors]), table)
         for i, value in enumerate(made):
             values[op.name, i] = value
         if watch is not None:
@@ -62,7 +64,7 @@ def interpret(
     return tuple(_result(r, results, inputs) for r in graph.results)
 
 
-def _run(op: GeOp, given: list[torch.Tensor | None], table: dict[str, Kernel]) -> tuple[Any, ...]:
+def _run(op: GeOp, given: Inputs, table: dict[str, Kernel]) -> tuple[Any, ...]:
     kernel = table.get(op.type)
     if kernel is None:
         raise NotImplementedError(

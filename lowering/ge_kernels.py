@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from quantpass.operators import OPERATORS
-from quantpass.operators.ge import dtype_name, dtype_named, padded
+from quantpass.operators.ge import Inputs, dtype_name, dtype_named, padded
 from quantpass.operators.int4 import pack_int4, unpack_int4
 
-Inputs = list[Any]
 Attributes = dict[str, Any]
 Kernel = Callable[[Inputs, Attributes], Any]
 

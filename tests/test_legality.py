@@ -18,6 +18,7 @@ from quantpass.chips.companions import ANTI_QUANT, DYNAMIC_QUANT, FORMAT_CAST, I
 from quantpass.chips.dtype_table import DtypeTable
 from quantpass.chips.legality import broken_rules, judge
 from quantpass.chips.quant_matmul import QMM
+from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.tables import markdown
 from quantpass.chips.weight_quant_matmul import WQMM
 from quantpass.doors.cli import main, parse_argument
@@ -123,6 +124,19 @@ WQMM_BASES = [
 BASES = {
     QMM: QMM_BASES,
     WQMM: WQMM_BASES,
+    QMMD: [
+        {
+            "x": T(F16, (16, 512)),
+            "quantized_weight": T(I8, (128, 512)),
+            "weight_scale": T(F32, (128,)),
+            "bias": None,
+            "x_scale": x_scale,
+            "x_offset": None,
+            "smooth_scale": T(F16, (512,)),
+            "quant_mode": mode,
+        }
+        for x_scale, mode in [(None, "pertoken"), (T(F32, (16,)), "pertoken"), (T(F32, (1,)), "pertensor")]
+    ],
     TQP: [{"scale": T(F32, (128,)), "offset": T(F32, (128,)), "round_mode": 0}],
     INT4PACK: [{"weight": T(I32, (256, 128))}],
     FORMAT_CAST: [{"input": T(I8, (256, 128)), "acl_format": 29}],

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from quantpass.chips import companions, quant_matmul, weight_quant_matmul
+from quantpass.chips import companions, quant_matmul, quant_matmul_dequant, weight_quant_matmul
 from quantpass.chips.ascend910b import ASCEND910B
 
 ASCEND950 = replace(
@@ -46,5 +46,6 @@ ASCEND950 = replace(
         *weight_quant_matmul.rules(weight_quant_matmul.ROWS_A2, "a2", weight_quant_matmul.HINT_A2),
         *weight_quant_matmul.RULES_A2,
         *companions.RULES_A2,
+        *quant_matmul_dequant.ELSEWHERE,
     ),
 )

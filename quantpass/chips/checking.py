@@ -35,7 +35,8 @@ def check_op(op: str, *, target: str, mode: str = "graph", allow: tuple[str, ...
     """Judge one operator call on one chip.
 
     Args:
-        op: ``"npu_quant_matmul"``, ``"npu_weight_quant_batchmatmul"``, one of the operators around them
+        op: ``"npu_quant_matmul"``, ``"npu_weight_quant_batchmatmul"``, ``"npu_quant_matmul_dequant"``, one of the
+            operators around them
             (``npu_trans_quant_param``, ``npu_quantize``, ``npu_dynamic_quant``, ``npu_anti_quant``,
             ``npu_convert_weight_to_int4pack``, ``npu_format_cast``), or one of the modules ``"LinearQuant"`` and
             ``"LinearWeightQuant"`` (weight then (N, K), scales as the module keeps them).

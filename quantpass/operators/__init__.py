@@ -19,12 +19,14 @@ from quantpass.operators.arguments import bound
 from quantpass.operators.operator import Emulated, Operator
 from quantpass.operators.preparation import FORMAT_CAST, PACK_INT4, TRANS_QUANT_PARAM
 from quantpass.operators.quant_matmul import QUANT_MATMUL
+from quantpass.operators.quant_matmul_dequant import QUANT_MATMUL_DEQUANT
 from quantpass.operators.quantizers import ANTI_QUANT, DYNAMIC_QUANT, QUANTIZE
 from quantpass.operators.weight_quant_matmul import WEIGHT_QUANT_MATMUL
 
 OPERATORS: tuple[Operator, ...] = (
     QUANT_MATMUL,
     WEIGHT_QUANT_MATMUL,
+    QUANT_MATMUL_DEQUANT,
     TRANS_QUANT_PARAM,
     FORMAT_CAST,
     PACK_INT4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,14 @@ def whole(sizes: list[Any], what: str) -> list[int]:
     if not all(isinstance(size, int) for size in sizes):
         raise RuntimeError(f"quantpass: {what} of dynamic shape {sizes}; compile with dynamic=False")
     return sizes
+
+
+class Inputs(list[Any]):
+    """What a GE operator is given, in order and ``named``: of some operators torchair leaves out what is not given."""
+
+    def __init__(self, values: Sequence[Any], names: Sequence[str] = ()) -> None:
+        super().__init__(values)
+        self.named = dict(zip(names, values, strict=False))
 
 
 def padded(inputs: list[Any], count: int) -> list[Any]:

@@ -19,7 +19,7 @@ from torch.library import infer_schema
 from quantpass.chips.calls import OpCall, VendorOp
 from quantpass.chips.checking import logical
 from quantpass.operators.arguments import Arguments, bound
-from quantpass.operators.ge import Ge
+from quantpass.operators.ge import Ge, Inputs
 
 
 class AclnnGraph(Protocol):
@@ -71,7 +71,7 @@ class Operator(Emulated):
     fake: Callable[[Arguments], torch.Tensor]
     aclnn: Callable[[AclnnGraph, Node, Arguments], None]
     ge: Callable[[Ge, Arguments], Any]
-    ge_kernels: Mapping[str, Callable[[list[Any], dict[str, Any], bool], Any]] = field(default_factory=dict)
+    ge_kernels: Mapping[str, Callable[[Inputs, dict[str, Any], bool], Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
