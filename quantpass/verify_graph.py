@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from quantpass.basics.symbolic import has_no_elements, is_one
 from quantpass.graph.dump import describe_node
 from quantpass.graph.torch_internals import fake_mode_of
 from quantpass.planning.already_fused import broken_calls
@@ -79,10 +80,11 @@ def _untrue_values(gm: GraphModule) -> Iterator[str]:
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Sizes and strides that are symbolic on one side only are no contradiction."""
+    """Sizes and strides that are symbolic on one side only are no contradiction; those of one element lie anywhere."""
     if (a.dtype, a.device, a.dim()) != (b.dtype, b.device, b.dim()):
         return False
-    pairs = [*zip(a.shape, b.shape, strict=True), *zip(a.stride(), b.stride(), strict=True)]
+    steps = [(x, y) for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True) if not is_one(size)]
+    pairs = [*zip(a.shape, b.shape, strict=True), *(() if has_no_elements(a.shape) else steps)]
     return all(x == y for x, y in pairs if isinstance(x, int) and isinstance(y, int))
 
 
