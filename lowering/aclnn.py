@@ -23,7 +23,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from quantpass.graph.torch_internals import real_tensors
+from quantpass.graph.torch_internals import known_contiguous, real_tensors
 from quantpass.operators import OPERATORS
 from quantpass.operators.preparation import TRANS_QUANT_PARAM
 
@@ -95,6 +95,10 @@ def npu_operator(name: str) -> OpOverload:
     return overload
 
 
+def _looks_transposed(t: torch.Tensor) -> bool:
+    return t.dim() >= 2 and not known_contiguous(t) and known_contiguous(t.transpose(-2, -1))
+
+
 class _AclnnGraph:
     """:class:`quantpass.operators.operator.AclnnGraph` of one graph."""
 
@@ -104,6 +108,8 @@ class _AclnnGraph:
         self._stored_transposed: dict[Node, Node] = {}
 
     def viewed(self, node: Node, operand: Node, transposed: bool) -> Node:
+        if _looks_transposed(operand.meta["val"]):  # to the vendor, which is not what the call was judged with
+            operand = self._dense(node, operand)
         return self._insert(node, aten.transpose.int, (operand, -2, -1), "transposed") if transposed else operand
 
     def stored_transposed(self, node: Node, matrix: Node, reads_transposed: Callable[[Node], bool]) -> Node:
@@ -121,10 +127,11 @@ class _AclnnGraph:
             matrix.meta["val"] = matrix.meta["val"].new_empty(tuple(reversed(known.shape)))
             stored = self._stored_transposed[matrix] = matrix
         else:
-            view = self._insert(node, aten.transpose.int, (matrix, -2, -1), "turned")
-            format_ = {"memory_format": torch.contiguous_format}
-            stored = self._insert(node, aten.clone.default, (view,), "stored", format_)
+            stored = self._dense(node, self._insert(node, aten.transpose.int, (matrix, -2, -1), "turned"))
         return self.viewed(node, stored, True)
+
+    def _dense(self, node: Node, view: Node) -> Node:
+        return self._insert(node, aten.clone.default, (view,), "stored", {"memory_format": torch.contiguous_format})
 
     def scale_word(self, node: Node, scale: Node, offset: Node | None, name: str) -> Node:
         return self._insert(node, npu_operator(TRANS_QUANT_PARAM.vendor.name), (scale, offset), name)

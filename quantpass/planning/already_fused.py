@@ -71,7 +71,7 @@ def broken_calls(graph: Graph, options: Options) -> Iterator[str]:
         op = _operator(node)
         if op is None or "quantpass" not in node.meta:
             continue
-        verdict = judge(_call(node, op, options, _in_its_format), options.chip, options.allow)
+        verdict = judge(_call(node, op, options, _as_stored), options.chip, options.allow)
         yield from (f"{node.name} for {node.meta['quantpass']!r}: {reject}" for reject in verdict.rejects)
 
 
@@ -96,12 +96,13 @@ def _described(value: Any) -> Any:
     return spec_of_tensor(fake) if isinstance(fake, torch.Tensor) else value
 
 
-def _in_its_format(value: Any) -> Any:
-    """As ``_described``; what the graph casts to FRACTAL_NZ is in that format."""
+def _as_stored(value: Any) -> Any:
+    """As quantpass's own operators take it: by flags, not by strides, and in FRACTAL_NZ where the graph casts it."""
     spec = _described(value)
+    if not isinstance(spec, TensorSpec):
+        return spec
     is_cast = isinstance(value, Node) and value.target is FORMAT_CAST.overload
-    in_nz = is_cast and value.args[1] == NZ
-    return TensorSpec(spec.dtype, spec.shape, "NZ", spec.transposed) if in_nz else spec
+    return TensorSpec(spec.dtype, spec.shape, "NZ" if is_cast and value.args[1] == NZ else "ND")
 
 
 def _site(node: Node, call: OpCall, options: Options) -> Site:
