@@ -1,7 +1,7 @@
 """Names and options: a typo is an error with the nearest name, and no door takes what it does not carry out."""
 
 from dataclasses import fields
-from typing import Unpack, get_type_hints
+from typing import Unpack, get_args, get_type_hints
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch
 import quantpass as qp
 from quantpass.chips import CHIPS, chip_named, chip_of_device, liftable_rules
 from quantpass.doors.settings import TAKEN_BY, make_options
+from quantpass.lowering import RUN_HERE
 from quantpass.planning.options import Options
 from tests.helpers import WeightOnly
 
@@ -135,6 +136,23 @@ def test_a_type_checker_sees_what_a_door_takes(door):
     hints = get_type_hints(getattr(qp, door))
     assert hints["options"] == Unpack[TAKEN_BY[door]]
     assert {f.name for f in fields(Options)} >= TAKEN_BY[door].__optional_keys__
+    assert get_args(get_type_hints(TAKEN_BY[door]).get("lowering")) in (RUN_HERE, ())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("lowering", "ge", "'reference', 'aclnn'"),
+        ("numerics", "", "'strict', 'vendor'"),
+        ("mode", "", "'graph', 'eager'"),
+        ("nz", None, "'auto', 'never'"),
+        ("decompositions", "inductr", "'none', 'inductor', 'core'.* Did you mean 'inductor'"),
+        ("inner", "aot", "'eager', 'inductor'"),
+    ],
+)
+def test_a_value_that_is_not_accepted(option, value, accepted):
+    with pytest.raises(ValueError, match=f"{option} is {value!r}. Accepted: {accepted}"):
+        qp.backend(target="cpu", **{option: value})
 
 
 def test_a_mistyped_option_names_one_that_the_door_takes():

@@ -107,8 +107,8 @@ def make_options(given: Mapping[str, Any], door: str = "backend") -> Options:
             )
     lowering = given.get("lowering", REFERENCE.name)
     one_of("lowering", lowering, RUN_HERE)
-    mode = given.get("mode") or LOWERINGS[lowering].mode
-    return Options(**{**given, "mode": mode})
+    mode = given.get("mode")
+    return Options(**{**given, "mode": LOWERINGS[lowering].mode if mode is None else mode})
 
 
 def _names(taken: type) -> frozenset[str]:
