@@ -96,7 +96,8 @@ def _look(value: Any) -> str:
 
 def _loose_ends(gm: GraphModule) -> Iterator[str]:
     for node in gm.graph.nodes:
-        if _is_of_the_pass(node) and not node.users and not node.is_impure():
+        replaces = "quantpass_replaces" in node.meta  # what the model itself computes and nobody reads
+        if _is_of_the_pass(node) and not node.users and not replaces and not node.is_impure():
             yield f"{describe_node(node)}: made for {node.meta['quantpass']!r} and read by nobody"
         elif _is_of_the_pass(node) and not node.meta["quantpass"]:
             yield f"{describe_node(node)}: does not say which site it belongs to"
