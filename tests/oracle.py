@@ -381,6 +381,10 @@ class _Checker:
         args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda i: self.native[i])
         first = args[0] if args else kwargs["self"]
         result = node.target(first.float(), *args[1:], **kwargs)
+        if isinstance(result, torch.Tensor) and result.shape == first.shape:
+            result = result.masked_fill(first.isnan(), math.nan)  # the operator casts it to an integer, to whichever
+        elif isinstance(result, tuple) and result[0].shape == first.shape:
+            result = (result[0].masked_fill(first.isnan(), math.nan), *result[1:])
         self._count_rounding(node, result if isinstance(result, torch.Tensor) else result[0], "fake")
         return wide(result)
 
