@@ -26,7 +26,6 @@ from quantpass.graph.dump import dump
 from quantpass.graph.torch_internals import attribute_values
 from quantpass.lowering.torchair_graphs import turn_off_view_optimize
 from quantpass.pipeline import Outcome, fuse_graph
-from quantpass.planning.candidates import AT_EVERY_CALL
 from quantpass.planning.options import Options
 from quantpass.report import Report
 
@@ -140,16 +139,13 @@ def _gains(gm: GraphModule, outcome: Outcome, door: str) -> list[str]:
             f"{_count(by_value, 'matmul')} not fused: the weight has to be read by value, and {door} sees no values; "
             "quantpass.npu_backend does"
         )
-    cast = [s.name for s in outcome.sites if s.plan is not None and AT_EVERY_CALL in s.plan.fixups]
+    waiting = [(s.name, s.plan.weight_format) for s in outcome.sites if s.plan is not None and s.plan.awaits_values]
+    cast = [name for name, weight_format in waiting if weight_format == "NZ"]
     if cast:
         notes.append(
             f"{_count(cast, 'weight')} cast to FRACTAL_NZ at every call; quantpass.npu_backend casts the parameter once"
         )
-    in_nd = [
-        s.name
-        for s in outcome.sites
-        if s.plan is not None and s.plan.weight_format == "ND" and "not known when compiling" in s.plan.nd_reason
-    ]
+    in_nd = [name for name, weight_format in waiting if weight_format == "ND"]
     if in_nd:
         notes.append(f"{_count(in_nd, 'weight')} left in ND; quantpass.npu_backend puts them in FRACTAL_NZ once")
     words = gm.graph.find_nodes(op="call_function", target=ops.trans_quant_param.default)

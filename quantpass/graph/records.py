@@ -99,6 +99,7 @@ class Plan:
         int8_codes: where ``value`` is a uint8 tensor made from int8 codes, those codes: the next site reads them.
         int8_shift: how much greater than those the codes of ``value`` are.
         nd_reason: where the weight stays in ND, why.
+        awaits_values: the weight would be put in FRACTAL_NZ once, if its values were known when compiling.
     """
 
     op: str
@@ -111,6 +112,7 @@ class Plan:
     int8_codes: Expr | None = None
     int8_shift: int = 0
     nd_reason: str = ""
+    awaits_values: bool = False
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{name}={value}" for name, value in self.call.items() if value is not None)

@@ -75,8 +75,12 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) ->
             if written is not None:
                 rejects.append(_written(written))
                 continue
+            known = isinstance(reading.weight.codes, Const)
             if plan.weight_format == "ND":
-                plan = replace(plan, nd_reason=_nd_reason(candidate.call.op, reading.weight, not_nz, chip, options))
+                why = _nd_reason(candidate.call.op, reading.weight, not_nz, chip, options)
+                plan = replace(plan, nd_reason=why or _UNKNOWN, awaits_values=not why)
+            elif not known:
+                plan = replace(plan, awaits_values=True)
             return Planned(plan, numerics)
         if candidate.weight_format == "NZ":
             not_nz.extend(verdict.rejects)
@@ -93,15 +97,18 @@ def _why_not(rejects: list[Reject], nearest: dict[str, tuple[Reject, ...]]) -> t
     return tuple(dict.fromkeys((*rejects, *broken)))
 
 
+_UNKNOWN = "its values are not known when compiling"
+
+
 def _nd_reason(op: VendorOp, weight: Weight, not_nz: list[Reject], chip: Chip, options: Options) -> str:
-    """Why a weight is not laid out in FRACTAL_NZ."""
+    """Why a weight is not laid out in FRACTAL_NZ; empty where only its values are missing."""
     layouts = chip.layouts_of(op, options.mode)
     if options.nz == "never":
         return "nz='never'"
     if all(x.format == "ND" for x in layouts):
         return f"{chip.name} takes this operator's weight in ND in {options.mode} mode ({layouts[0].reason})"
     if not isinstance(weight.codes, Const):
-        return "its values are not known when compiling"
+        return ""
     return f"{not_nz[0].rule}: {not_nz[0].fact}" if not_nz else "it can't be packed in the layout that FRACTAL_NZ needs"
 
 
