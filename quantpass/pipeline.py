@@ -24,7 +24,7 @@ from quantpass.patterns import default_dialects
 from quantpass.patterns.contractions import read_contraction
 from quantpass.patterns.sites import Reading, find_sites, matmul_name, unreadable
 from quantpass.planning.already_fused import already_fused, own_calls
-from quantpass.planning.choose import Planned, plan_site
+from quantpass.planning.choose import Others, Planned, others_of, plan_site
 from quantpass.planning.options import Options
 from quantpass.planning.unknown_values import UNREAD, conditional, fed_by_unread, made_of_integers, unread_note
 from quantpass.rewrite import RewriteError, Rewriter
@@ -75,19 +75,25 @@ def _analysed(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Opt
     values = StaticValues(gm.graph, leaves)
     # A compiler calls this with its fake mode on; constants are computed on real tensors.
     with torch.no_grad(), real_tensors():
-        readings = find_sites(gm.graph, values, default_dialects(options.dialects))
+        readings = list(find_sites(gm.graph, values, default_dialects(options.dialects)))
+        others = others_of(readings, options)
         writes = writes_of(gm.graph, values.mutated)
         labels = stream_labels(gm.graph)
-        planned = [(r, _planned(r, options, writes, labels)) for r in readings]
+        planned = []
+        for reading in readings:
+            found = _planned(reading, options, writes, labels, others)
+            planned.append((reading, found))
+            if found.plan is not None and found.plan.int8_codes is not None:
+                others.int8.add(found.plan.output)
     return Analysis(planned, frozenset(values.read_leaves), values.mutated)
 
 
-def _planned(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str]) -> Planned:
-    return guarded(partial(_plan, reading, options, writes, labels), _refused, f"planning {reading.name}")
+def _planned(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others) -> Planned:
+    return guarded(partial(_plan, reading, options, writes, labels, others), _refused, f"planning {reading.name}")
 
 
-def _plan(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str]) -> Planned:
-    planned = plan_site(reading, options.chip, options, writes)
+def _plan(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others) -> Planned:
+    planned = plan_site(reading, options.chip, options, writes, others)
     reject = stream_reject(planned.plan, labels) if planned.plan is not None else None
     return planned if reject is None else _refused(reject)
 

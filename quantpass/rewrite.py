@@ -224,12 +224,10 @@ class Rewriter:
             return self._current(a)
         return self._node(a)
 
-    def _call(
-        self, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], known: Call | None = None
-    ) -> Node:
+    def _call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: Call | None = None) -> Node:
         inputs: list[Node] = []
         map_aggregate((args, kwargs), lambda x: inputs.append(x) if isinstance(x, Node) else None)
-        name = target._schema.name.rpartition("::")[2].strip("_")
+        name = target._schema.name.rpartition("::")[2].strip("_") if isinstance(target, OpOverload) else "result"
         node = self._insert(inputs, lambda: self._graph.create_node("call_function", target, args, kwargs, name=name))
         node.meta["val"] = self._fake(node, inputs, known)
         return node
@@ -237,7 +235,8 @@ class Rewriter:
     def _fake(self, node: Node, inputs: list[Node], known: Call | None) -> Any:
         """What the node's value looks like; asking the operator itself is slow, so only where planning can't say."""
         fakes = [i.meta["val"] for i in inputs if isinstance(i.meta["val"], torch.Tensor)]
-        if known is not None and fakes and _is_contiguous(known, fakes):
+        one = isinstance(node.target, OpOverload) and len(node.target._schema.returns) == 1
+        if one and known is not None and fakes and _is_contiguous(known, fakes):
             return contiguous_fake(self._mode, known.shape, known.dtype, fakes[0].device)
         args, kwargs = map_aggregate(
             (node.args, dict(node.kwargs)), lambda x: x.meta["val"] if isinstance(x, Node) else x

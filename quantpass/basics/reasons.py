@@ -17,6 +17,7 @@ _SEE_WEIGHTS = "use a door that sees the weights (qp.backend, qp.npu_backend)"
 _AFFINE = "a weight read as scale * (codes - zero_point)"
 _QMM = "docs/semantics.md, 1 (npu_quant_matmul)"
 _WQMM = "docs/semantics.md, 2 (npu_weight_quant_batchmatmul)"
+_QUANT = "docs/semantics.md, 5 (npu_quantize, npu_dynamic_quant)"
 _FINITE = "docs/semantics.md, 8 (values that are not finite)"
 _GRAPH = "what the graph computes"
 
@@ -154,6 +155,24 @@ PLANNING = (
     Reason("qmm.weight.zero_point", "the weight has a zero point",
            "a symmetric weight: the operator has no term for the row sums of x", "quantize the weight symmetrically",
            _QMM),
+    Reason("requantize.spelling", "how the graph makes the activation's codes is nothing that an operator does",
+           "round(x / scale), clamped; the scale known, or the largest magnitude of a row (or of all) over 127",
+           "", _QUANT),
+    Reason("requantize.divisor", "the activation's scale is the largest magnitude over another number than 127",
+           "a divisor of 127 or 127.5: npu_dynamic_quant divides by 127",
+           "quantize activations to the full range of int8", _QUANT),
+    Reason("requantize.range", "the activation's codes are clamped to another range than that of int8",
+           "[-128, 127] or [-127, 127]: the operators saturate at the ends of int8",
+           "quantize activations to the full range of int8", _QUANT),
+    Reason("requantize.zero_point", "the activation's zero point is none that the operator has",
+           "a symmetric scale for each row, or a zero point in [-128, 127] known when compiling",
+           "quantize activations symmetrically", _QUANT),
+    Reason("requantize.rounding", "the graph quantizes in so few bits that codes differ by more than two",
+           "a quantization in float32, or with fewer operations in bfloat16", "quantize in float32", _QUANT),
+    Reason("requantize.scale", "the inverse of the activation's scale is not a normal float32 number",
+           "a scale whose inverse float32 holds", "check the calibration of this activation", _QUANT),
+    Reason("requantize.factor", "the scale of the activation's codes is no factor of what the site computes",
+           "a result that is multiplied by the scale that its codes were divided by", "", _QUANT),
     Reason("wqmm.bias.runtime",
            "the bias is known only when the graph runs, in a dtype that the operator does not take",
            "a bias in the dtype that the operator takes", "run the model in bfloat16, or keep the bias in that dtype",

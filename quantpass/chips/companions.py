@@ -151,6 +151,11 @@ _COMMON = (
          f"{_Q}: dtype", "documented, code", when=DIVIDES, hint="quint4x2 needs div_mode=False"),
     Rule("quantize.dtype.multiply", QUANTIZE, Value("dtype", _one_of("qint8", "quint4x2"), "dtype qint8 or quint4x2 with div_mode=False"),
          f"{_Q}: dtype", "documented, code", when=MULTIPLIES),
+    Rule("quantize.scales.present", QUANTIZE, Present("scales"), f"{_Q}: scales"),
+    Rule("quantize.scales.multiply", QUANTIZE, SameDtype("scales", "input"), f"{_Q}: scales has the dtype of self with div_mode=False", when=MULTIPLIES,
+         hint="give 1 / scale in the dtype of the tensor"),
+    Rule("quantize.scales.divide", QUANTIZE, DtypeIn("scales", (F32, BF16)), f"{_Q}: scales with div_mode=True", when=DIVIDES),
+    Rule("quantize.zero_points.multiply", QUANTIZE, SameDtype("zero_points", "scales"), f"{_Q}: zero_points has the dtype of scales with div_mode=False", when=MULTIPLIES),
 )  # fmt: skip
 
 _A2_ONLY = (
@@ -185,5 +190,6 @@ RULES_310P = (
          hint="aclnnDynamicQuant.md lists the Atlas inference series, and kernels for it exist (dynamic_quant_align_310p.h)"),
     Rule("anti_quant.310p.x", ANTI_QUANT, DtypeIn("x", (I8,)), "npu_anti_quant.md: supported products", "inferred"),
     Rule("anti_quant.310p.dst", ANTI_QUANT, Value("dst_dtype", _one_of(F16), "dst_dtype float16", lambda v, call: F16), "npu_anti_quant.md: supported products", "inferred"),
+    Rule("quantize.310p.input", QUANTIZE, DtypeIn("input", (F16, F32)), f"{_Q}: self on the Atlas inference series"),
     Rule("quantize.310p.int4", QUANTIZE, Unavailable("int8"), "npu_quantize.md: supported products", "inferred", when=_is_int4("dtype")),
 )  # fmt: skip

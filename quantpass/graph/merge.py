@@ -21,6 +21,9 @@ from quantpass.graph.writes import written_arguments
 _MAKES = frozenset(f"aten::{name}" for name in ["full_like", "zeros_like", "ones_like", "full", "amax"])
 
 
+_QUANTIZE = ("quantpass::dynamic_quant", "quantpass::quantize")
+
+
 def duplicates(
     roots: Iterable[Node], written_to: Collection[Node], results: Collection[Node]
 ) -> Iterator[tuple[Node, Node]]:
@@ -60,6 +63,8 @@ def _is_plain(node: Node) -> bool:
     if not isinstance(target, OpOverload):
         return target is operator.getitem
     schema, tags = target._schema, target.tags
+    if schema.name in _QUANTIZE:
+        return True
     if written_arguments(node) or torch.Tag.nondeterministic_seeded in tags or target.namespace == "quantpass":
         return False
     if torch.Tag.pointwise in tags or torch.Tag.reduction in tags or target.is_view:

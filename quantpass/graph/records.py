@@ -33,6 +33,9 @@ class Numerics:
     int8 output the bound is on the codes, before rounding to the nearest.
 
     ``of_x`` is there where a weight's zero point was rounded: weights near zero change by as much as the others.
+
+    Where an operator quantizes x by its own rule, ``(of_step * step + of_w) * sum_k |w_kn|`` is added to the bound,
+    with ``step`` what one code of x stands for in the graph (in its row), and S that of the graph's codes.
     """
 
     kind: str
@@ -40,6 +43,8 @@ class Numerics:
     absolute: float = 0.0
     why: tuple[str, ...] = ()
     of_x: float = 0.0
+    of_step: float = 0.0
+    of_w: float = 0.0
 
     def __str__(self) -> str:
         if self.kind == "exact":

@@ -15,25 +15,29 @@ from typing import Any
 import torch
 from torch.library import Library, register_fake
 
+from quantpass.operators.anti_quant import ANTI_QUANT
 from quantpass.operators.arguments import bound
+from quantpass.operators.dynamic_quant import DYNAMIC_QUANT
 from quantpass.operators.operator import Emulated, Operator
 from quantpass.operators.preparation import FORMAT_CAST, PACK_INT4, TRANS_QUANT_PARAM
 from quantpass.operators.quant_matmul import QUANT_MATMUL
 from quantpass.operators.quant_matmul_dequant import QUANT_MATMUL_DEQUANT
-from quantpass.operators.quantizers import ANTI_QUANT, DYNAMIC_QUANT, QUANTIZE
+from quantpass.operators.quantize import QUANTIZE
 from quantpass.operators.weight_quant_matmul import WEIGHT_QUANT_MATMUL
 
 OPERATORS: tuple[Operator, ...] = (
     QUANT_MATMUL,
     WEIGHT_QUANT_MATMUL,
     QUANT_MATMUL_DEQUANT,
+    DYNAMIC_QUANT,
+    QUANTIZE,
     TRANS_QUANT_PARAM,
     FORMAT_CAST,
     PACK_INT4,
 )
 """``torch.ops.quantpass.*``."""
 
-EMULATED: tuple[Emulated, ...] = (*OPERATORS, QUANTIZE, DYNAMIC_QUANT, ANTI_QUANT)
+EMULATED: tuple[Emulated, ...] = (*OPERATORS, ANTI_QUANT)
 """The vendor's operators that CPU tensors can have."""
 
 

@@ -61,14 +61,14 @@ class Operator(Emulated):
 
     Attributes:
         kernel: what it computes; its name and signature are the operator's.
-        fake: the shape and dtype of its result.
+        fake: the shapes and dtypes of its results.
         aclnn: puts the vendor's operator in place of a call: ``(graph, node, arguments)``.
         ge: makes GE operators of a call: ``(ge, arguments)``.
         ge_kernels: what those compute: ``(inputs, attributes, saturates)``.
     """
 
     kernel: Callable[..., Any]
-    fake: Callable[[Arguments], torch.Tensor]
+    fake: Callable[[Arguments], Any]
     aclnn: Callable[[AclnnGraph, Node, Arguments], None]
     ge: Callable[[Ge, Arguments], Any]
     ge_kernels: Mapping[str, Callable[[Inputs, dict[str, Any], bool], Any]] = field(default_factory=dict)

@@ -59,6 +59,7 @@ class Candidate:
         fixups: what was changed to make it legal, in words.
         int8_codes: where ``value`` is a uint8 tensor made from int8 codes, those codes.
         int8_shift: how much greater than those the codes of ``value`` are.
+        notes: what else a report says of it.
     """
 
     call: OpCall
@@ -69,6 +70,7 @@ class Candidate:
     fixups: tuple[str, ...] = ()
     int8_codes: Expr | None = None
     int8_shift: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def weight_layouts(weight: Weight, chip: Chip, op: VendorOp, options: Options, *, int4: bool) -> Iterator[LaidOut]:

@@ -7,12 +7,14 @@ first legal one is the plan. Nothing here touches the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch.fx import Node
 
+from quantpass.basics.boundary import guarded
 from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.chips.calls import VendorOp
@@ -29,10 +31,24 @@ from quantpass.planning.candidates import Candidate, aten
 from quantpass.planning.composition import Composition, compositions
 from quantpass.planning.options import Options
 from quantpass.planning.quant_matmul import quant_matmul_candidates
+from quantpass.planning.requantize import Requantized, requantized
 from quantpass.planning.weight_quant_matmul import weight_quant_candidates
 
 _LOOK_AHEAD = 4
 """How many nodes behind an epilogue to look for a quantize, for a note."""
+
+
+@dataclass(slots=True)
+class Others:
+    """What the sites of a graph have to do with each other.
+
+    Attributes:
+        needed: tensors that sites have an operator quantize.
+        int8: nodes whose codes a plan makes as int8.
+    """
+
+    needed: set[Node] = field(default_factory=set)
+    int8: set[Node] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +60,31 @@ class Planned:
     rejects: tuple[Reject, ...] = ()
 
 
-def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) -> Planned:
-    """Find the best legal fused call for one site on one chip; ``writes`` is what the graph writes to in place."""
+def others_of(readings: Sequence[Reading], options: Options) -> Others:
+    """What ``readings``, of one graph, need of each other."""
+    if options.numerics != "vendor":
+        return Others()
+    made = (
+        guarded(partial(requantized, r, options.chip, options, ()), _nothing, "") for r in readings if not r.rejects
+    )
+    return Others({m.how.x for m in made if isinstance(m, Requantized)})
+
+
+def _nothing(reject: Reject) -> None:
+    del reject
+
+
+def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes, others: Others | None = None) -> Planned:
+    """Find the best legal fused call for one site on one chip.
+
+    Args:
+        reading: the site.
+        chip: for which chip.
+        options: settings.
+        writes: what the graph writes to in place.
+        others: what other sites of the graph make and need; None for no other sites.
+    """
+    others = others or Others()
     if reading.rejects:
         return Planned(None, None, reading.rejects)
     assert reading.epilogue is not None
@@ -57,15 +96,18 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes) ->
     rejects: list[Reject] = []
     not_nz: list[Reject] = []
     nearest: dict[str, tuple[Reject, ...]] = {}
-    for candidate in _candidates(reading, prefixes, chip, options):
+    made = requantized(reading, chip, options, others.int8)
+    for candidate in _candidates(reading, prefixes, chip, options, made):
         if isinstance(candidate, Reject):
             rejects.append(candidate)
+            continue
+        if _takes_in(candidate, reading, others.needed):
             continue
         if _splits_alpha(candidate, reading):
             rejects.append(_split())
             continue
         numerics = _with_leftover_roundings(candidate, reading)
-        if not math.isfinite(numerics.relative + numerics.absolute + numerics.of_x):
+        if not math.isfinite(numerics.relative + numerics.absolute + numerics.of_x + numerics.of_w):
             rejects.append(_unbounded())
             continue
         verdict = judge(candidate.call, chip, options.allow)
@@ -112,11 +154,23 @@ def _nd_reason(op: VendorOp, weight: Weight, not_nz: list[Reject], chip: Chip, o
     return f"{not_nz[0].rule}: {not_nz[0].fact}" if not_nz else "it can't be packed in the layout that FRACTAL_NZ needs"
 
 
+def _takes_in(candidate: Candidate, reading: Reading, needed: Collection[Node]) -> bool:
+    """True where a tensor that another site quantizes would be gone, and its codes are not what is made instead."""
+    assert reading.epilogue is not None
+    c = candidate.composition
+    passed = (reading.node, *(step.node for step in reading.epilogue.steps[: c.length]))
+    return c.requantize is None and any(node in needed for node in passed if node is not c.output)
+
+
 def _candidates(
-    reading: Reading, prefixes: list[Composition], chip: Chip, options: Options
+    reading: Reading,
+    prefixes: list[Composition],
+    chip: Chip,
+    options: Options,
+    made: Requantized | Reject | None,
 ) -> Iterator[Candidate | Reject]:
     if isinstance(reading.activation, Affine):
-        yield from quant_matmul_candidates(reading, prefixes, chip, options)
+        yield from quant_matmul_candidates(reading, prefixes, chip, options, made)
     elif reading.activation.quantized:
         yield _activation_reject(reading.activation)
     yield from weight_quant_candidates(reading, prefixes, chip, options)
@@ -146,7 +200,7 @@ def _nothing_fits(reading: Reading) -> Reject:
 def _as_plan(
     candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...], assumptions: tuple[str, ...]
 ) -> Plan:
-    notes = [f"assumes {a}" for a in assumptions]
+    notes = [*candidate.notes, *(f"assumes {a}" for a in assumptions)]
     notes.extend(_weaker(candidate, reading, passed_over))
     notes.extend(_left_behind(candidate, reading, passed_over))
     return Plan(

@@ -44,6 +44,7 @@ from quantpass.planning.quant_product import (
     rounding_of,
     wide_node,
 )
+from quantpass.planning.requantize import Requantized
 
 _FP19 = 2.0**-10
 _UNDERFLOW = 2.0**31 * SMALLEST_NORMAL
@@ -51,9 +52,16 @@ _UNDERFLOW = 2.0**31 * SMALLEST_NORMAL
 
 
 def quant_matmul_candidates(
-    reading: Reading, compositions: list[Composition], chip: Chip, options: Options
+    reading: Reading,
+    compositions: list[Composition],
+    chip: Chip,
+    options: Options,
+    made: Requantized | Reject | None = None,
 ) -> Iterator[Candidate | Reject]:
-    """Candidates from the most to the least complete epilogue, and reasons where there can be none."""
+    """Candidates from the most to the least complete epilogue, and reasons where there can be none.
+
+    ``made`` are the activation's codes as an operator makes them, or why none can.
+    """
     activation, weight = reading.activation, reading.weight
     assert isinstance(activation, Affine)
     assert isinstance(weight, Weight)
@@ -68,15 +76,34 @@ def quant_matmul_candidates(
     for composition in reversed(compositions):
         if not composition.complete:
             continue
+        if isinstance(made, Requantized):
+            product = product_of(activation, weight, composition, made)
+            if isinstance(product, Product) and _wraps(product, reading) is None:
+                yield from _only_candidates(_candidates(reading, product, layouts, chip, options))
         product = product_of(activation, weight, composition)
         if isinstance(product, Product):
             problem = _wraps(product, reading)
             if problem is not None:
                 yield problem
             else:
-                yield from _candidates(reading, product, layouts, chip, options)
+                yield from _noted(_candidates(reading, product, layouts, chip, options), made)
         elif product is not None:
             yield product
+
+
+def _only_candidates(found: Iterator[Candidate | Reject]) -> Iterator[Candidate | Reject]:
+    """Without the reasons: they stand against the same with the graph's own codes."""
+    return (f for f in found if isinstance(f, Candidate))
+
+
+def _noted(found: Iterator[Candidate | Reject], made: Requantized | Reject | None) -> Iterator[Candidate | Reject]:
+    """With a note of why the graph quantizes the activation itself."""
+    if isinstance(made, Requantized):
+        made = refuse("requantize.factor", "the scale of the codes is no factor of what is fused")
+    for f in found:
+        if made is not None and isinstance(f, Candidate):
+            f = replace(f, notes=(f"the graph quantizes the activation itself: {made.rule}: {made.fact}",))
+        yield f
 
 
 def _wraps(p: Product, reading: Reading) -> Reject | None:
@@ -290,6 +317,8 @@ def _emit(
     }
     call = planned_call(QUANT_MATMUL, arguments, laid_out, options, pertoken_scale=(m,))
     fixups = [*p.fixups, *laid_out.fixups]
+    if p.made is not None:
+        fixups.append(f"quantized by {p.made.call.op}")
     lead = broadcast_shape(batch, ex.shape_of(laid_out.expr)[:-2])
     value: Expr = call_op(QUANT_MATMUL, arguments, out, (*lead, m, n))
     int8_codes = None
@@ -347,4 +376,7 @@ def _numerics(p: Product, word: bool, *, in_half: bool) -> Numerics:
     if in_half:
         absolute += torch.finfo(torch.float16).smallest_normal
         why.append("computed in float16, which overflows above 65504")
-    return Numerics("bounded" if why else "exact", relative, absolute, tuple(why))
+    if p.made is None:
+        return Numerics("bounded" if why else "exact", relative, absolute, tuple(why))
+    why.insert(0, p.made.why)
+    return Numerics("bounded", relative, absolute, tuple(why), of_step=p.made.steps, of_w=p.made.absolute)

@@ -19,6 +19,7 @@ from quantpass.planning import conventions
 from quantpass.planning.candidates import FLOAT32_STEPS, Notes, aten, flattened
 from quantpass.planning.composition import Composition
 from quantpass.planning.guards import INT32_MAX, magnitude
+from quantpass.planning.requantize import Requantized
 
 _LARGEST_K = 65535
 """What the chips' rules demand of a K that only the run knows."""
@@ -40,6 +41,8 @@ class Product:
     """An upper bound of ``|codes_x @ codes_w|``."""
     lost: float = 0.0
     """What float32 sums may lose beside the bound that is relative to the products and the bias."""
+    made: Requantized | None = None
+    """Where an operator makes ``x`` by its own rule, how far that takes it from the graph's."""
 
     def with_row_scales(self) -> Product:
         """The same with a scale for each row, of ones where there was none: the form that takes a floating bias."""
@@ -78,10 +81,15 @@ def refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
         )
 
 
-def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | Reject | None:
-    """The product with everything that the epilogue ``c`` makes of it; None where the operator can't form it."""
+def product_of(
+    activation: Affine, weight: Weight, c: Composition, made: Requantized | None = None
+) -> Product | Reject | None:
+    """The product with everything that the epilogue ``c`` makes of it; None where the operator can't form it.
+
+    ``made`` are other codes for the activation, and maybe another scale.
+    """
     notes = Notes()
-    codes = activation.codes
+    codes = activation.codes if made is None else made.codes
     x = codes
     if len(ex.shape_of(codes)) != 2 and len(ex.shape_of(weight.codes)) == 2:
         x = flattened(codes)
@@ -97,6 +105,14 @@ def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | 
         if of_rows is None:
             return None
         rows.append(of_rows)
+    if made is not None and made.scale is not None:
+        exchanged = _exchanged(made, made.scale, rows)
+        if exchanged is None:
+            return None
+        made, rows, ratio = exchanged
+        columns = columns if ratio == 1 else ex.mul(columns, ex.scalar(ratio))
+    elif made is not None and made.ratio != 1:
+        columns = ex.mul(columns, ex.scalar(made.ratio))
     acc_addend, addend = c.acc_addend, c.addend
     if activation.zero_point is not None:
         zero = ex.cast(
@@ -107,6 +123,8 @@ def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | 
         notes.did("activation zero point folded into the bias")
     if isinstance(acc_addend, Const) and ex.is_all(acc_addend, 0):
         acc_addend = None
+    if acc_addend is not None and made is not None and made.scale is not None:
+        return None  # an integer in units of the graph's scale
     if acc_addend is not None and not ex.is_whole(acc_addend):
         # Of a zero point that is no integer, only the whole part can enter the integer accumulator.
         if rows:
@@ -121,7 +139,18 @@ def product_of(activation: Affine, weight: Weight, c: Composition) -> Product | 
         addend = rest if addend is None else ex.add(ex.wide(addend), rest)
         acc_addend, lost = None if ex.is_all(whole, 0) else whole, rounding_of(rest)
     reach = _reach(activation, weight)
-    return Product(x, weight, c, columns, _row_scale(rows, x), acc_addend, addend, tuple(notes.fixups), reach, lost)
+    fixups, row_scale = tuple(notes.fixups), _row_scale(rows, x)
+    return Product(x, weight, c, columns, row_scale, acc_addend, addend, fixups, reach, lost, made)
+
+
+def _exchanged(made: Requantized, scale: Expr, rows: list[Expr]) -> tuple[Requantized, list[Expr], float] | None:
+    """``rows`` with the operator's scale for the graph's, and the constant that the graph's had beside it."""
+    for i, factor in enumerate(rows):
+        found = made.in_place_of(factor)
+        if found is not None:
+            own, ratio = found
+            return own, [*rows[:i], scale, *rows[i + 1 :]], ratio
+    return None
 
 
 def _reach(activation: Affine, weight: Weight) -> float:

@@ -1,0 +1,411 @@
+"""Activations that the operators quantize by their own rule: ``numerics="vendor"``."""
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from torch import nn
+from torch.nn import functional as F
+
+import quantpass as qp
+from quantpass.graph.dump import dump
+from quantpass.graph.schema import op_name
+from tests.oracle import HALF_UNIT, traced
+
+M, K, N = 24, 64, 32
+G = torch.Generator().manual_seed(0)
+CODES = torch.randint(-127, 128, (N, K), generator=G, dtype=torch.int8)
+SCALES = torch.rand(N, 1, generator=G) * 1e-2 + 1e-3
+X = torch.randn(M, K, generator=G)
+
+
+def to_int8(x, s, z=0, low=-128, high=127):
+    return (torch.round(x / s) + z).clamp(low, high).to(torch.int8)
+
+
+def largest(x, dim=-1):
+    return x.abs().amax(dim, keepdim=True)
+
+
+# Each gives codes, their zero point and their scale.
+
+
+def rows_127(x):
+    s = largest(x).clamp(min=1e-5) / 127
+    return to_int8(x, s), 0, s
+
+
+def rows_127_5(x):
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    s = (torch.maximum(-low.clamp(max=0), high.clamp(min=0)) / 127.5).clamp(min=1e-7).float()
+    return (x * s.reciprocal()).round().clamp(-128, 127).to(torch.int8), 0, s
+
+
+def rows_inverse(x):
+    top = largest(x.float()).clamp(min=1e-6)
+    return (x * (127 / top)).round().clamp(-127, 127).to(torch.int8), 0, top / 127
+
+
+def rows_unsigned(x):
+    s = largest(x.float()).clamp(min=1e-6) / 127
+    return (torch.round(x / s) + 128).clamp(0, 255).to(torch.uint8), 128, s
+
+
+def whole(x):
+    s = x.abs().amax() / 127
+    return to_int8(x, s), 0, s
+
+
+def static(x):
+    s = torch.tensor(0.0213, dtype=x.dtype)
+    return to_int8(x, 0.0213), 0, s
+
+
+def static_asymmetric(x):
+    return to_int8(x.float(), 0.0213, 17), 17, torch.tensor(0.0213)
+
+
+def static_narrow(x):
+    return to_int8(x.float(), 0.0213, 0, -127), 0, torch.tensor(0.0213)
+
+
+DYNAMIC = (rows_127, rows_127_5, rows_inverse, rows_unsigned, whole)
+STATIC = (static, static_asymmetric, static_narrow)
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def dequantized(quantize):
+    """A Linear of an activation that is quantized and dequantized."""
+
+    def f(x):
+        q, z, s = quantize(x)
+        w = CODES.float() * SCALES
+        return F.linear(((q.float() - z) * s.float()).to(x.dtype), w.to(x.dtype))
+
+    return f
+
+
+def integer(quantize):
+    """A matmul of the codes, scaled afterwards."""
+
+    def f(x):
+        q, z, s = quantize(x)
+        acc = torch._int_mm((q.int() - (z if q.dtype == torch.uint8 else 0)).to(torch.int8), CODES.t())
+        if q.dtype == torch.int8 and z:
+            acc = acc - z * CODES.sum(1, dtype=torch.int32)
+        return (acc.float() * s.float() * SCALES.squeeze(1)).to(x.dtype)
+
+    return f
+
+
+def fused(function, x, **options):
+    gm = traced(function, x)
+    report = qp.fuse(gm, **{"target": "ascend910b", "numerics": "vendor", **options})
+    return gm, report
+
+
+def operators(gm):
+    return [op_name(n) for n in gm.graph.nodes if n.op == "call_function" and "aten.view" not in op_name(n)]
+
+
+def expected(form, quantize, x):
+    """The graph's formula in exact arithmetic on its own codes; magnitudes; and what a code stands for."""
+    q, z, s = quantize(x)
+    w = CODES.double() * SCALES.double()
+    real = (q.double() - z) * s.double()
+    return real @ w.t(), real.abs() @ w.abs().t(), s.double(), w.abs().sum(1)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("form", [dequantized, integer], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("quantize", [*DYNAMIC, *STATIC], ids=lambda f: f.__name__)
+def test_results_are_within_the_stated_bound(quantize, form, dtype):
+    x = (X * torch.logspace(-2, 1, M).unsqueeze(1) if quantize in DYNAMIC else X * 1.5).to(dtype)
+    gm, report = fused(form(quantize), x)
+    (site,) = report.sites
+    n = site.numerics
+    assert n.kind == "bounded" and n.why[0].startswith("re-quantized by the operator")
+    y, magnitude, step, weights = expected(form, quantize, x)
+    # A product in 16 bits rounds each dequantized element; the operator does not.
+    plain = n.relative * magnitude + n.absolute + HALF_UNIT[dtype] * (y.abs() + torch.finfo(dtype).tiny)
+    bound = plain + (n.of_step * step + n.of_w) * weights
+    apart = (gm(x)[0] if isinstance(gm(x), tuple) else gm(x)).double().sub(y).abs()
+    assert bool((apart <= bound).all())
+    if quantize is rows_127_5:  # where each code may change
+        assert bool((apart > plain).any()), "the codes did not change: the test shows nothing"
+
+
+def codes_of(gm, x):
+    """The codes that the fused graph makes."""
+    found = {}
+
+    class Noting(torch.fx.Interpreter):
+        def run_node(self, n):
+            found[op_name(n) if n.op == "call_function" else n.op] = value = super().run_node(n)
+            return value
+
+    Noting(gm).run(x)
+    made = found.get("quantpass.dynamic_quant", (found.get("quantpass.quantize"),))
+    return made[0].int()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("quantize", [*DYNAMIC, *STATIC], ids=lambda f: f.__name__)
+def test_codes_differ_by_at_most_what_the_report_says(quantize, dtype):
+    x = (torch.randn(200, K, generator=G) * 1.3).to(dtype)
+    gm, report = fused(dequantized(quantize), x)
+    q, _, _ = quantize(x)
+    apart = (codes_of(gm, x) - (q.int() - (128 if q.dtype == torch.uint8 else 0))).abs()
+    (why, *_) = report.sites[0].numerics.why
+    most = 1 if "codes differ by at most one" in why else 2
+    assert "codes differ by at most" in why and int(apart.max()) <= most
+    assert (quantize is rows_127_5) <= (int(apart.max()) == 1)
+    assert float((apart > 0).float().mean()) < 0.35
+
+
+# -- what the graph looks like -----------------------------------------------------------------------------------------
+
+
+def test_a_quantization_for_each_row():
+    gm, report = fused(integer(rows_127_5), X.bfloat16())
+    assert_expected_inline(
+        dump(gm),
+        """\
+%x_1: bf16[24, 64] = input
+%quantpass_scale: f32[32] = constant quantpass_scale
+%dynamic_quant: (i8[24, 64], f32[24]) = quantpass.dynamic_quant(%x_1)
+%result_1: f32[24] = getitem(%dynamic_quant, 1)
+%result: i8[24, 64] = getitem(%dynamic_quant, 0)
+%_tensor_constant0_1: i8[32, 64] = constant _tensor_constant0_1
+%format_cast: i8[32, 64] = quantpass.format_cast(%_tensor_constant0_1, 29)
+%quant_matmul: bf16[24, 32] = quantpass.quant_matmul(%result, %format_cast, %quantpass_scale, pertoken_scale=%result_1, output_dtype=bfloat16, transpose_x2=True)
+return %quant_matmul""",
+    )
+    assert "quantized by npu_dynamic_quant" in report.sites[0].plan.fixups
+
+
+def test_a_quantization_with_a_zero_point():
+    gm, _ = fused(dequantized(static_asymmetric), X.half())
+    assert_expected_inline(
+        dump(gm),
+        """\
+%x_1: f16[24, 64] = input
+%quantpass_inverse_scale: f16[1] = constant quantpass_inverse_scale
+%quantpass_zero_point: f16[1] = constant quantpass_zero_point
+%quantpass_scale_word: i64[32] = constant quantpass_scale_word
+%quantpass_bias: i32[32] = constant quantpass_bias
+%quantize: i8[24, 64] = quantpass.quantize(%x_1, %quantpass_inverse_scale, offset=%quantpass_zero_point)
+%_tensor_constant1_1: i8[32, 64] = constant _tensor_constant1_1
+%format_cast: i8[32, 64] = quantpass.format_cast(%_tensor_constant1_1, 29)
+%quant_matmul: f16[24, 32] = quantpass.quant_matmul(%quantize, %format_cast, %quantpass_scale_word, bias=%quantpass_bias, output_dtype=float16, transpose_x2=True)
+return %quant_matmul""",
+    )
+
+
+@pytest.mark.parametrize("chip", ["ascend910b", "ascend910_93"])
+@pytest.mark.parametrize("quantize", DYNAMIC, ids=lambda f: f.__name__)
+def test_nothing_is_left_of_what_the_graph_spelled_out(quantize, chip):
+    gm, _ = fused(integer(quantize), X.bfloat16(), target=chip)
+    left = set(operators(gm))
+    allowed = {"aten.new_ones", "aten.mul.Tensor"} if quantize is whole else set()  # a scale for each row of one
+    assert left - allowed == {"quantpass.dynamic_quant", "getitem", "quantpass.format_cast", "quantpass.quant_matmul"}
+
+
+def test_matmuls_that_share_an_activation_share_its_quantization():
+    """Tools quantize it once for each of them."""
+
+    def f(x):
+        return tuple(integer(rows_127_5)(x) for _ in range(3))
+
+    gm, report = fused(f, X.bfloat16())
+    assert report.fused == 3
+    assert operators(gm).count("quantpass.dynamic_quant") == 1
+
+
+def test_leading_dimensions_are_flattened_once():
+    x = X.bfloat16().reshape(2, M // 2, K)
+    gm, report = fused(dequantized(rows_127), x)
+    assert report.fused == 1 and operators(gm).count("quantpass.dynamic_quant") == 1
+    assert gm(x).shape == (2, M // 2, N)
+
+
+def test_a_cast_between_two_sites_is_kept_for_the_second():
+    """The second quantizes what the first computes before it is cast to float32."""
+
+    def f(x):
+        y = dequantized(rows_127)(x)
+        wide = torch.cat([y, y], -1).float()
+        s = largest(wide) / 127
+        return integer(lambda _: (to_int8(wide, s), 0, s))(x)
+
+    gm, report = fused(f, X.bfloat16())
+    assert report.fused == 2 and operators(gm).count("quantpass.dynamic_quant") == 2
+
+    def g(x):
+        y = F.linear(to_int8(x, largest(x) / 127).to(x.dtype) * (largest(x) / 127), SQUARE.to(x.dtype) * 0.01).float()
+        s = largest(y) / 127
+        return integer(lambda _: (to_int8(y, s), 0, s))(x)
+
+    gm, report = fused(g, X.bfloat16())
+    assert report.fused == 2 and operators(gm).count("quantpass.dynamic_quant") == 2
+    assert bool(torch.isfinite(gm(X.bfloat16())).all())
+
+
+SQUARE = torch.randint(-127, 128, (K, K), generator=G, dtype=torch.int8)
+
+
+def test_an_int8_edge_between_two_sites_stays_one():
+    """The first matmul gives the codes that the second reads: nothing is left to quantize."""
+
+    def f(x):
+        y = F.linear((to_int8(x, 0.05).to(x.dtype) * 0.05), SQUARE.to(x.dtype) * torch.full((K, 1), 0.01).to(x.dtype))
+        q = to_int8(y, 0.5)
+        return F.linear(q.to(x.dtype) * 0.5, CODES.to(x.dtype) * SCALES.to(x.dtype))
+
+    gm, report = fused(f, X.half())
+    assert report.fused == 2
+    assert operators(gm).count("quantpass.quantize") == 1 and operators(gm).count("quantpass.quant_matmul") == 2
+
+
+# -- what stays the graph's --------------------------------------------------------------------------------------------
+
+
+def asymmetric_rows(x):
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    s = (high - low) / 255
+    z = torch.round(-128 - low / s)
+    return to_int8(x, s, z), z, s
+
+
+def other(divisor, low=-128, high=127):
+    def quantize(x):
+        s = largest(x.float()) / divisor
+        return to_int8(x, s, 0, low, high), 0, s
+
+    return quantize
+
+
+def of_columns_of_another(x):
+    s = largest(x.float().sigmoid()) / 127
+    return to_int8(x, s), 0, s
+
+
+def another_scale_behind(x):
+    s = largest(x.float()) / 127
+    return to_int8(x, s), 0, x.float().abs().mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "rule"),
+    [
+        (asymmetric_rows, "qmm.activation.zero_point"),
+        (other(120), "requantize.divisor"),
+        (other(128), "requantize.divisor"),
+        (other(127, -64, 63), "requantize.range"),
+        (other(127, -127, 126), "requantize.range"),
+        (other(7, -8, 7), "requantize.divisor"),
+        (of_columns_of_another, "requantize.spelling"),
+        (another_scale_behind, "requantize.factor"),
+        (lambda x: (torch.round(x / 0.02).to(torch.int8), 0, torch.tensor(0.02)), "requantize.spelling"),
+        (lambda x: (to_int8(x, 0.02, 0, -64, 63), 0, torch.tensor(0.02)), "requantize.range"),
+        (lambda x: (to_int8(x, 1e-7), 0, torch.tensor(1e-7)), "requantize.scale"),
+    ],
+)
+def test_another_quantization_stays_in_the_graph(quantize, rule):
+    gm, report = fused((dequantized if quantize is asymmetric_rows else integer)(quantize), X.half())
+    assert not {"quantpass.dynamic_quant", "quantpass.quantize"} & set(operators(gm))
+    for site in report.sites:
+        said = [*(site.plan.notes if site.plan else ()), *(r.rule for r in site.rejects)]
+        assert any(rule in text for text in said) or not site.fused
+
+
+def test_float32_is_quantized_by_the_graph():
+    """The operator takes 16 bits only."""
+    gm, report = fused(integer(rows_127), X)
+    assert "quantpass.dynamic_quant" not in operators(gm)
+    assert any("dynamic_quant.input" in note for note in report.sites[0].plan.notes)
+
+
+def test_strict_keeps_the_codes_of_the_graph():
+    for quantize in (*DYNAMIC, *STATIC):
+        gm, report = fused(integer(quantize), X.half(), numerics="strict")
+        assert not {"quantpass.dynamic_quant", "quantpass.quantize"} & set(operators(gm))
+        assert report.sites[0].numerics.of_step == 0
+
+
+def test_310p_has_no_dynamic_quantization_unless_it_is_allowed():
+    gm, _ = fused(dequantized(rows_127), X.half(), target="ascend310p")
+    assert "quantpass.dynamic_quant" not in operators(gm)
+    gm, report = fused(dequantized(static), X.half(), target="ascend310p")
+    assert report.fused == 1 and "quantpass.quantize" in operators(gm)
+
+
+# -- values that are not ordinary --------------------------------------------------------------------------------------
+
+
+def test_rows_of_zeros_give_zeros():
+    x = X.bfloat16().clone()
+    x[3] = 0
+    for quantize in (rows_127, rows_127_5, whole):
+        gm, _ = fused(integer(quantize), x)
+        assert bool((gm(x)[3] == 0).all()) and bool(torch.isfinite(gm(x)).all())
+
+
+def test_rows_below_the_graphs_floor_are_quantized_more_finely():
+    x = X.bfloat16() * 1e-6
+    gm, report = fused(integer(rows_127), x)
+    n = report.sites[0].numerics
+    y, magnitude, step, weights = expected(integer, rows_127, x)
+    apart = (gm(x).double() - y).abs()
+    assert bool((apart <= n.relative * magnitude + n.absolute + n.of_step * step * weights + 2.0**-8 * y.abs()).all())
+    assert "in rows with magnitudes above 1e-05" in n.why[0]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_row(value):
+    x = X.bfloat16().clone()
+    ordinary = fused(integer(rows_127_5), x)[0](x)
+    x[5, 7] = value
+    gm, _ = fused(integer(rows_127_5), x)
+    y = gm(x)
+    assert not bool(torch.isfinite(y[5]).any())
+    assert torch.equal(torch.cat([y[:5], y[6:]]), torch.cat([ordinary[:5], ordinary[6:]]))
+
+
+# -- the doors -----------------------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(K, 96), nn.Linear(96, K)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+def torchao(config):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = Mlp().bfloat16().eval()
+    quantization.quantize_(model, config(quantization))
+    return model
+
+
+def test_verify_measures_it():
+    model = torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig())
+    found = qp.verify(model, (X.bfloat16(),), target="ascend910b", numerics="vendor")
+    found.require()
+    assert len(found.sites) == 2
+    assert all(0 < d.relative < 0.02 and d.numerics.of_step > 1 for d in found.sites)
+
+
+def test_the_vendors_operators_compute_the_same():
+    qp.emulate_npu()
+    model = torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig())
+    x = X.bfloat16()
+    here = torch.compile(model, backend=qp.backend(target="ascend910b", numerics="vendor"))
+    with torch.no_grad():
+        want = here(x)
+        torch._dynamo.reset()
+        there = torch.compile(model, backend=qp.backend(target="ascend910b", numerics="vendor", lowering="aclnn"))
+        assert torch.equal(there(x), want)
