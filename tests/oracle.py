@@ -10,6 +10,7 @@ docs/semantics.md says of saturating chips, of float16 overflow inside of the gr
 """
 
 import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -240,8 +241,10 @@ class _Checker:
         if not behind:
             if FAKE_QUANT in name:
                 self.odd_codes |= any(bool(wide(self.native[i]).isnan().any()) for i in node.all_input_nodes)
-                return Value(self._fake_quantized(node), tainted=True)
-            if name in ROUNDS or not floating:
+                found = self._fake_quantized(node)
+                source = self.native[node.all_input_nodes[0]]  # which code NaN becomes, the machine chooses
+                return Value(found.masked_fill(source.isnan(), math.nan), tainted=True)
+            if name in ROUNDS or not floating or node.target is operator.getitem:
                 self.odd_codes |= floating and bool(native.isnan().any())
                 lost = self._no_integer(node, native)
                 if lost is not None:  # which integer NaN becomes, PyTorch leaves to the machine
@@ -255,11 +258,15 @@ class _Checker:
         return self._behind(node, name, native)
 
     def _no_integer(self, node, native):
-        """Where a cast to wide integers meets NaN; None for nowhere."""
-        sources = [self.native[i] for i in node.all_input_nodes]
-        if native.dtype not in (torch.int16, torch.int32, torch.int64) or len(sources) != 1:
+        """Where a cast to wide integers, or an operator that casts within, meets NaN; None for nowhere."""
+        (source,) = node.all_input_nodes if len(node.all_input_nodes) == 1 else (None,)
+        if source is not None and node.target is operator.getitem and FAKE_QUANT in op_name(source):
+            source = source.all_input_nodes[0]
+        elif native.dtype not in (torch.int16, torch.int32, torch.int64):
+            source = None
+        if source is None:
             return None
-        source = sources[0]
+        source = self.native[source]
         if not isinstance(source, torch.Tensor) or not source.is_floating_point() or source.shape != native.shape:
             return None
         return source.isnan() if bool(source.isnan().any()) else None
@@ -381,10 +388,6 @@ class _Checker:
         args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda i: self.native[i])
         first = args[0] if args else kwargs["self"]
         result = node.target(first.float(), *args[1:], **kwargs)
-        if isinstance(result, torch.Tensor) and result.shape == first.shape:
-            result = result.masked_fill(first.isnan(), math.nan)  # the operator casts it to an integer, to whichever
-        elif isinstance(result, tuple) and result[0].shape == first.shape:
-            result = (result[0].masked_fill(first.isnan(), math.nan), *result[1:])
         self._count_rounding(node, result if isinstance(result, torch.Tensor) else result[0], "fake")
         return wide(result)
 
