@@ -25,10 +25,10 @@ def int4_grouped(
     """
     k, n = b.shape
     groups = _groups(k, group)
-    _require_shape("scale", scale, (groups, n))
+    _require_shape("scale", scale, (groups, n), "qmm.group.scale")
     _require_dtype("scale", scale, torch.float32)
     if offset is not None:
-        _require_shape("offset", offset, (groups, n))
+        _require_shape("offset", offset, (groups, n), "qmm.group.offset")
     y = torch.zeros((a.shape[0], n), dtype=torch.float32)
     for g in range(groups):
         rows = slice(g * group, (g + 1) * group)
@@ -57,7 +57,7 @@ def int8_by_int4(
     """
     k, n = b.shape
     groups = _groups(k, group)
-    _require_shape("scale", scale, (groups, n))
+    _require_shape("scale", scale, (groups, n), "qmm.group.scale")
     _require_dtype("scale", scale, torch.int64)
     factor, _ = unpack_scale_word(scale)
     high = torch.div(a.to(torch.int32), 16, rounding_mode="floor")
@@ -72,7 +72,7 @@ def int8_by_int4(
         sums.append(total.to(torch.float32))
     y = sums[0] * 16 + sums[1]
     if offset is not None:
-        _require_shape("offset", offset, (n,))
+        _require_shape("offset", offset, (n,), "qmm.group.a8w4.offset")
         y = y + offset.to(torch.float32)
     return y if pertoken_scale is None else y * _column(pertoken_scale, a.shape[0])
 
@@ -83,7 +83,7 @@ def _groups(k: int, group: int) -> int:
     return k // group
 
 
-def _require_shape(name: str, t: torch.Tensor, shape: tuple[int, ...], rule: str = "qmm.grouped.shape") -> None:
+def _require_shape(name: str, t: torch.Tensor, shape: tuple[int, ...], rule: str) -> None:
     require(tuple(t.shape) == shape, f"quant_matmul: {name} has shape {tuple(t.shape)}; it must be {shape}", rule)
 
 

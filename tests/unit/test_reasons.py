@@ -13,7 +13,8 @@ from quantpass.chips.tables import reasons_markdown
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / "quantpass" / "basics" / "reasons.py"
 _ID = re.compile(r"(read|plan|rewrite|qmm|wqmm|requantize|numerics|torchair)(\.[a-z_0-9]+)+")
-FAMILIES = {"{family}.weight.runtime", "{family}.bias.saturates"}
+FAMILIES = {"{op.family}.weight.runtime", "{op.family}.bias.saturates"}
+KERNELS = ROOT / "quantpass" / "operators"
 
 
 def texts(path):
@@ -32,19 +33,29 @@ def named():
     found = set()
     for folder in ("quantpass", "patterns"):
         for path in (ROOT / folder).rglob("*.py"):
-            if path == HOME or (path.parts[-2] == "chips" and path.name != "legality.py"):
+            if path == HOME or KERNELS in path.parents or (path.parts[-2] == "chips" and path.name != "legality.py"):
                 continue
             for text in texts(path):
                 if _ID.fullmatch(text):
                     found.add(text)
                 elif text in FAMILIES:
-                    found.update(text.replace("{family}", f) for f in ("qmm", "wqmm"))
+                    found.update(text.replace("{op.family}", f) for f in ("qmm", "wqmm"))
     return found
 
 
 def test_what_the_code_names_is_in_a_table():
     rules = {r.id for c in CHIPS.values() for r in c.rules}
     assert named() - set(REASONS) - rules == set()
+
+
+def test_what_kernels_refuse_is_a_rule_of_a_chip():
+    """An id, or what ``.dtype``, ``.shape`` and the like are put behind."""
+    rules = {r.id for c in CHIPS.values() for r in c.rules}
+    known = {r[: i if i > 0 else None] for r in rules for i in (len(r), *(m.start() for m in re.finditer(r"\.", r)))}
+    asked = {t for path in KERNELS.glob("*.py") for t in texts(path) if _ID.fullmatch(t)}
+    columns = {t for t in asked if t.rpartition(".")[0] in rules}
+    assert asked, "no kernel names a rule"
+    assert asked - columns - known == set()
 
 
 def test_what_is_in_the_catalogue_is_named():
