@@ -241,3 +241,36 @@ def test_constants_lie_where_the_graph_computes():
         t = Traced(lambda x: x * 2.0, X.to(device))
         rewritten(t, plan(t.result, ex.mul(Ref(t.inputs[0]), Const(torch.tensor([3.0, 4.0, 5.0, 6.0]), label="scale"))))
         assert t.gm.get_buffer("quantpass_scale").device.type == device
+
+
+@pytest.mark.parametrize(
+    ("build", "target"),
+    [
+        (lambda x: (x * 2.0).t().contiguous(), aten.clone.default),
+        (lambda x: (x * 2.0).t(), aten.permute.default),
+        (lambda x: (x * 2.0).unsqueeze(0).permute(2, 0, 1), aten.permute.default),
+    ],
+)
+def test_a_value_gets_the_strides_of_what_it_replaces(build, target):
+    """The same elements in another order of memory: a copy where the original is dense, a turned copy where it is not."""
+    t = Traced(build, X)
+    output = t.result
+    want = output.meta["val"]
+    source = Ref(t.inputs[0])
+    if target is aten.clone.default:
+        value = ex.permute(source, (1, 0))
+    else:
+        dense = ex.reshape(source, tuple(want.shape)) if want.dim() == 3 else ex.reshape(source, (4, 3))
+        value = dense
+    rewritten(t, plan(output, value))
+    (result,) = t.graph.output_node().all_input_nodes
+    assert result.target is target
+    assert result.meta["val"].stride() == want.stride()
+    (given,) = t.graph.output_node().args[0] if isinstance(t.graph.output_node().args[0], tuple) else [result]
+    assert t.gm(X).stride() == want.stride() and given is result
+
+
+def test_a_value_with_the_right_strides_is_not_copied():
+    t = Traced(lambda x: (x * 2.0).relu(), X)
+    rewritten(t, plan(t.result, ex.mul(Ref(t.inputs[0]), Const(torch.full((4,), 3.0)))))
+    assert targets(t) == [aten.mul.Tensor]

@@ -1,13 +1,16 @@
 """Reading a right operand: what is read means what the graph computes, or is refused with the reason."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from quantpass.graph import expr as ex
-from quantpass.graph.expr import Const
+from quantpass.graph.expr import Const, Ref
 from quantpass.graph.records import Weight
 from quantpass.patterns.affine import NotAffine
-from quantpass.patterns.weights import read_weight
+from quantpass.patterns.weights import _is_proved, is_weight, read_weight
+from quantpass.patterns.weights_by_value import Operand
 from tests.unit.graphs import Traced, evaluate
 
 aten = torch.ops.aten
@@ -258,3 +261,23 @@ def test_a_reading_that_the_value_contradicts_is_no_weight():
     nan = COLUMNS * float("nan")
     t = Traced(lambda c, s: c.float() * s, CODES, nan, known=2)
     assert isinstance(read_weight(t.reader, t.result, transposed=False), NotAffine)
+
+
+def test_a_reading_is_proved_by_what_is_known_only():
+    """Of a zero point that can't be evaluated nothing is proved; without one there is none to evaluate."""
+    plain = Traced(lambda z, c, s: c.float() * s + 0 * z, ZERO, CODES, COLUMNS, known=2)
+    (product,) = plain.calls(aten.mul.Tensor)[:1]
+    w = read_weight(plain.reader, product, transposed=False)
+    operand = Operand(product, False, None)
+    assert w.proved and _is_proved(plain.values, operand, w)
+    assert not _is_proved(plain.values, operand, replace(w, zero_point=Ref(plain.inputs[0])))
+    shifted = Traced(lambda c, s, z: (c.float() - z) * s, CODES, COLUMNS, ZERO, known=3)
+    w = read_weight(shifted.reader, shifted.result, transposed=False)
+    assert w.zero_point is not None and _is_proved(shifted.values, Operand(shifted.result, False, None), w)
+
+
+def test_only_a_matrix_is_surely_a_weight():
+    vector = Traced(lambda c, s: c.float()[:, 0] * s, CODES, ROWS[:, 0], known=2)
+    matrix = Traced(lambda c, s: c.float() * s, CODES, COLUMNS, known=2)
+    assert not is_weight(vector.reader, vector.result)
+    assert is_weight(matrix.reader, matrix.result)
