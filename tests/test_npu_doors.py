@@ -192,7 +192,7 @@ def test_the_hook_is_a_plain_function_whose_disassembly_names_the_settings():
     assert hook_text(on_report=print) == same, "who is told changes nothing in the graph"
     others = [
         hook_text("ascend310p"),
-        hook_text(numerics="vendor"),
+        hook_text(numerics="strict"),
         hook_text(nz="never"),
         hook_text(allow=("qmm.310p.pertoken",)),
     ]

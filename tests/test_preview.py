@@ -61,11 +61,11 @@ ascend910_93 fused  Reshape WeightQuantBatchMatmulV2 Reshape""",
             table(StaticW8A8(64, 96), X.half(), self.process),
             """\
 ascend310p before RealDiv Round Add ClipByValueV2 Cast Cast Sub Muls Cast Cast Mul Cast Transpose MatMulV2
-ascend310p fused  RealDiv Round Add ClipByValueV2 Cast QuantBatchMatmulV3
+ascend310p fused  AscendQuantV2 QuantBatchMatmulV3
 ascend910b before RealDiv Round Add ClipByValueV2 Cast Cast Sub Muls Cast Cast Mul Cast Transpose MatMulV2
-ascend910b fused  RealDiv Round Add ClipByValueV2 Cast QuantBatchMatmulV3
+ascend910b fused  AscendQuantV2 QuantBatchMatmulV3
 ascend910_93 before RealDiv Round Add ClipByValueV2 Cast Cast Sub Muls Cast Cast Mul Cast Transpose MatMulV2
-ascend910_93 fused  RealDiv Round Add ClipByValueV2 Cast QuantBatchMatmulV3""",
+ascend910_93 fused  AscendQuantV2 QuantBatchMatmulV3""",
         )
 
     def test_dynamic_w8a8(self):
@@ -75,9 +75,9 @@ ascend910_93 fused  RealDiv Round Add ClipByValueV2 Cast QuantBatchMatmulV3""",
 ascend310p before Cast Abs ReduceMax RealDiv RealDiv Round ClipByValueV2 Cast MatMulV2 Cast Mul Cast Mul Cast Cast
 ascend310p fused  Cast Abs ReduceMax RealDiv RealDiv Round ClipByValueV2 Cast MatMulV2 Cast Mul Cast Mul Cast Cast
 ascend910b before Cast Abs ReduceMax RealDiv RealDiv Round ClipByValueV2 Cast MatMulV2 Cast Mul Cast Mul Cast Cast
-ascend910b fused  Cast Abs ReduceMax RealDiv RealDiv Round ClipByValueV2 Cast Reshape QuantBatchMatmulV3
+ascend910b fused  DynamicQuant QuantBatchMatmulV3
 ascend910_93 before Cast Abs ReduceMax RealDiv RealDiv Round ClipByValueV2 Cast MatMulV2 Cast Mul Cast Mul Cast Cast
-ascend910_93 fused  Cast Abs ReduceMax RealDiv RealDiv Round ClipByValueV2 Cast Reshape QuantBatchMatmulV3""",
+ascend910_93 fused  DynamicQuant QuantBatchMatmulV3""",
         )
 
     def test_graph_text(self):

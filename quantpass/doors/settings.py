@@ -71,6 +71,9 @@ TAKEN_BY: Mapping[str, type] = MappingProxyType(
 )
 """The doors, and the type of what they take."""
 
+_NUMERICS: Mapping[type, NumericsContract] = MappingProxyType({NpuOptions: "vendor", PreviewOptions: "vendor"})
+"""Doors to an NPU let its operators quantize; anywhere else the graph's own numbers are kept unless told otherwise."""
+
 _TORCHAIRS = ("lowering", "mode", "inner")
 _NPU_DOORS = tuple(door for door, taken in TAKEN_BY.items() if taken is NpuOptions)
 
@@ -108,7 +111,8 @@ def make_options(given: Mapping[str, Any], door: str = "backend") -> Options:
     lowering = given.get("lowering", REFERENCE.name)
     one_of("lowering", lowering, RUN_HERE)
     mode = given.get("mode")
-    return Options(**{**given, "mode": LOWERINGS[lowering].mode if mode is None else mode})
+    numerics = _NUMERICS.get(TAKEN_BY[door], "strict")
+    return Options(**{"numerics": numerics, **given, "mode": LOWERINGS[lowering].mode if mode is None else mode})
 
 
 def _names(taken: type) -> frozenset[str]:

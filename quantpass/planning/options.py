@@ -34,8 +34,10 @@ class Options:
         inner: what compiles the rest of the graph: None or ``"eager"``, ``"inductor"``, or a function
             ``(graph_module, example_inputs) -> callable``.
         numerics: ``"strict"`` keeps the integer codes that the graph's own quantize operators produce, and after an
-            integer matmul the graph's own roundings; ``"vendor"`` lets the operator take in the whole epilogue, which
-            rounds once where the graph rounds several times.
+            integer matmul the graph's own roundings; ``"vendor"`` lets the operators quantize activations by their own
+            rule (codes differ by at most one or two; each site says so, with a bound) and take in the whole epilogue,
+            which rounds once where the graph rounds several times. Doors to an NPU (``npu_backend``, ``register``,
+            ``npugraph_ex_options``, ``preview_ge``) have the latter by default, all others the former.
         mode: which of a chip's rules hold: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn). For a door, None
             is ``"eager"`` with ``lowering="aclnn"`` and ``"graph"`` otherwise.
         nz: ``"auto"`` lays weights out in FRACTAL_NZ where the chip wants it, ``"never"`` leaves them in ND.

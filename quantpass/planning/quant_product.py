@@ -112,7 +112,10 @@ def product_of(
         made, rows, ratio = exchanged
         columns = columns if ratio == 1 else ex.mul(columns, ex.scalar(ratio))
     elif made is not None and made.ratio != 1:
-        columns = ex.mul(columns, ex.scalar(made.ratio))
+        if isinstance(columns, Const):
+            columns = ex.mul(columns, ex.scalar(made.ratio))
+        else:
+            made = made.with_the_graphs_scale()  # no operator more at every call
     acc_addend, addend = c.acc_addend, c.addend
     if activation.zero_point is not None:
         zero = ex.cast(

@@ -85,6 +85,10 @@ class Requantized:
         steady = 0.0 if m is None else m.steady_from
         return found if steady <= _UNHEARD_OF else f"{found}, in rows with magnitudes above {steady:.2g}"
 
+    def with_the_graphs_scale(self) -> Requantized:
+        """This where the graph's own scale is not corrected for what the operator's parameters were rounded by."""
+        return replace(self, ratio=1.0, steps=float(self.apart))
+
     def in_place_of(self, factor: Expr) -> tuple[Requantized, float] | None:
         """Where ``factor`` is the graph's scale of the codes: this with that scale's roundings, and its multiple."""
         own, m = self.how.magnitude, self.reader.scale(factor)
