@@ -834,3 +834,23 @@ def test_attention_of_two_quantized_operands():
     assert "qmm.batched.rows" in rows.refusals("cpu")
     zero = Site(lambda q, k: (q.half() - 3) @ (k.half() * 0.01).transpose(-1, -2), q, k, known=0)
     assert "qmm.activation.zero_point" in zero.refusals("cpu")
+
+
+def fused_calls(e):
+    """The quantized matmuls in an expression."""
+    if isinstance(e, ex.Call):
+        if e.target is torch.ops.quantpass.quant_matmul.default:
+            yield e
+        for a in e.args:
+            yield from fused_calls(a)
+
+
+@pytest.mark.parametrize(("target", "saturates"), [("ascend310p", True), ("ascend910b", False), ("cpu", False)])
+def test_only_a_chip_that_saturates_says_so_and_only_of_float16(target, saturates):
+    said = set()
+    for dtype in (torch.float16, torch.float32):
+        site = integer(lambda acc, s, d=dtype: (acc.float() * s).to(d), SCALE, known=2)
+        for c in site.calls(target, numerics="vendor"):
+            said |= {(call.dtype, call.kwargs.get("saturate", False)) for call in fused_calls(c.value)}
+    assert {d for d, saturated in said if saturated} == ({torch.float16} if saturates else set())
+    assert torch.float16 in {d for d, _ in said}

@@ -6,7 +6,9 @@ import torch
 from quantpass.graph.records import Weight
 from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import Affine, NotAffine
-from quantpass.patterns.sites import find_sites, matmul_name, provenance
+from quantpass.patterns.contractions import NoContraction
+from quantpass.patterns.net import Net
+from quantpass.patterns.sites import _unread_site, find_sites, matmul_name, provenance
 from tests.unit.graphs import Traced, node_of
 
 CODES = torch.arange(-32, 32, dtype=torch.int8).reshape(8, 8)
@@ -165,3 +167,17 @@ def test_where_a_site_comes_from():
     assert provenance(node) == ("mlp.up", "b.py:7")
     node.meta["nn_module_stack"] = {"a": ("L['self']", torch.nn.Module)}
     assert provenance(node)[0] == "mm"
+
+
+@pytest.mark.parametrize(
+    ("certain", "quantized", "found"), [(True, False, True), (False, False, False), (False, True, True)]
+)
+def test_an_operator_that_is_not_read_is_a_site_where_something_is_quantized(certain, quantized, found):
+    """By its own name, or by an operand."""
+    t = Traced(lambda x, c, s: x @ (c.float() * s), X, CODES, SCALE, known=2)
+    net = Net(t.reader)
+    operand = t.result.args[1] if quantized else t.inputs[0]
+    reading = _unread_site(net, t.result, NoContraction("a form", (operand,), certain=certain))
+    assert (reading is not None) == found
+    if reading is not None:
+        assert rules(reading) == ["read.matmul"]
