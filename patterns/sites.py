@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch.fx import Graph, Node
 
 from quantpass.basics.boundary import guarded
@@ -30,6 +31,10 @@ from quantpass.patterns.net import Net
 from quantpass.patterns.subgraphs import Body, bodies_of
 from quantpass.patterns.unread_matmuls import EXPERTS
 from quantpass.patterns.weights import matrix_node, read_weight
+from quantpass.patterns.weights_by_value import Operand
+
+_FORMLESS = ("read.weight.along_k", "read.weight.bits", "read.weight.nonlinear")
+"""Why a quantized weight may have a value, and no form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,8 @@ class Reading:
         ranges: what the graph guarantees of the integers in the activation's zero point.
         activations: reads how the activation was quantized.
         body: the graph of a higher-order operator that it lies in, or empty.
+        own_value: computes the right operand, ``(K, N)``, where that is static and nothing else stands against the site
+            than that it is quantized in no form of :class:`Weight`.
     """
 
     name: str
@@ -65,6 +72,7 @@ class Reading:
     ranges: Mapping[Node, Range] = field(default_factory=dict)
     activations: ActivationReader | None = None
     body: str = ""
+    own_value: Callable[[], torch.Tensor] | None = field(default=None, repr=False)
 
 
 def find_sites(
@@ -126,10 +134,21 @@ def _read_site(reader: AffineReader, net: Net, node: Node, found: Contraction | 
     if not _is_quantized(weight) and not is_evident_activation(reader, found.lhs, activation):
         return None
     rejects = tuple(_reading_rejects(reader, found, weight))
-    epilogue = read_epilogue(reader, found) if not rejects else None
+    own_value = _own_value(reader, found, weight) if len(rejects) == 1 else None
+    epilogue = read_epilogue(reader, found) if not rejects or own_value is not None else None
     text = f"{_describe_activation(activation)} x {_describe_weight(weight)}"
     ranges = _ranges(reader, activation)
-    return Reading(*provenance(node), node, found, x, activation, weight, epilogue, text, rejects, ranges)
+    site = provenance(node)
+    return Reading(*site, node, found, x, activation, weight, epilogue, text, rejects, ranges, own_value=own_value)
+
+
+def _own_value(reader: AffineReader, c: Contraction, weight: Weight | NotAffine) -> Callable[[], torch.Tensor] | None:
+    """What computes a static weight of regular values that is no ``scale * (codes - zero_point)``; None for others."""
+    formless = isinstance(weight, NotAffine) and weight.rule in _FORMLESS
+    if not formless or c.weight is not None or not reader.values.is_static(c.rhs) or not _covers_batches(c):
+        return None
+    operand = Operand(c.rhs if c.matrix else matrix_node(c.rhs), c.rhs_transposed, c.matrix)
+    return lambda: operand.kn(reader.values.widened(operand.node))
 
 
 def _ranges(reader: AffineReader, read: Affine | NotAffine) -> dict[Node, Range]:

@@ -24,8 +24,9 @@ from quantpass.patterns import default_dialects
 from quantpass.patterns.contractions import read_contraction
 from quantpass.patterns.sites import Reading, find_sites, matmul_name, unreadable
 from quantpass.planning.already_fused import already_fused, own_calls
-from quantpass.planning.choose import Others, Planned, others_of, plan_site
+from quantpass.planning.choose import Others, Planned, others_of
 from quantpass.planning.options import Options
+from quantpass.planning.permissions import plan_as_allowed
 from quantpass.planning.unknown_values import UNREAD, conditional, fed_by_unread, made_of_integers, unread_note
 from quantpass.rewrite import RewriteError, Rewriter
 from quantpass.verify_graph import is_asked_for, verify_graph
@@ -93,7 +94,7 @@ def _planned(reading: Reading, options: Options, writes: Writes, labels: dict[No
 
 
 def _plan(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others) -> Planned:
-    planned = plan_site(reading, options.chip, options, writes, others)
+    planned = plan_as_allowed(reading, options.chip, options, writes, others)
     reject = stream_reject(planned.plan, labels) if planned.plan is not None else None
     return planned if reject is None else _refused(reject)
 
@@ -215,6 +216,7 @@ def _site(
         fused=fused,
         plan=_without_tensors(planned.plan) if fused else None,
         rejects=planned.rejects,
+        offers=planned.offers,
         numerics=planned.numerics if fused else None,
         reading=reading.text,
         proved=isinstance(reading.weight, Weight) and reading.weight.proved,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,6 +58,11 @@ class Report:
         """How many sites there are (over all targets)."""
         return len(self.sites)
 
+    @property
+    def offers(self) -> tuple[str, ...]:
+        """What ``allow`` could gain, in words: a line for each permission that helps; for a report of one target."""
+        return tuple(_offers(self))
+
     def __getitem__(self, target: str) -> Report:
         """The part of the report for one target."""
         if target not in self.targets:
@@ -90,6 +96,7 @@ class Report:
         for target in self.targets:
             part = self[target] if len(self.targets) > 1 else self
             yield f"  {target}: {part.fused} of {part.total} quantized matmuls fused{_times(part)}"
+            yield from (f"    {offer}" for offer in part.offers)
         yield ""
         yield from self._site_table()
         yield from self._reasons()
@@ -221,6 +228,18 @@ class Report:
             )
 
 
+def _offers(report: Report) -> Iterator[str]:
+    """Each set of permissions that some refused site asks for, and all of them together where that gains more."""
+    refused = [s for s in report.sites if not s.fused and s.offers]
+    asked = sorted(dict.fromkeys(o.allow for s in refused for o in s.offers), key=len)
+    everything = tuple(dict.fromkeys(name for allow in asked for name in allow))
+    for allow in dict.fromkeys((*asked, everything) if asked else ()):
+        taken = [[o for o in s.offers if {*o.allow} <= {*allow}] for s in refused]
+        worst = min((max(o.sqnr for o in offers) for offers in taken if offers), default=math.inf)
+        cost = f", SQNR at least {math.floor(worst * 10) / 10:g} dB" if worst < math.inf else ""
+        yield f"{report.fused + sum(map(bool, taken))} of {report.total} with allow={allow!r}{cost}"
+
+
 _T = TypeVar("_T", Site, WeightFormat)
 
 
@@ -314,6 +333,7 @@ def _site_dict(s: Site) -> dict[str, Any]:
             "weight_format": s.plan.weight_format,
             "fixups": list(s.plan.fixups),
             "notes": list(s.plan.notes),
+            "refit": None if s.plan.refit is None else asdict(s.plan.refit),
         },
         "numerics": None
         if s.numerics is None
@@ -321,8 +341,10 @@ def _site_dict(s: Site) -> dict[str, Any]:
             "kind": s.numerics.kind,
             "relative": s.numerics.relative,
             "absolute": s.numerics.absolute,
+            "of_x": s.numerics.of_x,
             "why": list(s.numerics.why),
         },
+        "offers": [{"allow": list(o.allow), "sqnr": o.sqnr if o.sqnr < math.inf else None} for o in s.offers],
         "rejects": [{"rule": r.rule, "fact": r.fact, "want": r.want, "hint": r.hint, "doc": r.doc} for r in s.rejects],
     }
 
@@ -345,6 +367,7 @@ td, th { border: 1px solid #ccc; padding: .3em .6em; text-align: left; vertical-
 <h1>quantpass {{ version }}</h1>
 {% for t in report.targets %}
 <p>{{ t }}: {{ report[t].fused }} of {{ report[t].total }} quantized matmuls fused</p>
+{% if report[t].offers %}<ul>{% for o in report[t].offers %}<li>{{ o }}</li>{% endfor %}</ul>{% endif %}
 {% endfor %}
 <table><tr><th>site</th><th>matmul</th><th>read as</th><th>target</th><th>verdict</th><th>details</th></tr>
 {% for s in report.sites %}

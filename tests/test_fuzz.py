@@ -5,8 +5,16 @@ what was drawn; without it a few hundred fixed ones are drawn. The kinds are tes
 Hypothesis shrinks a failure and prints how to repeat it. The grammar is in :mod:`tests.fuzz`.
 """
 
+from functools import partial
+
+import pytest
+from hypothesis import strategies as st
+
+from tests import helpers
 from tests.fuzz import graphs
-from tests.fuzz.running import untouched
+from tests.fuzz.running import judged, untouched
+
+CHIPS = st.sampled_from(("ascend310p", "ascend310p", *helpers.CHIPS))
 
 
 def test_layers(fuzz):
@@ -35,6 +43,16 @@ def test_integer_matmuls(fuzz):
 
 def test_attentions(fuzz):
     fuzz("attentions", graphs.attentions(), few=100, least=0.1)
+
+
+ALLOW = ("numerics.float16", "weights.refit:0")
+
+
+@pytest.mark.parametrize("kind", ["layers", "weights_alone", "integer_matmuls"])
+def test_with_permissions(fuzz, kind):
+    """Sites in float16, and weights re-fitted however badly: the stated bounds hold all the same."""
+    cases, check = getattr(graphs, kind)(), partial(judged, allow=ALLOW)
+    fuzz(f"{kind}, as allowed", cases, check, few=100, least=0.1, targets=CHIPS, weight=0.5)
 
 
 def test_long_sums(fuzz):

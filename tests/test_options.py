@@ -8,6 +8,7 @@ import torch
 
 import quantpass as qp
 from quantpass.chips import CHIPS, chip_named, chip_of_device, liftable_rules
+from quantpass.chips.legality import refit_limit
 from quantpass.doors.settings import TAKEN_BY, make_options
 from quantpass.lowering import RUN_HERE
 from quantpass.planning.options import Options
@@ -70,6 +71,16 @@ def test_two_names_of_one_chip_are_one_target():
     [
         ("wqmm.310.group", "is no rule that can be lifted.*Did you mean 'wqmm.310p.group'"),
         ("numerics.float61", "is no rule that can be lifted.*Did you mean 'numerics.float16'"),
+        ("weights.refti", "is no rule that can be lifted.*Did you mean 'weights.refit'"),
+        (
+            "weights.refit:",
+            "what follows the colon is ''; give the least SQNR in dB, from 0 to 200, e.g. 'weights.refit:35'",
+        ),
+        ("weights.refit:good", "what follows the colon is 'good'"),
+        ("weights.refit:nan", "what follows the colon is 'nan'"),
+        ("weights.refit:-1", "what follows the colon is '-1'"),
+        ("weights.refit:inf", "what follows the colon is 'inf'"),
+        ("numerics.float16:35", "is no rule that can be lifted"),
         ("read.weight", "is no rule that can be lifted"),
         ("", "is no rule that can be lifted"),
         ("qmm.k.range", "is a rule about which documents and code agree, and can't be lifted"),
@@ -99,7 +110,11 @@ def test_every_rule_that_a_refusal_offers_to_lift_is_accepted():
     for rule, chips in liftable_rules().items():
         for chip in chips:
             assert make_options({"target": chip, "allow": (rule,)}).allow == (rule,)
-    assert Options(target="cpu", allow=("numerics.float16",)).allow == ("numerics.float16",)
+    for name in ("numerics.float16", "weights.refit", "weights.refit:35", "weights.refit:27.5"):
+        assert Options(target="cpu", allow=(name,)).allow == (name,)
+    assert refit_limit(("weights.refit",)) == 30
+    assert refit_limit(("weights.refit:35", "weights.refit")) == 35
+    assert refit_limit(("numerics.float16",)) is None
 
 
 def model_doors():

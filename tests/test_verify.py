@@ -31,9 +31,9 @@ def test_a_wrong_site_is_seen_and_does_not_spoil_the_next(monkeypatch):
     """A scale made wrong while planning: its own site says so, the site after it stays clean."""
     from quantpass.planning import quant_matmul as plan_quant_matmul
 
-    right = plan_quant_matmul._scale_word
+    right = plan_quant_matmul.scale_word
     monkeypatch.setattr(
-        plan_quant_matmul, "_scale_word", lambda s, offset: right(plan_quant_matmul.ex.mul(s, s), offset)
+        plan_quant_matmul, "scale_word", lambda s, offset: right(plan_quant_matmul.ex.mul(s, s), offset)
     )
     found = qp.verify(two(), (x(),), target="ascend310p")
     assert found.sites[0].relative > 0.5
@@ -280,7 +280,7 @@ def test_codes_that_one_site_hands_to_the_next_are_compared_too(site, monkeypatc
     """The uint8 codes between two sites are not in the fused graph, only the int8 ones; a wrong scale still shows."""
     from quantpass.planning import quant_matmul as plan_quant_matmul
 
-    right, calls = plan_quant_matmul._scale_word, []
+    right, calls = plan_quant_matmul.scale_word, []
 
     def wrong(s, offset):
         calls.append(s)
@@ -290,6 +290,6 @@ def test_codes_that_one_site_hands_to_the_next_are_compared_too(site, monkeypatc
     found = qp.verify(model, (x(),), target="ascend310p")
     assert len(found.sites) == 3
     found.require()
-    monkeypatch.setattr(plan_quant_matmul, "_scale_word", wrong)
+    monkeypatch.setattr(plan_quant_matmul, "scale_word", wrong)
     off = qp.verify(model, (x(),), target="ascend310p")
     assert [d.relative > 0.1 for d in off.sites] == [i == site for i in range(3)]

@@ -203,9 +203,15 @@ PLANNING = (
            "docs/semantics.md, 6 (FRACTAL_NZ)"),
     Reason("wqmm.x.dtype", "the activation is neither float16, bfloat16 nor float32", "float16, bfloat16 or float32",
            "run the model in float16 or bfloat16", _WQMM),
-    Reason("numerics.float16", "the activation is float32, which the operators do not take", "float16 or bfloat16",
+    Reason("numerics.float16", "the site is computed in bfloat16 or float32, which the chip's operators do not take",
+           "float16 or bfloat16",
            "run the model in float16 or bfloat16, or name 'numerics.float16' in allow to compute these sites in "
            "float16", _WQMM),
+    Reason("weights.refit", "the chip has no form for the weight; it would have one for a re-fit, symmetric int8 with "
+           "one scale for each column, which was not allowed, is worse than the limit, or is not possible",
+           "a weight that is known when compiling, and an SQNR of its re-fit of at least 30 dB in each column, or what "
+           "allow asks for", "name 'weights.refit' in allow to re-fit such weights", "docs/semantics.md, 9 (re-fitted "
+           "weights, and float16)"),
     Reason("torchair.streams", "the site or one of its inputs runs on a stream that the user has chosen",
            "a site that runs on the default stream throughout",
            "move the matmul and what quantizes its input out of npu_stream_switch", "docs/npu.md"),

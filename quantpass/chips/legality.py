@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,20 @@ from quantpass.chips.requirements import Finding
 from quantpass.chips.rules import Chip, Rule
 
 HALF_OPT_IN = "numerics.float16"
-"""What a user names in ``allow`` to have float32 sites computed in float16."""
+"""What a user names in ``allow`` to have bfloat16 and float32 sites computed in float16."""
+
+REFIT_OPT_IN = "weights.refit"
+"""What a user names in ``allow`` to have weights re-fitted that a chip has no form for; ``weights.refit:35`` asks for
+an SQNR of at least 35 dB."""
+
+REFIT_SQNR = 30.0
+"""The least SQNR of a re-fit in dB, where the user names none."""
+
+
+def refit_limit(allow: Collection[str]) -> float | None:
+    """The least SQNR, in dB, that ``allow`` asks of re-fitted weights; None where they are not allowed."""
+    asked = [name.partition(":")[2] for name in allow if name.partition(":")[0] == REFIT_OPT_IN]
+    return max((float(limit) if limit else REFIT_SQNR for limit in asked), default=None)
 
 
 def checked_allow(allow: Any) -> tuple[str, ...]:
@@ -27,10 +41,10 @@ def checked_allow(allow: Any) -> tuple[str, ...]:
     """
     if not isinstance(allow, tuple | list | set | frozenset) or not all(isinstance(a, str) for a in allow):
         raise TypeError(f"allow is {allow!r}; give a tuple of rule ids, e.g. allow=('qmm.310p.pertoken',)")
-    liftable = (*liftable_rules(), HALF_OPT_IN)
+    liftable = (*liftable_rules(), HALF_OPT_IN, REFIT_OPT_IN)
     firm = {r.id for c in CHIPS.values() for r in c.rules}
     for name in allow:
-        if name in liftable:
+        if name in liftable or _is_refit_with_limit(name):
             continue
         if name in firm or name.rpartition(".")[0] in firm:
             what = "is a rule about which documents and code agree, and can't be lifted"
@@ -40,6 +54,22 @@ def checked_allow(allow: Any) -> tuple[str, ...]:
             f"allow: {name!r} {what}. Those that can: {', '.join(liftable)}.{did_you_mean(name, liftable)}"
         )
     return tuple(sorted(allow)) if isinstance(allow, set | frozenset) else tuple(allow)
+
+
+def _is_refit_with_limit(name: str) -> bool:
+    base, colon, limit = name.partition(":")
+    if base != REFIT_OPT_IN or not colon:
+        return False
+    try:
+        sqnr = float(limit)
+    except ValueError:
+        sqnr = math.nan
+    if not 0 <= sqnr <= 200:
+        raise ValueError(
+            f"allow: {name!r}: what follows the colon is {limit!r}; give the least SQNR in dB, from 0 to 200, e.g. "
+            f"'{REFIT_OPT_IN}:35' ('{REFIT_OPT_IN}' alone asks for {REFIT_SQNR:g})"
+        )
+    return True
 
 
 @dataclass(frozen=True, slots=True)

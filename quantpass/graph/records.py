@@ -6,6 +6,7 @@ from operator to operator; they are applied in :mod:`quantpass.planning.conventi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ class Numerics:
     codes, ``|fused - graph| <= relative * S + of_x * sum_k |x_k| + absolute + half a unit of the output dtype``. For an
     int8 output the bound is on the codes, before rounding to the nearest.
 
-    ``of_x`` is there where a weight's zero point was rounded: weights near zero change by as much as the others.
+    ``of_x`` is there where a weight's zero point was rounded, or the weight re-fitted: weights near zero change by as
+    much as the others.
 
     Where an operator quantizes x by its own rule, ``(of_step * step + of_w) * sum_k |w_kn|`` is added to the bound,
     with ``step`` what one code of x stands for in the graph (in its row), and S that of the graph's codes.
@@ -53,6 +55,37 @@ class Numerics:
 
 
 @dataclass(frozen=True, slots=True)
+class Refit:
+    """What re-fitting a weight in another form costs, measured on each element of it.
+
+    Attributes:
+        sqnr: ``10 log10(sum w^2 / sum (fitted - w)^2)`` of the worst column, in dB; infinite where nothing changed.
+        largest_error: the largest ``|fitted - w|``.
+        largest: the largest ``|w|``.
+        growth: the largest ``sum_k |fitted| / sum_k |w|`` of a column.
+    """
+
+    sqnr: float
+    largest_error: float
+    largest: float
+    growth: float = 1.0
+
+    def __str__(self) -> str:
+        return (
+            f"SQNR {self.sqnr:.1f} dB in the worst column, largest error {self.largest_error:.3g} beside weights of up "
+            f"to {self.largest:.3g}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What would make a refused site legal: ``allow`` as it would have to be, and the least SQNR of a re-fit, in dB."""
+
+    allow: tuple[str, ...]
+    sqnr: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
 class Weight:
     """The static operand of a matmul, read as ``scale * (codes - zero_point)``.
 
@@ -70,6 +103,7 @@ class Weight:
         k_order: the rows of ``codes`` are those of the operand in this order, ``(K,)`` int64; None for their own.
         k_scale: the rows are to be multiplied by this as well, ``(K,)`` float64, at most 1; None for none.
         quantized: False for a matrix of small integers that nothing shows to be a quantized weight.
+        refit: what it cost, where this is no reading but a re-fit of the graph's weight.
 
     ``codes`` with more than two dimensions is an operand that is computed when the graph runs, a matrix for each batch.
     """
@@ -87,6 +121,7 @@ class Weight:
     k_order: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None
     quantized: bool = True
+    refit: Refit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +140,7 @@ class Plan:
         int8_shift: how much greater than those the codes of ``value`` are.
         nd_reason: where the weight stays in ND, why.
         awaits_values: the weight would be put in FRACTAL_NZ once, if its values were known when compiling.
+        refit: where the weight was re-fitted, what that cost.
     """
 
     op: str
@@ -118,6 +154,7 @@ class Plan:
     int8_shift: int = 0
     nd_reason: str = ""
     awaits_values: bool = False
+    refit: Refit | None = None
 
     def __str__(self) -> str:
         arguments = ", ".join(f"{name}={value}" for name, value in self.call.items() if value is not None)
@@ -187,6 +224,7 @@ class Site:
         key: what tells this matmul from every other one of the process, however often it is compiled; None where
             nothing does.
         compilations: where several compilations are one site in a report, whether each of them was fused.
+        offers: what the user could allow to have a refused site fused.
     """
 
     name: str
@@ -203,3 +241,4 @@ class Site:
     after: str = field(default="", repr=False)
     key: Hashable = field(default=None, repr=False, compare=False)
     compilations: tuple[bool, ...] = ()
+    offers: tuple[Offer, ...] = ()

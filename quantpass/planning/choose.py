@@ -23,12 +23,13 @@ from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.rules import Chip
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Const, Expr, Ref
-from quantpass.graph.records import Numerics, Plan, Weight
+from quantpass.graph.records import Numerics, Offer, Plan, Weight
 from quantpass.graph.writes import Writes, written_before
 from quantpass.patterns.affine import UNBOUNDED, Affine, NotAffine
 from quantpass.patterns.sites import Reading
 from quantpass.planning.candidates import Candidate, aten
 from quantpass.planning.composition import Composition, compositions
+from quantpass.planning.half_product import half_product_candidates
 from quantpass.planning.options import Options
 from quantpass.planning.quant_matmul import quant_matmul_candidates
 from quantpass.planning.requantize import Requantized, requantized
@@ -53,11 +54,12 @@ class Others:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The outcome for a site: a plan with its numerics, or the reasons why there is none."""
+    """The outcome for a site: a plan with its numerics, or the reasons why there is none and what would help."""
 
     plan: Plan | None
     numerics: Numerics | None
     rejects: tuple[Reject, ...] = ()
+    offers: tuple[Offer, ...] = ()
 
 
 def others_of(readings: Sequence[Reading], options: Options) -> Others:
@@ -106,7 +108,7 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes, ot
         if _splits_alpha(candidate, reading):
             rejects.append(_split())
             continue
-        numerics = _with_leftover_roundings(candidate, reading)
+        numerics = _with_refit(_with_leftover_roundings(candidate, reading), candidate, reading)
         if not math.isfinite(numerics.relative + numerics.absolute + numerics.of_x + numerics.of_w):
             rejects.append(_unbounded())
             continue
@@ -174,6 +176,7 @@ def _candidates(
     elif reading.activation.quantized:
         yield _activation_reject(reading.activation)
     yield from weight_quant_candidates(reading, prefixes, chip, options)
+    yield from half_product_candidates(reading, prefixes, chip, options)
 
 
 def _family(candidate: Candidate) -> str:
@@ -201,18 +204,26 @@ def _as_plan(
     candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...], assumptions: tuple[str, ...]
 ) -> Plan:
     notes = [*candidate.notes, *(f"assumes {a}" for a in assumptions)]
+    fixups = candidate.fixups
+    refit = reading.weight.refit if isinstance(reading.weight, Weight) else None
+    if refit is not None:
+        notes.append(f"its weight was re-fitted, as allow permits: {refit}")
+        fixups = ("weight re-fitted as symmetric int8 per channel", *fixups)
+    if any(f.endswith("computed in float16") for f in fixups):
+        notes.append("computed in float16, as allow permits: nothing is above 65504 there")
     notes.extend(_weaker(candidate, reading, passed_over))
     notes.extend(_left_behind(candidate, reading, passed_over))
     return Plan(
         op=candidate.call.op.name,
         output=candidate.composition.output,
         value=_with_leftover(candidate, reading),
-        fixups=candidate.fixups,
+        fixups=fixups,
         call=dict(candidate.call.args),
         weight_format=candidate.weight_format,
         notes=tuple(notes),
         int8_codes=candidate.int8_codes,
         int8_shift=candidate.int8_shift,
+        refit=refit,
     )
 
 
@@ -284,6 +295,22 @@ def _with_leftover_roundings(candidate: Candidate, reading: Reading) -> Numerics
         return numerics
     rounding = left * torch.finfo(dtype).eps / 2
     return replace(numerics, relative=numerics.relative + rounding)
+
+
+def _with_refit(numerics: Numerics, candidate: Candidate, reading: Reading) -> Numerics:
+    """A candidate's contract, with what re-fitting the weight changed: at most the largest error for each ``|x_k|``."""
+    refit = reading.weight.refit if isinstance(reading.weight, Weight) else None
+    if refit is None:
+        return numerics
+    c, contraction = candidate.composition, reading.contraction
+    assert contraction is not None
+    scaled_later = any(own.kind == "scale" for own in contraction.own[c.length :])
+    known = isinstance(c.columns, Const) and not c.rows and not scaled_later
+    gain = float(c.columns.tensor.abs().max()) if known and isinstance(c.columns, Const) else math.inf
+    more = refit.largest_error * gain * (1 + numerics.relative) if refit.largest_error else 0.0
+    why = f"weight re-fitted as int8 per channel: {refit}"
+    numerics = replace(numerics, of_step=numerics.of_step * refit.growth, of_w=numerics.of_w * refit.growth)
+    return replace(numerics, kind="bounded", of_x=numerics.of_x + more, why=(*numerics.why, why))
 
 
 def _with_leftover(candidate: Candidate, reading: Reading) -> Expr:

@@ -41,8 +41,10 @@ class Options:
         mode: which of a chip's rules hold: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn). For a door, None
             is ``"eager"`` with ``lowering="aclnn"`` and ``"graph"`` otherwise.
         nz: ``"auto"`` lays weights out in FRACTAL_NZ where the chip wants it, ``"never"`` leaves them in ND.
-        allow: rules to lift by name: contradicted ones, about which documents and code disagree, and
-            ``"numerics.float16"``, which has float32 sites computed in float16 where a chip needs that.
+        allow: rules to lift by name: contradicted ones, about which documents and code disagree;
+            ``"numerics.float16"``, which has bfloat16 and float32 sites computed in float16 where a chip needs it; and
+            ``"weights.refit"``, which has a static weight re-fitted as symmetric int8 per channel where a chip has no
+            form for it, if that keeps an SQNR of at least 30 dB in each column (``"weights.refit:35"`` asks for 35).
         decompositions: which operators are broken down before the pass sees the graph: ``"none"``, ``"inductor"``
             (Inductor's table) or ``"core"`` (core ATen); for backends only.
         dialects: tools that quantpass does not know, as :class:`quantpass.patterns.Dialect` objects.

@@ -47,7 +47,7 @@ from quantpass.planning.quant_product import (
 from quantpass.planning.requantize import Requantized
 
 _FP19 = 2.0**-10
-_UNDERFLOW = 2.0**31 * SMALLEST_NORMAL
+UNDERFLOW = 2.0**31 * SMALLEST_NORMAL
 """What an accumulator times a scale below float32's normal numbers may be off by."""
 
 
@@ -78,11 +78,11 @@ def quant_matmul_candidates(
             continue
         if isinstance(made, Requantized):
             product = product_of(activation, weight, composition, made)
-            if isinstance(product, Product) and _wraps(product, reading) is None:
+            if isinstance(product, Product) and wraps(product, reading) is None:
                 yield from _only_candidates(_candidates(reading, product, layouts, chip, options))
         product = product_of(activation, weight, composition)
         if isinstance(product, Product):
-            problem = _wraps(product, reading)
+            problem = wraps(product, reading)
             if problem is not None:
                 yield problem
             else:
@@ -106,7 +106,7 @@ def _noted(found: Iterator[Candidate | Reject], made: Requantized | Reject | Non
         yield f
 
 
-def _wraps(p: Product, reading: Reading) -> Reject | None:
+def wraps(p: Product, reading: Reading) -> Reject | None:
     """A sum that wraps around in the operator and not in the graph."""
     assert reading.contraction is not None
     if reading.contraction.product_dtype == torch.int32 and not isinstance(p.acc_addend, Const):
@@ -131,9 +131,10 @@ def _candidates(
             continue  # a shorter part of the epilogue keeps the graph's own roundings
         elif c.dtype.is_floating_point:
             yield from _float_output(reading, p, laid_out, chip, options)
-            if c.dtype == torch.float32 and not integer_graph and _scale_problem(p) is None:
+            if c.dtype == torch.float32 and not integer_graph and scale_problem(p) is None:
                 yield _emit(reading, p, laid_out, chip, options, torch.int32, bias=_int32(p.acc_addend))
-            if c.dtype == torch.float32 and p.rows is None and HALF_OPT_IN in options.allow:
+            in_half = HALF_OPT_IN in options.allow and not integer_graph  # whose product alone overflows soon
+            if in_half and c.dtype != torch.float16 and p.rows is None:
                 yield from _word_output(reading, p, laid_out, chip, options)
 
 
@@ -156,7 +157,7 @@ def _float_output(
     reading: Reading, p: Product, laid_out: LaidOut, chip: Chip, options: Options
 ) -> Iterator[Candidate | Reject]:
     dtype = p.composition.dtype
-    problem = _scale_problem(p) or _addend_problem(p, chip)
+    problem = scale_problem(p) or _addend_problem(p, chip)
     if problem is not None:
         yield problem
         return
@@ -226,7 +227,7 @@ def _word_problem(p: Product) -> Reject | None:
     return None
 
 
-def _scale_problem(p: Product) -> Reject | None:
+def scale_problem(p: Product) -> Reject | None:
     """A constant scale that float32 can't hold."""
     if isinstance(p.columns, Const):
         change = relative_change(p.columns.tensor, p.columns.tensor.to(torch.float32))
@@ -302,7 +303,7 @@ def _emit(
     if out == torch.int32:
         scale = Const(torch.ones(1), label="unit_scale")  # not applied to an int32 result
     elif word:
-        scale = ex.named(_scale_word(scale, offset), "scale_word")
+        scale = ex.named(scale_word(scale, offset), "scale_word")
     bias = None if bias is None else ex.named(ex.expanded(bias, (n,)), "bias")
     rows = None if out == torch.int32 else p.rows
     arguments = {
@@ -323,11 +324,11 @@ def _emit(
     value: Expr = call_op(QUANT_MATMUL, arguments, out, (*lead, m, n))
     int8_codes = None
     if float_epilogue:
-        value = _scaled_in_graph(value, p)
+        value = scaled_in_graph(value, p)
         fixups.append("int32 result, scaled in float32 in the graph")
-    in_half = out == torch.float16 and c.dtype == torch.float32
+    in_half = out == torch.float16 and c.dtype != torch.float16
     if in_half:
-        value = ex.cast(value, torch.float32)
+        value = ex.cast(value, c.dtype)
         fixups.append("computed in float16")
     value = in_output_form(value, reading, c)
     if c.requantize is not None:
@@ -339,13 +340,13 @@ def _emit(
     return Candidate(call, c, value, laid_out.format, numerics, tuple(fixups), int8_codes, shift)
 
 
-def _scale_word(scale: Expr, offset: float) -> Expr:
+def scale_word(scale: Expr, offset: float) -> Expr:
     shape = ex.shape_of(scale)
     arguments = (scale,) if not offset else (scale, Const(torch.full((1,), float(offset))))
     return ex.apply(ops.trans_quant_param.default, *arguments, dtype=torch.int64, shape=shape)
 
 
-def _scaled_in_graph(acc: Expr, p: Product) -> Expr:
+def scaled_in_graph(acc: Expr, p: Product) -> Expr:
     value = ex.mul(ex.cast(acc, torch.float32), ex.named(ex.cast(p.columns, torch.float32), "scale"))
     if p.rows is not None:
         value = ex.mul(value, ex.reshape(p.rows, (-1, 1)))
@@ -365,7 +366,7 @@ def _as_codes(int8: Expr, c: Composition, shift: int) -> Expr:
 
 def _numerics(p: Product, word: bool, *, in_half: bool) -> Numerics:
     relative = FLOAT32_STEPS + (_FP19 if word else 0.0) + (2.0**-11 if in_half else 0.0)
-    why, absolute = [], 0.0 if isinstance(p.columns, Const) else _UNDERFLOW
+    why, absolute = [], 0.0 if isinstance(p.columns, Const) else UNDERFLOW
     if word and p.addend is not None:
         assert isinstance(p.columns, Const), "a bias is divided by known scales only"
         absolute += float(p.columns.tensor.abs().max()) / 2

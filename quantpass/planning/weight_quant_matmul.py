@@ -9,6 +9,7 @@ import torch
 
 from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
+from quantpass.chips import NPUS
 from quantpass.chips.legality import HALF_OPT_IN
 from quantpass.chips.rules import Chip
 from quantpass.chips.weight_quant_matmul import WQMM
@@ -66,7 +67,8 @@ def weight_quant_candidates(
         yield no_layout(WQMM, chip)
         return
     dtypes = [ex.dtype_of(x)]
-    if dtypes == [torch.float32] and HALF_OPT_IN in options.allow:
+    wider = dtypes == [torch.float32] or (dtypes == [torch.bfloat16] and chip.name in NPUS)
+    if wider and HALF_OPT_IN in options.allow:
         dtypes.append(torch.float16)
     for dtype in dtypes:
         for composition in reversed(compositions):
@@ -118,6 +120,7 @@ def _candidates(
         reasons["x multiplied by the weight's scale along K"] = x_error
     if dtype != ex.dtype_of(reading.x):
         reasons["computed in float16, which overflows above 65504"] = x_error
+        x_absolute += torch.finfo(torch.float16).smallest_normal  # of the result
     why = tuple(w for w, e in reasons.items() if e)
     relative = _WEIGHT_ROUNDING[dtype] + weight.k * 2.0**-24 + error + x_error
     numerics = Numerics("bounded" if why else "exact", relative, bias_error + x_absolute, why, of_x)
@@ -196,6 +199,8 @@ def _activation(x: Expr, weight: Weight, dtype: torch.dtype, notes: Notes) -> tu
         notes.did("columns of x reordered as the weight's groups are")
     if weight.k_scale is not None:
         # At most 1 in magnitude, so x can't overflow; it can underflow, hence the absolute part.
+        if dtype != ex.dtype_of(x):
+            x = ex.cast(x, torch.float32)
         of_k = Const(weight.k_scale.to(ex.dtype_of(x)), label="k_scale")
         x = ex.apply(aten.mul.Tensor, x, of_k, dtype=ex.dtype_of(x), shape=ex.shape_of(x))
         error += _HALF_UNIT[ex.dtype_of(x)] + relative_change(weight.k_scale, of_k.tensor)

@@ -94,11 +94,11 @@ def _by_keyword(graph):
             node.args, node.kwargs = (), {n: v for n, v in bound.items() if n in given_names}
 
 
-def judged(case, target):
+def judged(case, target, **options):
     """``"fused"`` and right within the stated bound, or ``"refused"``; every quantized matmul has a verdict."""
     gm = captured(case)
     try:
-        result = judge(gm, case.args, target=target)
+        result = judge(gm, case.args, target=target, **options)
     except Unsupported:
         return "not judged"
     assert result.verdict != "dropped", f"the graph does not run\n{gm.graph}"

@@ -1,0 +1,141 @@
+"""What the user allows: a site that is refused otherwise computed in float16, or with a re-fitted weight.
+
+Neither is done where the chip takes the site as it is, and neither without the user's word. What it would gain is
+found out for every refused site, so that reports can say it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from quantpass.basics.reasons import refuse
+from quantpass.basics.reject import Reject
+from quantpass.chips import NPUS
+from quantpass.chips.legality import HALF_OPT_IN, REFIT_OPT_IN, REFIT_SQNR, refit_limit
+from quantpass.chips.rules import Chip
+from quantpass.graph.expr import dtype_of
+from quantpass.graph.records import Offer, Weight
+from quantpass.graph.writes import Writes
+from quantpass.patterns.affine import NotAffine
+from quantpass.patterns.sites import Reading
+from quantpass.planning.choose import Others, Planned, plan_site
+from quantpass.planning.options import Options
+from quantpass.planning.refit import can_be_refitted, refit
+
+
+def plan_as_allowed(reading: Reading, chip: Chip, options: Options, writes: Writes, others: Others) -> Planned:
+    """The best legal fused call for one site; arguments as for :func:`plan_site`."""
+    own = plan_site(reading, chip, options, writes, others)
+    if own.plan is not None or chip.name not in NPUS:
+        return own
+    site = _Refused(reading, chip, options, writes, others)
+    limit = refit_limit(options.allow)
+    if limit is not None:
+        found = site.refitted(options.allow, limit)
+        if isinstance(found, Planned) and found.plan is not None:
+            return found
+        more = (found,) if isinstance(found, Reject) else () if found is None else found.rejects
+        own = replace(own, rejects=tuple(dict.fromkeys((*own.rejects, *more))))
+    offers = tuple(site.offers())
+    told = {r.rule for r in own.rejects}
+    rejects = [r for r in map(site.offered, offers) if r.rule not in told]
+    good = tuple(o for o in offers if o.sqnr >= (REFIT_SQNR if limit is None else limit))
+    return replace(own, rejects=tuple(dict.fromkeys((*own.rejects, *rejects))), offers=good)
+
+
+@dataclass(slots=True)
+class _Refused:
+    """A site that is not legal as it is; its weight is fitted once, and only where that is asked for."""
+
+    reading: Reading
+    chip: Chip
+    options: Options
+    writes: Writes
+    others: Others
+    _fitted: list[Reading | None] = field(default_factory=list)
+
+    def refitted(self, allow: tuple[str, ...], limit: float) -> Planned | Reject | None:
+        """The outcome with a re-fitted weight; None where the weight has its form already."""
+        weight = self.reading.weight
+        if self.reading.own_value is None and not isinstance(weight, Weight):
+            return None
+        if isinstance(weight, Weight) and not can_be_refitted(weight):
+            plain = not weight.group_size and weight.zero_point is None
+            return None if plain else refuse(REFIT_OPT_IN, "the weight is known only when the graph runs")
+        fitted = self._with_fit()
+        if fitted is None:
+            return refuse(REFIT_OPT_IN, "the weight holds values that are not finite")
+        assert isinstance(fitted.weight, Weight)
+        cost = fitted.weight.refit
+        assert cost is not None
+        if cost.sqnr < limit:
+            lower = f"{REFIT_OPT_IN}:{math.floor(cost.sqnr)}"
+            return refuse(
+                REFIT_OPT_IN,
+                f"the re-fitted weight: {cost}",
+                want=f"an SQNR of at least {limit:g} dB in each column",
+                hint=f"{lower!r} in allow would accept it",
+            )
+        return plan_site(fitted, self.chip, replace(self.options, allow=allow), self.writes, self.others)
+
+    def _with_fit(self) -> Reading | None:
+        """The site as it is with the re-fit; what is only an offer is fitted in one step."""
+        if not self._fitted:
+            source = self.reading.own_value or self.reading.weight
+            assert not isinstance(source, NotAffine)
+            weight = refit(source, thorough=refit_limit(self.options.allow) is not None)
+            self._fitted.append(None if weight is None else replace(self.reading, weight=weight, rejects=()))
+        return self._fitted[0]
+
+    def offers(self) -> Iterator[Offer]:
+        """The fewest permissions, beyond those given, with which the site is legal; re-fits of any SQNR among them."""
+        given = self.options.allow
+        missing = [HALF_OPT_IN] if HALF_OPT_IN not in given else []
+        missing += [REFIT_OPT_IN] if refit_limit(given) is None else []
+        sets = [(m,) for m in missing] + ([tuple(missing)] if len(missing) > 1 else [])
+        found: list[tuple[str, ...]] = []
+        for more in sets:
+            if any(set(less) <= set(more) for less in found):
+                continue
+            sqnr = self._legal_with((*given, *more))
+            if sqnr is not None:
+                found.append(more)
+                yield Offer((*given, *more), sqnr)
+
+    def _legal_with(self, allow: tuple[str, ...]) -> float | None:
+        """The SQNR of the re-fit with which the site is legal, infinite for none; None where it is not legal."""
+        options = replace(self.options, allow=allow)
+        if plan_site(self.reading, self.chip, options, self.writes, self.others).plan is not None:
+            return math.inf
+        if refit_limit(allow) is None:
+            return None
+        found = self.refitted(allow, -math.inf)
+        if not isinstance(found, Planned) or found.plan is None:
+            return None
+        fitted = self._with_fit()
+        assert fitted is not None
+        assert isinstance(fitted.weight, Weight)
+        assert fitted.weight.refit is not None
+        return fitted.weight.refit.sqnr
+
+    def offered(self, offer: Offer) -> Reject:
+        """An offer as a reason why the site is not fused."""
+        if offer.sqnr < REFIT_SQNR:
+            return refuse(
+                REFIT_OPT_IN,
+                f"the chip has no form for the weight, and a re-fit has an SQNR of {offer.sqnr:.1f} dB in one column",
+                hint=f"'{REFIT_OPT_IN}:{math.floor(offer.sqnr)}' in allow would accept it",
+            )
+        hint = f"allow={offer.allow!r} would have it fused"
+        if REFIT_OPT_IN not in offer.allow or refit_limit(self.options.allow) is not None:
+            return refuse(HALF_OPT_IN, self._why_half(), hint=hint)
+        return refuse(REFIT_OPT_IN, "the chip has no form for the weight", hint=hint)
+
+    def _why_half(self) -> str:
+        assert self.reading.x is not None
+        dtype = dtype_of(self.reading.x)
+        if dtype.is_floating_point:
+            return f"the activation is {str(dtype).removeprefix('torch.')}"
+        return "the integer product is scaled in a way that the chip's operator does not take"
