@@ -12,7 +12,7 @@ from quantpass.graph.torch_internals import traced_as_on_npu
 from tests.coverage import elsewhere, here
 from tests.coverage.captured import capture, load
 from tests.coverage.store import CAPTURES
-from tests.coverage.table import PAGE, TARGETS, page, rows
+from tests.coverage.table import PAGE, PERMISSIONS, TARGETS, page, rows
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +36,14 @@ def test_what_can_be_mapped_is_fused_somewhere_and_agrees_with_the_tool(found):
         else:
             assert not any(row.fused.values()), name
             assert row.refused_by, name
+
+
+def test_what_the_310p_gains_by_permission_is_what_was_offered(found):
+    for row in found:
+        name = f"{row.scheme.tool}, {row.scheme.name}"
+        assert row.allowed.fused == row.allowed.offered, name
+        assert row.allowed.sqnr > 30 and (math.isnan(row.allowed.error) or row.allowed.error < 0.1), name
+    assert sum(r.allowed.fused[PERMISSIONS[-1]] for r in found) >= 110
 
 
 def test_only_graphs_that_need_their_tool_go_unchecked(found):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,15 @@ from tests.coverage.captured import Captured, capture, load, run
 from tests.coverage.scheme import Scheme
 from tests.coverage.store import CAPTURES
 from tests.coverage.unread import section
+
+PERMITTED = """## The 310P with permission
+
+The 310P takes weights of int8 with one scale for each column, and float16. Of these {sites} sites it fuses {alone} as
+they are, {refit} with `allow=("weights.refit",)`, {half} with `allow=("numerics.float16",)` and {both} with both
+([what they do](semantics.md)). *SQNR* is that of the worst column of the re-fitted weights, *error* the largest
+difference of the fused graph's results from the tool's, in units of their mean magnitude, with both permissions. Rows
+where neither gains anything are left out.
+"""
 
 TARGETS = ("cpu", *DOCUMENTED)
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -38,6 +48,38 @@ why another, better fused operator was not taken on some target, or why a chip r
 """
 
 
+REFIT, HALF = "weights.refit", "numerics.float16"
+PERMISSIONS = ((REFIT,), (HALF,), (REFIT, HALF))
+
+
+@dataclass
+class Allowed:
+    """The 310P with permissions: the sites that are fused with each of :data:`PERMISSIONS`, and at what cost with all.
+
+    ``offered``: the same counts as the report without any permission foretells them. ``sqnr``: the least of a re-fitted
+    weight, infinite where there is none. ``error``: as for :class:`Row`.
+    """
+
+    fused: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    offered: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    sqnr: float = float("inf")
+    error: float = 0.0
+
+    def add(self, c: Captured) -> None:
+        """Count the sites of one more graph."""
+        plain = qp.explain(copied(c.graph), target="ascend310p")
+        for allow in PERMISSIONS:
+            offers = [any({*o.allow} <= {*allow} for o in s.offers) for s in plain.sites]
+            self.offered[allow] += plain.fused + sum(offers)
+            graph = copied(c.graph)
+            report = qp.fuse(graph, target="ascend310p", allow=allow)
+            self.fused[allow] += report.fused
+        costs = [s.plan.refit.sqnr for s in report.sites if s.plan is not None and s.plan.refit is not None]
+        self.sqnr = min([self.sqnr, *costs])
+        if report.fused:
+            self.error = worse(self.error, error_of(c, graph))
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table.
@@ -51,6 +93,7 @@ class Row:
     fused: dict[str, int]
     refused_by: tuple[str, ...]
     error: float
+    allowed: Allowed
 
     @property
     def cells(self) -> list[str | int]:
@@ -74,6 +117,7 @@ def rows(stored: bool = True) -> Iterator[Row]:
 def row(scheme: Scheme, graphs: list[Captured], tool_version: str) -> Row:
     """The verdicts on one scheme."""
     fused, rules, sites, error = dict.fromkeys(TARGETS, 0), Counter[str](), 0, 0.0
+    allowed = Allowed()
     for c in graphs:
         report = qp.explain(copied(c.graph), target=TARGETS)
         sites += report["cpu"].total
@@ -83,11 +127,22 @@ def row(scheme: Scheme, graphs: list[Captured], tool_version: str) -> Row:
         if report["cpu"].fused == report["cpu"].total > 0:
             graph = copied(c.graph)
             qp.fuse(graph, target="cpu")
-            try:
-                error = max([error, *map(_difference, run(c, graph), c.outputs)])
-            except NotImplementedError:
-                error = float("nan")  # an operator of the tool that is left in the graph has no kernel here
-    return Row(scheme, tool_version, sites, fused, tuple(sorted(rules)), error)
+            error = worse(error, error_of(c, graph))
+        allowed.add(c)
+    return Row(scheme, tool_version, sites, fused, tuple(sorted(rules)), error, allowed)
+
+
+def worse(error: float, found: float) -> float:
+    """The larger of two; NaN where one is."""
+    return max(error, found) if not math.isnan(error + found) else math.nan
+
+
+def error_of(c: Captured, graph: torch.fx.GraphModule) -> float:
+    """How far a fused graph's results are from the tool's; NaN where it can't run without the tool."""
+    try:
+        return max(map(_difference, run(c, graph), c.outputs))
+    except NotImplementedError:
+        return float("nan")  # an operator of the tool that is left in the graph has no kernel here
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -98,7 +153,24 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def page(found: list[Row]) -> str:
     """The text of ``docs/coverage.md``."""
     headers = ["tool", "version", "scheme", "sites", *TARGETS, "refused by"]
-    return f"{HEAD}\n{tabulate([r.cells for r in found], headers, tablefmt='github')}\n\n{section()}"
+    table = tabulate([r.cells for r in found], headers, tablefmt="github")
+    return f"{HEAD}\n{table}\n\n{_with_permissions(found)}\n{section()}"
+
+
+def _with_permissions(found: list[Row]) -> str:
+    """The part of the page about the 310P."""
+    alone, sites = sum(r.fused["ascend310p"] for r in found), sum(r.sites for r in found)
+    totals = [sum(r.allowed.fused[allow] for r in found) for allow in PERMISSIONS]
+    lines = []
+    for r in found:
+        counts = [r.allowed.fused[allow] for allow in PERMISSIONS]
+        if max(counts) > r.fused["ascend310p"]:
+            sqnr = f"{math.floor(r.allowed.sqnr * 10) / 10:g} dB" if r.allowed.sqnr < math.inf else ""
+            error = "" if math.isnan(r.allowed.error) else f"{r.allowed.error:.1e}"
+            lines.append([r.scheme.tool, r.scheme.name, r.sites, r.fused["ascend310p"], *counts, sqnr, error])
+    headers = ["tool", "scheme", "sites", "as it is", *(" + ".join(allow) for allow in PERMISSIONS), "SQNR", "error"]
+    head = PERMITTED.format(alone=alone, sites=sites, refit=totals[0], half=totals[1], both=totals[2])
+    return f"{head}\n{tabulate(lines, headers, tablefmt='github')}\n"
 
 
 def main() -> int:
