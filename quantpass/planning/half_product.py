@@ -35,7 +35,7 @@ from quantpass.planning.candidates import (
 from quantpass.planning.composition import Composition
 from quantpass.planning.guards import magnitude
 from quantpass.planning.options import Options
-from quantpass.planning.quant_matmul import UNDERFLOW, scale_problem, scale_word, scaled_in_graph, wraps
+from quantpass.planning.quant_matmul import UNDERFLOW, of_codes, scale_problem, scale_word, scaled_in_graph, wraps
 from quantpass.planning.quant_product import Product, product_of, refusals
 
 _LARGEST = torch.finfo(torch.float16).max
@@ -53,8 +53,7 @@ def half_product_candidates(
         return
     if any(refusals(activation, weight)) or len(ex.shape_of(weight.codes)) > 2:
         return
-    integer_graph = reading.node.meta["val"].dtype == torch.int32
-    strict = integer_graph and options.numerics == "strict"
+    strict = reading.node.meta["val"].dtype == torch.int32 and options.numerics == "strict"
     layouts = tuple(weight_layouts(weight, chip, QMM, options, int4=False))
     for c in reversed(compositions):
         if not c.complete or c.requantize is not None or not c.dtype.is_floating_point or (strict and not c.faithful):
@@ -62,7 +61,7 @@ def half_product_candidates(
         p = product_of(activation, weight, c)
         if not isinstance(p, Product) or scale_problem(p) or wraps(p, reading):
             continue
-        if p.rows is None and not integer_graph:
+        if p.rows is None and not of_codes(reading):
             continue  # the operator takes all of it
         power = _power(p, reading)
         if power is not None:

@@ -106,6 +106,11 @@ def _noted(found: Iterator[Candidate | Reject], made: Requantized | Reject | Non
         yield f
 
 
+def of_codes(reading: Reading) -> bool:
+    """True where the graph multiplies codes and scales the product: in float16 that overflows soon."""
+    return isinstance(reading.activation, Affine) and not reading.activation.factors
+
+
 def wraps(p: Product, reading: Reading) -> Reject | None:
     """A sum that wraps around in the operator and not in the graph."""
     assert reading.contraction is not None
@@ -133,7 +138,7 @@ def _candidates(
             yield from _float_output(reading, p, laid_out, chip, options)
             if c.dtype == torch.float32 and not integer_graph and scale_problem(p) is None:
                 yield _emit(reading, p, laid_out, chip, options, torch.int32, bias=_int32(p.acc_addend))
-            in_half = HALF_OPT_IN in options.allow and not integer_graph  # whose product alone overflows soon
+            in_half = HALF_OPT_IN in options.allow and not of_codes(reading)
             if in_half and c.dtype != torch.float16 and p.rows is None:
                 yield from _word_output(reading, p, laid_out, chip, options)
 
