@@ -36,6 +36,12 @@ aten = torch.ops.aten
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node", "custom")
 
 
+SHARED = ("inverse_scale", "zero_point")
+"""Constants of which equal ones are one: the parameters of a quantization."""
+
+_FEW = 1 << 16
+
+
 class RewriteError(RuntimeError):
     """A plan could not be carried out; the graph is as it was."""
 
@@ -99,7 +105,7 @@ class Rewriter:
         devices = [v.device for v in values if isinstance(v, torch.Tensor)]
         self._device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         self._first = placeholders[-1] if placeholders else None
-        self._constants: dict[int, tuple[torch.Tensor, Node]] = {}
+        self._constants: dict[Any, tuple[torch.Tensor, Node]] = {}
         self._made: dict[int, tuple[Expr, Node]] = {}
         self._sizes: dict[tuple[Node, int], Node] = {}
         self._replaced: dict[Node, Node] = {}
@@ -265,7 +271,9 @@ class Rewriter:
     def _constant(self, e: Const) -> Node:
         if e.origin is not None:
             return e.origin
-        key = id(e.tensor)
+        key: Any = id(e.tensor)
+        if e.label in SHARED and e.tensor.numel() <= _FEW:
+            key = (e.label, e.tensor.dtype, tuple(e.tensor.tolist()))  # so that what reads them can be merged
         if key not in self._constants:
             name = f"quantpass_{e.label or 'constant'}".replace(".", "_")
             tensor = e.tensor.to(self._device)  # it was computed on the CPU

@@ -1,5 +1,9 @@
 """Activations that the operators quantize by their own rule: ``numerics="vendor"``."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -409,3 +413,41 @@ def test_the_vendors_operators_compute_the_same():
         torch._dynamo.reset()
         there = torch.compile(model, backend=qp.backend(target="ascend910b", numerics="vendor", lowering="aclnn"))
         assert torch.equal(there(x), want)
+
+
+# -- GE graphs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def operator_counts():
+    path = Path(__file__).parents[1] / "benchmarks" / "operators.py"
+    spec = importlib.util.spec_from_file_location("operators_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_as_few_operators_as_by_hand(operator_counts, torchair):
+    """On the real torchair: two Linears with a ReLU, four attention Linears, a quantization written out."""
+    pytest.importorskip("torchao", reason="torchao is not installed (pip install 'quantpass[test]')")
+    page = (Path(__file__).parents[1] / "docs" / "operators.md").read_text()
+    for found in operator_counts.counted(chips=("ascend910b",), process=torchair):
+        assert found.row in page, "python benchmarks/operators.py > docs/operators.md"
+        assert found.fused.total() == found.by_hand, found.row
+        assert found.plain.total() > 3 * found.by_hand
+    static = tuple(case for case in operator_counts.CASES if case.quantize is operator_counts.static)
+    for found in operator_counts.counted(static, ("ascend310p",), torchair):
+        assert found.fused.total() == found.by_hand, found.row
+
+
+@pytest.mark.slow
+def test_the_fused_ge_graph_computes_what_the_fused_graph_does(operator_counts, torchair):
+    pytest.importorskip("torchao", reason="torchao is not installed (pip install 'quantpass[test]')")
+    for quantize in (operator_counts.dynamic, operator_counts.static):
+        model = operator_counts.Mlp().bfloat16().eval()
+        quantize(model)
+        preview = qp.preview_ge(model, (torch.randn(8, 128).bfloat16(),), target="ascend910b", process=torchair)
+        ((result,),) = preview.run()
+        assert torch.equal(result, preview.graphs[0].outputs[0])
