@@ -152,9 +152,9 @@ def counted(
 
 HEAD = """# Operators of a quantized block
 
-How many GE operators torchair compiles for a quantized block: as its tool spells it, fused by `qp.preview_ge` with its defaults
-(`numerics="vendor"`), and as an expert writes it with the vendor's operators. Data, Const and Reshape are not counted. Made by
-`python benchmarks/operators.py > docs/operators.md`; a test compares the rows.
+How many GE operators torchair compiles for a quantized block: as its tool spells it, fused by `qp.preview_ge` with
+its defaults (`numerics="vendor"`), and as an expert writes it with the vendor's operators. Data, Const and Reshape are
+not counted. Made by `python benchmarks/operators.py > docs/operators.md`; a test compares the rows.
 
 A 310P has no `npu_dynamic_quant` by its documents, so a dynamic quantization stays there as the graph spells it.
 
