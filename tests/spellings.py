@@ -360,6 +360,12 @@ def _decomposed():
         real = qd.dequantize_per_token.default(q, t, zeros, -128, 127, i8, F32)
         return linear_t(real, qd.dequantize_per_channel.default(w, s, None, 0, -127, 127, i8))
 
+    def chosen_per_token(x, w, s):
+        t, z = qd.choose_qparams_per_token.default(x, i8)
+        q = qd.quantize_per_token.default(x, t, z, -128, 127, i8)
+        real = qd.dequantize_per_token.default(q, t, z, -128, 127, i8, F32)
+        return linear_t(real, qd.dequantize_per_channel.default(w, s, None, 0, -127, 127, i8))
+
     def chosen(choose, low, high, dtype):
         def build(x, w, s):
             t, z = choose(x, low, high, 1e-5, dtype)
@@ -375,6 +381,7 @@ def _decomposed():
         for low, high, dtype in ((-128, 127, i8), (0, 255, u8)):
             spelling = chosen(choose, low, high, dtype)
             yield Spelling(f"decomposed: chosen{name}, {dtype}", spelling, X, (W, WS.flatten()))
+    yield Spelling("decomposed: chosen per token", chosen_per_token, X, (W, WS.flatten()))
     yield Spelling("decomposed: square", per_tensor, X, (SQUARE, scales(K)))
     yield Spelling("decomposed: per_token", per_token, X, (W, WS.flatten(), scales(M, 1).double() + 0.02))
 
@@ -396,6 +403,14 @@ def _torchao():
         real = dequantize(q, [M, K], scalar(0.03), None, torch.int8, -128, 127, F32)
         return linear_t(real, deq_weight(w, s))
 
+    def chosen(x, w, s):
+        t, z = torch.ops.torchao.choose_qparams_affine.default(
+            x, "SYMMETRIC", [1, K], torch.int8, -127, 127, 1e-5, torch.float32, torch.int32
+        )
+        q = torch.ops.torchao.quantize_affine.default(x, [1, K], t, z, torch.int8, -127, 127)
+        real = dequantize(q, [1, K], t, None, torch.int8, -127, 127, F32)
+        return linear_t(real, deq_weight(w, s))
+
     def groups(x, w, s):
         return linear_t(x, dequantize(w, [1, G], s, None, torch.int8, -128, 127, F32))
 
@@ -404,6 +419,7 @@ def _torchao():
     yield Spelling("torchao: rows, not static", rows, X, (W, WS, zeros), static=False)
     yield Spelling("torchao: square", rows, X, (SQUARE, scales(K, 1), integers(K, 1, low=-3, high=4)))
     yield Spelling("torchao: x", of_x, X, (W, WS))
+    yield Spelling("torchao: chosen", chosen, X, (W, WS))
     yield Spelling("torchao: groups", groups, X, (W, scales(N, K // G)))
 
 

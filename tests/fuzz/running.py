@@ -52,6 +52,9 @@ class Fuzz:
 
         try:
             run()
+        except Exception as error:  # a long run goes on with the other kinds
+            self._say(f"{kind}: {error}"[:4000])
+            raise
         finally:
             self._say(_summary(kind, counts))
         fused = sum(n for (_, verdict), n in counts.items() if verdict == "fused")
