@@ -50,7 +50,7 @@ def first_time(function):
 STAGES = {
     "reading": (sites, "_read_site", "read.failed"),
     "epilogue": (sites, "read_epilogue", "read.failed"),
-    "planning": (pipeline, "plan_site", "read.failed"),
+    "planning": (pipeline, "plan_as_allowed", "read.failed"),
     "streams": (pipeline, "stream_reject", "read.failed"),
     "rewriting": (rewrite.Rewriter, "_check", "rewrite.failed"),
 }
@@ -123,6 +123,6 @@ def test_running_out_of_stack_is_a_verdict_too(monkeypatch):
     def endless(*args):
         return endless(*args)
 
-    monkeypatch.setattr(pipeline, "plan_site", endless)
+    monkeypatch.setattr(pipeline, "plan_as_allowed", endless)
     report = qp.explain(Two(), (torch.randn(4, 64).half(),), target="ascend910b")
     assert {r.rule for s in report.sites for r in s.rejects} == {"read.failed"}
