@@ -8,10 +8,11 @@ from torch.fx import Graph
 from torch.nn.functional import linear
 
 import quantpass as qp
+from quantpass.doors.compiled import copied
 from quantpass.graph import expr as ex
 from quantpass.planning.guards import magnitude, relative_change
 from tests.helpers import CHIPS
-from tests.oracle import traced
+from tests.oracle import judge, traced
 
 aten = torch.ops.aten
 N, K, M = 32, 64, 4
@@ -275,3 +276,23 @@ def test_magnitudes():
 def test_relative_change(wide, narrow, change):
     wide, narrow = (torch.tensor(t, dtype=torch.float64) for t in (wide, narrow))
     assert relative_change(wide, narrow) == change
+
+
+@pytest.mark.parametrize("target", ["cpu", "ascend910b"])
+@pytest.mark.parametrize("addend", [0.0, 3.0, -7.0])
+def test_an_infinite_scale_of_the_run_behind_a_sum(addend, target):
+    """``(acc + addend) * inf`` is infinite; taken apart it would be NaN wherever the two parts differ in sign."""
+    codes = torch.randint(-127, 128, (32, 16), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    scale = torch.full((16,), 0.01)
+    scale[::4] = torch.inf
+
+    def graph(x, scale):
+        q = torch.clamp(torch.round(x / 0.03), -128, 127).to(torch.int8)
+        return (((q.float() @ codes.float()) + addend) * 0.03 * scale).to(torch.bfloat16)
+
+    gm = traced(graph, x, scale)
+    assert judge(gm, (x, scale), target=target).verdict == "fused"
+    fused = copied(gm)
+    qp.fuse(fused, target=target)
+    assert torch.equal(fused(x, scale).isnan(), gm(x, scale).isnan())

@@ -117,7 +117,13 @@ def _fold_scale(c: Composition, step: Step, before: torch.dtype) -> Composition 
         if c.addend is not None:
             return None
         return replace(c, rows=(*c.rows, term.flat()))
-    addend = None if c.addend is None else ex.mul(c.addend, vector)
+    addend = c.addend
+    if addend is not None and ex.is_all(addend, 0):
+        addend = None
+    if addend is not None:
+        if not ex.known(vector):
+            return None  # an infinite one: (acc + addend) * inf is infinite, acc * inf + addend * inf may be NaN
+        addend = ex.mul(addend, vector)
     c = replace(c, faithful=c.faithful and ex.is_all(c.columns, 1.0))
     return replace(c, columns=ex.mul(c.columns, vector), addend=addend)
 
