@@ -12,7 +12,7 @@ from quantpass.patterns import weights_by_value
 from quantpass.patterns.affine import NotAffine
 from quantpass.patterns.weights_by_value import Operand, looks_dequantized, shifted_by_group, weight_by_value
 from tests.unit.graphs import Traced
-from tests.unit.test_weights import meaning
+from tests.unit.patterns.test_weights import meaning
 
 K, N = 8, 4
 CODES = torch.arange(K * N).mul(11).remainder(15).sub(7).reshape(K, N).to(torch.int8)

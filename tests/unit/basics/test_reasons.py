@@ -10,7 +10,7 @@ from quantpass.basics.reasons import REASONS, refuse
 from quantpass.chips import CHIPS
 from quantpass.chips.tables import reasons_markdown
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HOME = ROOT / "quantpass" / "basics" / "reasons.py"
 _ID = re.compile(r"(read|plan|rewrite|qmm|wqmm|requantize|numerics|weights|torchair)(\.[a-z_0-9]+)+")
 FAMILIES = {"{op.family}.weight.runtime", "{op.family}.bias.saturates"}
