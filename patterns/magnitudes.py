@@ -23,6 +23,7 @@ from quantpass.patterns.affine import AffineReader
 from quantpass.patterns.steps import (
     Abs,
     Chosen,
+    Compared,
     Extreme,
     Negative,
     Number,
@@ -254,16 +255,19 @@ class MagnitudeReader:
 
     def _chosen(self, step: Chosen) -> Magnitude | None:
         """A number instead of what is zero, or of what is smaller than that number."""
-        m, instead, bound = self.read(step.no), self.number(step.yes), self.number(step.bound)
-        asked = self.read(step.source)
+        condition = step_of(self._reader, step.condition)
+        if not isinstance(condition, Compared):
+            return None
+        m, instead, bound = self.read(step.no), self.number(step.yes), self.number(condition.bound)
+        asked = self.read(condition.source)
         if m is None or instead is None or bound is None or asked is None or m.inverted or instead <= 0:
             return None
         if replace(asked, factor=m.factor, error=m.error, lost=m.lost) != m or m.kind != MAGNITUDE:
             return None
-        if step.relation in ("eq", "le") and bound == 0:
+        if condition.relation in ("eq", "le") and bound == 0:
             return m  # a row of zeros: its codes are zeros, whatever they are divided by
         near = math.isclose(bound, instead, rel_tol=_NEAR)
-        return _limited(m, max(bound, instead), None) if step.relation != "eq" and near and asked == m else None
+        return _limited(m, max(bound, instead), None) if condition.relation != "eq" and near and asked == m else None
 
     def _alone(self, step: Step, e: Any) -> Magnitude | None:
         m = self.read(getattr(step, "source", None))

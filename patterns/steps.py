@@ -65,12 +65,19 @@ class Extreme:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """``yes`` where ``source`` ``relation`` (``"eq"``, ``"lt"`` or ``"le"``) ``bound``, else ``no``."""
+class Compared:
+    """Whether ``source`` ``relation`` (``"eq"``, ``"lt"`` or ``"le"``) ``bound``."""
 
     relation: str
     source: Operand
     bound: Operand
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """``yes`` where ``condition`` holds, else ``no``."""
+
+    condition: Operand
     yes: Operand
     no: Operand
 
@@ -82,7 +89,7 @@ class Number:
     value: Operand
 
 
-Step: TypeAlias = Instruction | Floor | Abs | Negative | Reciprocal | Extreme | Chosen | Number
+Step: TypeAlias = Instruction | Floor | Abs | Negative | Reciprocal | Extreme | Compared | Chosen | Number
 
 
 def step_of(reader: AffineReader, operand: Operand) -> Step | None:
@@ -191,19 +198,20 @@ def _scalar_tensor(*, s: Any, dtype: Any, layout: Any, device: Any, pin_memory: 
     return Number(s)
 
 
-_RELATIONS: dict[Any, str] = {
-    **dict.fromkeys((aten.eq.Scalar, aten.eq.Tensor), "eq"),
-    **dict.fromkeys((aten.lt.Scalar, aten.lt.Tensor), "lt"),
-    **dict.fromkeys((aten.le.Scalar, aten.le.Tensor), "le"),
-}
+def _eq(*, self: Any, other: Any) -> Step:
+    return Compared("eq", self, other)
 
 
-def _where(*, condition: Any, self: Any, other: Any) -> Step | None:
-    relation = _RELATIONS.get(condition.target) if isinstance(condition, Node) else None
-    if relation is None:
-        return None
-    compared = bind(condition)
-    return Chosen(relation, compared["self"], compared["other"], self, other)
+def _lt(*, self: Any, other: Any) -> Step:
+    return Compared("lt", self, other)
+
+
+def _le(*, self: Any, other: Any) -> Step:
+    return Compared("le", self, other)
+
+
+def _where(*, condition: Any, self: Any, other: Any) -> Step:
+    return Chosen(condition, self, other)
 
 
 @cache
@@ -221,6 +229,9 @@ def _table() -> ReaderTable[Step | None]:
             aten.max.default: _max,
             aten.min.default: _min,
             aten.scalar_tensor.default: _scalar_tensor,
+            **dict.fromkeys((aten.eq.Scalar, aten.eq.Tensor), _eq),
+            **dict.fromkeys((aten.lt.Scalar, aten.lt.Tensor), _lt),
+            **dict.fromkeys((aten.le.Scalar, aten.le.Tensor), _le),
             aten.where.self: _where,
             aten.where.ScalarSelf: _where,
             aten.where.ScalarOther: _where,

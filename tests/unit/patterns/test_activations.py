@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Ref
+from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.activations import ActivationReader, NotRead, Quantization
+from quantpass.patterns.affine import AffineReader
 from tests.unit.graphs import Traced
 
 decomposed = torch.ops.quantized_decomposed
@@ -176,6 +178,19 @@ def test_a_scale_for_the_whole_tensor(dtype):
     assert facts(read(lambda x: to_int8(x, x.abs().max() / 127), X, dtype)) == ("tensor", 127, -128, 127, 0)
     assert facts(read(lambda x: to_int8(x, x.abs().amax() / 127), X, dtype)) == ("tensor", 127, -128, 127, 0)
     assert facts(read(lambda x: to_int8(x, x.flatten().abs().max() / 127), X, dtype))[0] == "tensor"
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_comparison_that_is_written_to_is_none(written):
+    """What the scale is chosen by is what stands in the tensor when it is asked, not how it was made."""
+    t = Traced(zero_instead, X)
+    (where,) = [n for n in t.graph.nodes if n.target is torch.ops.aten.where.self]
+    condition = where.args[0]
+    if written:
+        with t.graph.inserting_before(where):
+            t.graph.call_function(torch.ops.aten.logical_not_.default, (condition,)).meta["val"] = condition.meta["val"]
+    reader = ActivationReader(AffineReader(StaticValues(t.graph, {}), t.dialects))
+    assert isinstance(reader.read(Ref(t.result)), NotRead if written else Quantization)
 
 
 def test_the_tensor_is_the_one_before_views_and_wider_casts():
