@@ -206,6 +206,13 @@ import torch
 from tests.helpers import WeightOnly
 def small(): return WeightOnly(), (torch.randn(2, 64).half(),)
 def wrong(): return WeightOnly()
+def dynamic():
+    codes = torch.randint(-127, 128, (32, 64), dtype=torch.int8)
+    def f(x):
+        s = x.abs().amax(-1, keepdim=True).float() / 127
+        q = (x / s).round().clamp(-128, 127).to(torch.int8)
+        return (torch._int_mm(q, codes.t()).float() * s * 0.01).half()
+    return f, (torch.randn(24, 64).half(),)
 """
 
 
@@ -258,6 +265,29 @@ def test_a_path_that_can_not_be_written_is_found_before_the_work(option, path, m
     (error,) = [line for line in run.output.splitlines() if line.startswith("Error")]
     assert option in error
     assert path in error
+
+
+@pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize(
+    ("arguments", "fused"),
+    [
+        ([], 0),
+        (["--allow", "qmm.310p.pertoken", "--numerics", "strict"], 0),
+        (["--allow", "qmm.310p.pertoken", "--allow", "dynamic_quant.310p", "--numerics", "vendor"], 1),
+    ],
+)
+def test_permissions_and_numerics_on_the_command_line(arguments, fused):
+    run = CliRunner().invoke(main, ["explain", "factories:dynamic", "-t", "ascend310p", "--json", "-", *arguments])
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.output)["fused"] == fused
+    assert ("quantized by npu_dynamic_quant" in run.output) == ("vendor" in arguments)
+
+
+@pytest.mark.usefixtures("factories")
+def test_a_permission_that_does_not_exist():
+    run = CliRunner().invoke(main, ["explain", "factories:small", "--allow", "weights.refits"])
+    assert run.exit_code == 1
+    assert "Did you mean 'weights.refit'?" in run.output
 
 
 @pytest.mark.usefixtures("factories")

@@ -23,7 +23,7 @@ from quantpass.version import __version__
 
 if TYPE_CHECKING:
     from quantpass.doors.preview import GePreview
-    from quantpass.planning.options import Mode
+    from quantpass.planning.options import Mode, NumericsContract
 
 _PATH = click.Path(path_type=Path)
 
@@ -54,6 +54,16 @@ def main() -> None:
     "--target", "-t", multiple=True, help=f"Chip or SoC name; repeat for several. Default: {', '.join(DOCUMENTED)}."
 )
 @click.option("--mode", type=click.Choice(["graph", "eager"]), default="graph", help="Whose rules: GE graphs or aclnn.")
+@click.option(
+    "--allow", multiple=True, metavar="RULE", help="A permission, or a contradicted rule to lift; repeatable."
+)
+@click.option(
+    "--numerics",
+    type=click.Choice(["strict", "vendor"]),
+    default="strict",
+    show_default=True,
+    help="Keep the graph's own codes, or let the operators quantize as the doors to an NPU do.",
+)
 @click.option("--dynamic", is_flag=True, help="Capture with dynamic shapes.")
 @click.option(
     "--json", "json_path", type=_PATH, callback=_writable, help="Also write the report as JSON; - prints it instead."
@@ -66,6 +76,8 @@ def explain(
     factory: str,
     target: tuple[str, ...],
     mode: Mode,
+    allow: tuple[str, ...],
+    numerics: NumericsContract,
     dynamic: bool,
     json_path: Path | None,
     html_path: Path | None,
@@ -78,8 +90,11 @@ def explain(
     from quantpass.doors.explain import explain as explained
 
     model, args = load_factory(factory)
+    targets = list(target) or None
     try:
-        report = explained(model, args, target=list(target) or None, mode=mode, dynamic=dynamic or None)
+        report = explained(
+            model, args, target=targets, mode=mode, allow=allow, numerics=numerics, dynamic=dynamic or None
+        )
     except (TypeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     if json_path is not None and str(json_path) == "-":
