@@ -116,7 +116,8 @@ def _replayed(node: Node, movement: Move, codes: Expr) -> Expr:
 class NotAffine:
     """Why a value could not be read.
 
-    ``quantized`` tells an unusable quantized value from a float; ``rule`` is what a report calls the reason.
+    ``quantized`` tells an unusable quantized value from a float; ``rule`` is what a report calls the reason; ``hint``
+    is given where more can be said than the rule does.
     """
 
     reason: str
@@ -336,11 +337,7 @@ def _has_shape(node: Node, shape: tuple[Any, ...]) -> bool:
 
 def _unbounded(node: Node, held: Range) -> NotAffine:
     span = f"[{held[0]:g}, {held[1]:g}]"
-    return NotAffine(
-        f"{node.name} holds integers in {span}, which are no 8-bit codes",
-        hint="clamp the rounded values to the range of their codes",
-        rule=UNBOUNDED,
-    )
+    return NotAffine(f"{node.name} holds integers in {span}, which are no 8-bit codes", rule=UNBOUNDED)
 
 
 def recentred(node: Node) -> Recentred:

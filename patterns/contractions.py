@@ -101,7 +101,7 @@ class NoContraction:
     Attributes:
         reason: what it is.
         operands: what is multiplied; one of them has to be quantized for a verdict.
-        hint: what to do.
+        hint: what to do, where more can be said than the rule does.
         certain: the operator is a quantized matmul by its name.
         rule: what a report calls the reason.
         codes: integers that were not dequantized count as well as dequantized values.
@@ -110,7 +110,7 @@ class NoContraction:
 
     reason: str
     operands: tuple[Node, ...]
-    hint: str = "rewrite it as x @ w with 2-D w"
+    hint: str = ""
     certain: bool = False
     rule: str = "read.matmul"
     codes: bool = True

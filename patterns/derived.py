@@ -16,7 +16,7 @@ from torch.fx import Node
 from quantpass.graph.expr import Call, Expr, Recentred, Ref
 from quantpass.graph.schema import op_name
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
-from quantpass.patterns.unread_matmuls import EXPERTS, EXPERTS_HINT
+from quantpass.patterns.unread_matmuls import EXPERTS
 from quantpass.patterns.weights import is_weight
 
 _CHOOSES = frozenset(
@@ -64,14 +64,6 @@ _MASK_HINT = (
     "the result where it varies along the columns only"
 )
 _ROWS_HINT = "multiply by the whole weight and take the wanted columns of the result"
-_PLAIN_HINT = "multiply by the dequantized weight itself, and do this to the result"
-_OPAQUE_HINT = (
-    "describe the operator in a dialect (docs: adding a tool), or dequantize with (codes - zero_point) * scale"
-)
-_PACKED_HINT = (
-    "let the pass see the values: torch._inductor.config.freezing = False, weights as parameters or buffers of the "
-    "module, and a door that gets the tensors (quantpass.backend, npu_backend)"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +89,7 @@ class Found:
         what, hint, rule = {
             "experts": (
                 f"{op} ({self.at.name}) picks matrices of {codes} {shape} when the graph runs",
-                EXPERTS_HINT,
+                "",
                 EXPERTS,
             ),
             "lookup": (f"{op} ({self.at.name}) picks rows of {codes} when the graph runs", _ROWS_HINT, ""),
@@ -114,15 +106,15 @@ class Found:
             ),
             "opaque": (
                 f"{op} ({self.at.name}) makes floats of the integers {codes}, and is not an operator that is known",
-                _OPAQUE_HINT,
+                "",
                 "read.weight.opaque",
             ),
             "packed": (
                 f"{op} ({self.at.name}) takes bits of {codes}, whose values are not known when compiling",
-                _PACKED_HINT,
+                "",
                 "read.weight.packed",
             ),
-        }.get(self.kind, (f"{op} ({self.at.name}) computes it from the dequantized {codes}", _PLAIN_HINT, ""))
+        }.get(self.kind, (f"{op} ({self.at.name}) computes it from the dequantized {codes}", "", ""))
         return NotAffine(what, quantized=True, hint=hint, rule=rule or "read.weight.runtime")
 
 

@@ -20,11 +20,6 @@ from quantpass.patterns.evidence import Evidence, evidence
 from quantpass.patterns.unread_matmuls import higher_order, unread_contraction
 from quantpass.patterns.weights import is_weight
 
-_BREAK_HINT = (
-    "a graph break lies between the two: find it with TORCH_LOGS=graph_breaks and take it away, e.g. with "
-    "torch._dynamo.config.capture_scalar_outputs and capture_dynamic_output_shape_ops for experts in a loop"
-)
-
 
 class Net:
     """Finds the quantized operands of one graph that its readers do not see.
@@ -55,8 +50,7 @@ class Net:
             static = node.op == "call_function" and self._reader.values.is_static(node)
             if static and is_weight(self._reader, node):
                 found = f"the graph dequantizes a weight {list(fake.shape)} and returns it ({node.name})"
-                want = "the dequantization in one graph with the matmul"
-                yield node, refuse("read.weight.returned", found, want=want, hint=_BREAK_HINT)
+                yield node, refuse("read.weight.returned", found)
 
     def behind(self, c: Contraction) -> NotAffine | None:
         """The weight behind an operand of ``c`` that could not be read as one, and what stands between."""

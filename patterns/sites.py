@@ -167,7 +167,7 @@ def _unread_site(net: Net, node: Node, found: NoContraction) -> Reading | None:
     if isinstance(operand, Found):
         behind = operand.reason()
         if behind.rule == EXPERTS:
-            reject = refuse(EXPERTS, f"{found.reason}; {behind.reason}", hint=behind.hint)
+            reject = refuse(EXPERTS, f"{found.reason}; {behind.reason}")
     return unreadable(node, reject)
 
 

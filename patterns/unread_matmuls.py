@@ -25,10 +25,6 @@ _ATTENTION = (
     "spell attention as matmul, softmax, matmul (torch.nn.attention.sdpa_kernel(SDPBackend.MATH) does): each of its "
     "matmuls is then read by itself"
 )
-EXPERTS_HINT = (
-    "a grouped matmul is not among the fused operators yet; experts that are Linear layers of their own, called in a "
-    "loop, can be fused"
-)
 
 EXPERTS = "read.weight.experts"
 """The rule of a weight that is one of several matrices."""
@@ -67,15 +63,15 @@ _ATEN = {
     "_embedding_bag": (("weight",), "weighted sums of the rows of a table", _KEEP_FLOAT),
     "_embedding_bag_forward_only": (("weight",), "weighted sums of the rows of a table", _KEEP_FLOAT),
     "scaled_dot_product_attention": (_QKV, "attention in one operator", _ATTENTION),
-    "_grouped_mm": (("self", "mat2"), "a grouped matmul, a matrix for each group of rows", EXPERTS_HINT),
+    "_grouped_mm": (("self", "mat2"), "a grouped matmul, a matrix for each group of rows", ""),
     "_scaled_mm": (("self", "mat2"), "a scaled matmul of floats", "use torch._int_mm for int8 codes"),
     "_scaled_mm_v2": (("self", "mat2"), "a scaled matmul of floats", "use torch._int_mm for int8 codes"),
-    "_scaled_grouped_mm": (("self", "mat2"), "a grouped matmul, a matrix for each group of rows", EXPERTS_HINT),
-    "_scaled_grouped_mm_v2": (("self", "mat2"), "a grouped matmul, a matrix for each group of rows", EXPERTS_HINT),
+    "_scaled_grouped_mm": (("self", "mat2"), "a grouped matmul, a matrix for each group of rows", ""),
+    "_scaled_grouped_mm_v2": (("self", "mat2"), "a grouped matmul, a matrix for each group of rows", ""),
     "mkldnn_linear": (("weight",), "a linear layer in a layout of another library", "quantize before that conversion"),
     "_sparse_mm": (("sparse", "dense"), "a matmul of a sparse matrix", _KEEP_FLOAT),
 }
-"""Name in ``aten`` -> the arguments that are multiplied, what it is, and what to do."""
+"""Name in ``aten`` -> the arguments that are multiplied, what it is, and what to do (the rule's hint where empty)."""
 
 _RECURRENT = re.compile(r"^(quantized_)?(mkldnn_)?_?(thnn_fused_)?(lstm|gru|rnn)")
 _ATEN_ATTENTION = re.compile(
@@ -115,7 +111,7 @@ def unread_contraction(node: Node, known: bool) -> NoContraction | None:
         return NoContraction(
             f"{op_name(node)} is not an operator that is read",
             _tensors(node.args, node.kwargs),
-            EXPERTS_HINT if grouped else "write it as F.linear(x, w)",
+            "" if grouped else "write it as F.linear(x, w)",
             rule=EXPERTS if grouped else "read.matmul",
             codes=namespace not in ("npu", "torch_npu"),  # the vendor's fused operators take codes: nothing is left
         )
@@ -140,7 +136,7 @@ def _of_aten(node: Node, name: str) -> NoContraction | None:
         return None
     names, what, hint = found
     operands = tuple(n for a in names if a in arguments for n in _tensors((arguments[a],), {}))
-    rule = EXPERTS if hint is EXPERTS_HINT else "read.matmul"
+    rule = EXPERTS if "grouped" in name else "read.matmul"
     return NoContraction(f"{op_name(node)} is {what}", operands, hint, rule=rule)
 
 
@@ -170,13 +166,7 @@ def _convolution(node: Node, arguments: dict[str, Any]) -> NoContraction | None:
 
 
 def _opaque(node: Node, reason: str) -> NoContraction:
-    return NoContraction(
-        reason,
-        _tensors(node.args, node.kwargs),
-        "if it multiplies matrices, write it as F.linear(x, w), or describe it in a dialect (docs: adding a tool)",
-        rule="read.consumer",
-        weights_only=True,
-    )
+    return NoContraction(reason, _tensors(node.args, node.kwargs), rule="read.consumer", weights_only=True)
 
 
 def higher_order(node: Node, looked_into: bool) -> NoContraction | None:

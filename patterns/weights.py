@@ -126,7 +126,6 @@ def _from_affine(values: StaticValues, value: Affine, operand: Operand) -> Weigh
         return NotAffine(
             "its scale or zero point varies along K",
             quantized=True,
-            hint="the operators take a scale for each column of N",
             rule="read.weight.along_k",
         )
     low, high = value.span
@@ -148,14 +147,12 @@ def _batched(value: Affine, transposed: bool) -> Weight | NotAffine:
         return NotAffine(
             "both operands are computed at run time and the right one has a zero point",
             quantized=True,
-            hint="quantize both operands of an attention matmul symmetrically: the operator has no row sums",
             rule="read.batched.zero_point",
         )
     if any(f.kind != "scalar" for f in value.factors):
         return NotAffine(
             "both operands are computed at run time and the right one has more than one scale",
             quantized=True,
-            hint="the operator takes one scale for each column of N, the same for all batches",
             rule="read.batched.scale",
         )
     n, k = (value.shape[-2], value.shape[-1]) if transposed else (value.shape[-1], value.shape[-2])

@@ -57,8 +57,6 @@ def weight_by_value(values: StaticValues, operand: Operand) -> Weight | NotAffin
             return NotAffine(
                 "its values are floats on a grid of at most 256 steps: it was dequantized before the pass",
                 quantized=True,
-                hint="run quantpass before constant folding and freezing (torch._inductor.config.freezing = False), "
-                "and keep the tool from storing dequantized weights",
                 rule="read.weight.folded",
             )
         return NotAffine("it is a plain floating-point weight")
@@ -69,8 +67,6 @@ def weight_by_value(values: StaticValues, operand: Operand) -> Weight | NotAffin
             return NotAffine(
                 f"a weight of rank {full.dim()} whose matrices differ",
                 quantized=True,
-                hint="weights of experts need a grouped matmul, which is not among the fused operators; a matmul for "
-                "each expert can be fused",
                 rule="read.weight.batched",
             )
     actual = operand.kn(full)
@@ -236,7 +232,6 @@ def _varies_along_k() -> NotAffine:
     return NotAffine(
         "its scale or zero point varies along K without regular groups",
         quantized=True,
-        hint="the operators take a scale for each column of N, or for each group of rows of K",
         rule="read.weight.along_k",
     )
 

@@ -20,6 +20,23 @@ _WQMM = "docs/semantics.md, 2 (npu_weight_quant_batchmatmul)"
 _QUANT = "docs/semantics.md, 5 (npu_quantize, npu_dynamic_quant)"
 _FINITE = "docs/semantics.md, 8 (values that are not finite)"
 _GRAPH = "what the graph computes"
+_VERDICTS = "docs/verdicts.md"
+_DIALECTS = "docs/adding_a_dialect.md"
+_WITHOUT_EXCEPTION = "a site that is read, planned and rewritten without an exception"
+_OUR_FAULT = (
+    "this is a fault of quantpass: please report it with the traceback in the log (logger 'quantpass'); "
+    "QUANTPASS_RAISE=1 raises it"
+)
+_TWO_MATRICES = "a matmul of two matrices that can be read"
+_KNOWN_WEIGHT = "a weight that is known when compiling"
+_KNOWN_BIAS = "a finite bias that is known when compiling"
+_BIASED_LATER = f"a mask of -inf is added behind the matmul; {_SEE_WEIGHTS}"
+_SYMMETRIC = "quantize activations symmetrically"
+_TINY_SCALES = "its smallest scales are below the normal range of the dtype: run the model in bfloat16"
+_NO_WEIGHT = "the right operand is computed when the graph runs, and the chip wants it in FRACTAL_NZ"
+_NO_NZ = f"{_SEE_WEIGHTS}; for attention products choose another chip"
+_NZ = "docs/semantics.md, 6 (FRACTAL_NZ)"
+_CHECK_ACTIVATION = "check the calibration of this activation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +60,18 @@ class Reason:
 
 READING = (
     Reason("read.failed", "reading, planning or judging a site raised an exception; the site stays as it was",
-           "a site that is read, planned and rewritten without an exception",
-           "this is a fault of quantpass: please report it with the traceback in the log (logger 'quantpass'); "
-           "QUANTPASS_RAISE=1 raises it", "docs/verdicts.md"),
+           _WITHOUT_EXCEPTION, _OUR_FAULT, _VERDICTS),
     Reason("read.matmul", "a quantized operand meets a matmul in a form that is not read",
-           "a matmul of two matrices that can be read", "rewrite it as x @ w with 2-D w", "docs/verdicts.md"),
+           _TWO_MATRICES, "rewrite it as x @ w with 2-D w", _VERDICTS),
     Reason("read.matmul.alpha", "the matmul operator scales its product, and the scale can't be folded",
            "a scale that can be folded: without it the product is rounded to float16, where it may overflow",
-           "use a door that sees the weights (qp.backend, qp.npu_backend), or run the model in bfloat16"),
+           f"{_SEE_WEIGHTS}, or run the model in bfloat16"),
     Reason("read.consumer", "an operator in no table takes a tensor that was dequantized from stored codes",
-           "a matmul of two matrices that can be read",
+           _TWO_MATRICES,
            "if it multiplies matrices, write it as F.linear(x, w), or describe it in a dialect (docs: adding a tool)",
-           "docs/adding_a_dialect.md"),
+           _DIALECTS),
     Reason("read.subgraph", "the matmul lies in a graph that another operator calls (cond, scan, map ...)",
-           "a matmul of the graph itself", "", "docs/verdicts.md"),
+           "a matmul of the graph itself", "", _VERDICTS),
     Reason("read.mutated", "the graph writes in place to what the fused operator would read or give",
            "operands that keep their value: the fused operator runs where its operands are ready",
            "use the functional form (torch.export, torch.compile) or move the write behind the matmul"),
@@ -77,23 +92,25 @@ READING = (
     Reason("read.weight.bits", "the weight's codes span more than 8 bits", _AFFINE, "quantize to 8 bits or fewer",
            _WQMM),
     Reason("read.weight.experts", "one of several matrices is chosen when the graph runs", "one matrix for all rows",
-           "", "docs/verdicts.md"),
+           "a grouped matmul is not among the fused operators yet; experts that are Linear layers of their own, called "
+           "in a loop, can be fused", _VERDICTS),
     Reason("read.weight.float", "the activation is quantized and the weight is not", _AFFINE),
     Reason("read.weight.folded", "a tool has folded the weight into floats on a grid of at most 256 steps", _AFFINE,
            "run quantpass before constant folding and freezing (torch._inductor.config.freezing = False), and keep the "
-           "tool from storing dequantized weights", "docs/verdicts.md"),
+           "tool from storing dequantized weights", _VERDICTS),
     Reason("read.weight.nonlinear", "the weight is no linear function of its codes (a table of levels)", _AFFINE,
            "quantize to evenly spaced levels"),
     Reason("read.weight.opaque", "an operator in no table makes the weight of its codes", _AFFINE,
            "describe the operator in a dialect (docs: adding a tool), or dequantize with (codes - zero_point) * scale",
-           "docs/adding_a_dialect.md"),
+           _DIALECTS),
     Reason("read.weight.packed", "the weight is made of bits of words whose values are not known", _AFFINE,
-           _SEE_WEIGHTS),
+           f"{_SEE_WEIGHTS}, with the weights as parameters or buffers of the module and "
+           "torch._inductor.config.freezing = False"),
     Reason("read.weight.returned", "the graph dequantizes a weight and returns it: whoever multiplies is elsewhere",
            "the dequantization in one graph with the matmul",
            "a graph break lies between the two: find it with TORCH_LOGS=graph_breaks and take it away, e.g. with "
            "torch._dynamo.config.capture_scalar_outputs and capture_dynamic_output_shape_ops for experts in a loop",
-           "docs/verdicts.md"),
+           _VERDICTS),
     Reason("read.weight.runtime", "the dequantized weight is changed by something that only the run knows", _AFFINE,
            "multiply by the dequantized weight itself, and do this to the result"),
     Reason("read.weight.unread", "the weight is computed from integers that hold no data (meta or fake tensors)",
@@ -107,8 +124,7 @@ PLANNING = (
     Reason("qmm.activation.scale", "the activation's scale varies along K", "one scale, or one for each row",
            "move the scale into the weight before quantizing it", _QMM),
     Reason("qmm.activation.zero_point", "the activation has several zero points",
-           "one zero point for the whole tensor: the operator has no rank-1 term", "quantize activations symmetrically",
-           _QMM),
+           "one zero point for the whole tensor: the operator has no rank-1 term", _SYMMETRIC, _QMM),
     Reason("qmm.activation.zero_point.dtype", "the activation's zero point is a float that only the run knows",
            "an integer: it goes into the int32 bias",
            "quantize activations symmetrically, or keep their zero point in an integer tensor", _QMM),
@@ -123,12 +139,10 @@ PLANNING = (
     Reason("qmm.bias.runtime", "what would go into the int32 bias is known only when the graph runs",
            "constants: round(bias / scale) and the product have to stay within 2147483647, and a bias of -inf is no "
            "integer",
-           "use a door that sees the weights (qp.backend, qp.npu_backend); a mask is added behind the matmul, or in "
-           "bfloat16, where the operator takes a floating bias", _FINITE),
+           f"{_SEE_WEIGHTS}; a mask is added behind the matmul, or in bfloat16, where the operator takes a floating "
+           "bias", _FINITE),
     Reason("qmm.bias.saturates", "the bias may be infinite, and the chip limits float16 results to 65504",
-           "a finite bias that is known when compiling",
-           "a mask of -inf is added behind the matmul; use a door that sees the weights (qp.backend, qp.npu_backend)",
-           _FINITE),
+           _KNOWN_BIAS, _BIASED_LATER, _FINITE),
     Reason("qmm.requantize.pertoken", "the result is quantized and x has a scale for each row",
            "an int8 result without pertoken_scale", "quantize activations with one static scale", _QMM),
     Reason("qmm.requantize.range", "the result is quantized to another range than that of int8 or uint8",
@@ -139,7 +153,7 @@ PLANNING = (
            "calibrate the activation behind the ReLU, whose values are not negative", _QMM),
     Reason("qmm.requantize.zero_point", "the result is quantized with a zero point outside of its range",
            "a zero point in the range of the codes: the operator clips to 9 bits before it adds it",
-           "check the calibration of this activation", _QMM),
+           _CHECK_ACTIVATION, _QMM),
     Reason("qmm.scale.value", "the scale is zero, below float32's normal range, or not finite",
            "finite scales in the normal range of float32", "check the calibration of this layer",
            "docs/semantics.md, 3 (npu_trans_quant_param)"),
@@ -148,10 +162,7 @@ PLANNING = (
     Reason("qmm.weight.k_scale", "the weight's scale varies along K", "one scale for each column of N",
            "move the scale along K onto the activation before quantizing it (as SmoothQuant does)", _QMM),
     Reason("qmm.weight.runtime",
-           "the right operand is computed when the graph runs, and the chip wants it in FRACTAL_NZ",
-           "a weight that is known when compiling",
-           "use a door that sees the weights (qp.backend, qp.npu_backend); for attention products choose another chip",
-           "docs/semantics.md, 6 (FRACTAL_NZ)"),
+           _NO_WEIGHT, _KNOWN_WEIGHT, _NO_NZ, _NZ),
     Reason("qmm.weight.zero_point", "the weight has a zero point",
            "a symmetric weight: the operator has no term for the row sums of x", "quantize the weight symmetrically",
            _QMM),
@@ -166,11 +177,11 @@ PLANNING = (
            "quantize activations to the full range of int8", _QUANT),
     Reason("requantize.zero_point", "the activation's zero point is none that the operator has",
            "a symmetric scale for each row, or a zero point in [-128, 127] known when compiling",
-           "quantize activations symmetrically", _QUANT),
+           _SYMMETRIC, _QUANT),
     Reason("requantize.rounding", "the graph quantizes in so few bits that codes differ by more than two",
            "a quantization in float32, or with fewer operations in bfloat16", "quantize in float32", _QUANT),
     Reason("requantize.scale", "the inverse of the activation's scale is not a normal float32 number",
-           "a scale whose inverse float32 holds", "check the calibration of this activation", _QUANT),
+           "a scale whose inverse float32 holds", _CHECK_ACTIVATION, _QUANT),
     Reason("requantize.factor", "the scale of the activation's codes is no factor of what the site computes",
            "a result that is multiplied by the scale that its codes were divided by", "", _QUANT),
     Reason("wqmm.bias.runtime",
@@ -178,14 +189,12 @@ PLANNING = (
            "a bias in the dtype that the operator takes", "run the model in bfloat16, or keep the bias in that dtype",
            _WQMM),
     Reason("wqmm.bias.saturates", "the bias may be infinite, and the chip limits float16 results to 65504",
-           "a finite bias that is known when compiling",
-           "a mask of -inf is added behind the matmul; use a door that sees the weights (qp.backend, qp.npu_backend)",
-           _FINITE),
+           _KNOWN_BIAS, _BIASED_LATER, _FINITE),
     Reason("wqmm.bias.value", "the bias does not fit the dtype that the operator takes", "a bias that fits",
            "leave the sum in float32, or run the model in bfloat16", _WQMM),
     Reason("wqmm.k_scale.value", "the part of the scale that goes onto x would lose too much in x's dtype",
            "a scale along K that the dtype of x holds",
-           "its smallest scales are below the normal range of the dtype: run the model in bfloat16", _WQMM),
+           _TINY_SCALES, _WQMM),
     Reason("wqmm.scale.product", "codes times scale leave the range of the dtype that the kernel multiplies in",
            "products that the dtype holds", "leave the large factor behind the matmul, or run the model in bfloat16",
            _WQMM),
@@ -193,14 +202,11 @@ PLANNING = (
            "parameters that are known when compiling, or in the dtype of the activation", _SEE_WEIGHTS, _WQMM),
     Reason("wqmm.scale.value", "rounding the weight's scale to the operator's dtype would change it too much",
            "a scale that the dtype of the activation holds",
-           "its smallest scales are below the normal range of the dtype: run the model in bfloat16", _WQMM),
+           _TINY_SCALES, _WQMM),
     Reason("wqmm.weight.batched", "there is a matrix for each batch",
            "a matrix: npu_weight_quant_batchmatmul takes no batches of weights", "multiply batch by batch", _WQMM),
     Reason("wqmm.weight.runtime",
-           "the right operand is computed when the graph runs, and the chip wants it in FRACTAL_NZ",
-           "a weight that is known when compiling",
-           "use a door that sees the weights (qp.backend, qp.npu_backend); for attention products choose another chip",
-           "docs/semantics.md, 6 (FRACTAL_NZ)"),
+           _NO_WEIGHT, _KNOWN_WEIGHT, _NO_NZ, _NZ),
     Reason("wqmm.x.dtype", "the activation is neither float16, bfloat16 nor float32", "float16, bfloat16 or float32",
            "run the model in float16 or bfloat16", _WQMM),
     Reason("numerics.float16", "the site is computed in bfloat16 or float32, which the chip's operators do not take",
@@ -219,9 +225,7 @@ PLANNING = (
 
 REWRITING = (
     Reason("rewrite.failed", "a plan could not be carried out; the graph is as it was",
-           "a site that is read, planned and rewritten without an exception",
-           "this is a fault of quantpass: please report it with the traceback in the log (logger 'quantpass'); "
-           "QUANTPASS_RAISE=1 raises it", "docs/verdicts.md"),
+           _WITHOUT_EXCEPTION, _OUR_FAULT, _VERDICTS),
 )  # fmt: skip
 
 REASONS: Mapping[str, Reason] = MappingProxyType({r.rule: r for r in (*READING, *PLANNING, *REWRITING)})
