@@ -1,15 +1,12 @@
 """explain, fuse, diff, Report and the command line."""
 
 import json
-import os
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
 import quantpass as qp
-from quantpass.doors.cli import main
 from tests.helpers import CHIPS, StaticW8A8, WeightOnly, assert_close, compiled
 
 X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).half()
@@ -199,110 +196,6 @@ def test_values_of_new_nodes_are_right(module, target, dtype):
             return value
 
     Check(gm).run(X.to(dtype))
-
-
-FACTORY = """
-import torch
-from tests.helpers import WeightOnly
-def small(): return WeightOnly(), (torch.randn(2, 64).half(),)
-def wrong(): return WeightOnly()
-def dynamic():
-    codes = torch.randint(-127, 128, (32, 64), dtype=torch.int8)
-    def f(x):
-        s = x.abs().amax(-1, keepdim=True).float() / 127
-        q = (x / s).round().clamp(-128, 127).to(torch.int8)
-        return (torch._int_mm(q, codes.t()).float() * s * 0.01).half()
-    return f, (torch.randn(24, 64).half(),)
-"""
-
-
-@pytest.fixture
-def factories(tmp_path, monkeypatch):
-    (tmp_path / "factories.py").write_text(FACTORY)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-
-
-@pytest.mark.usefixtures("factories")
-def test_command_line():
-    run = CliRunner().invoke(
-        main, ["explain", "factories:small", "-t", "ascend310p", "--json", "r.json", "--html", "r.html"]
-    )
-    assert run.exit_code == 0, run.output
-    assert "ascend310p: 1 of 1" in run.output
-    with open("r.json") as f:
-        assert json.load(f)["fused"] == 1
-
-
-@pytest.mark.usefixtures("factories")
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["factories"], "MODULE:FACTORY"),
-        (["factories:nothing"], "no function 'nothing'"),
-        (["factories:wrong"], "must return (model, args)"),
-        (["no_such_module:f"], "can't import"),
-        (["factories:small", "-t", "ascend999"], "unknown target"),
-    ],
-)
-def test_command_line_errors(arguments, message):
-    run = CliRunner().invoke(main, ["explain", *arguments])
-    assert run.exit_code != 0
-    assert message in " ".join(run.output.split())
-
-
-@pytest.mark.usefixtures("factories")
-@pytest.mark.parametrize("option", ["--json", "--html"])
-@pytest.mark.parametrize("path", ["no/such/dir/x", ".", "r.json/x"])
-def test_a_path_that_can_not_be_written_is_found_before_the_work(option, path, monkeypatch):
-    from quantpass.doors import cli
-
-    open("r.json", "w").close()
-    monkeypatch.setattr(cli, "load_factory", lambda text: pytest.fail("the model was built"))
-    run = CliRunner().invoke(main, ["explain", "factories:small", option, path])
-    assert run.exit_code == 2
-    assert run.exception is None or isinstance(run.exception, SystemExit)
-    (error,) = [line for line in run.output.splitlines() if line.startswith("Error")]
-    assert option in error
-    assert path in error
-
-
-@pytest.mark.usefixtures("factories")
-@pytest.mark.parametrize(
-    ("arguments", "fused"),
-    [
-        ([], 0),
-        (["--allow", "qmm.310p.pertoken", "--numerics", "strict"], 0),
-        (["--allow", "qmm.310p.pertoken", "--allow", "dynamic_quant.310p", "--numerics", "vendor"], 1),
-    ],
-)
-def test_permissions_and_numerics_on_the_command_line(arguments, fused):
-    run = CliRunner().invoke(main, ["explain", "factories:dynamic", "-t", "ascend310p", "--json", "-", *arguments])
-    assert run.exit_code == 0, run.output
-    assert json.loads(run.output)["fused"] == fused
-    assert ("quantized by npu_dynamic_quant" in run.output) == ("vendor" in arguments)
-
-
-@pytest.mark.usefixtures("factories")
-def test_a_permission_that_does_not_exist():
-    run = CliRunner().invoke(main, ["explain", "factories:small", "--allow", "weights.refits"])
-    assert run.exit_code == 1
-    assert "Did you mean 'weights.refit'?" in run.output
-
-
-@pytest.mark.usefixtures("factories")
-def test_json_to_standard_output():
-    run = CliRunner().invoke(main, ["explain", "factories:small", "-t", "ascend310p", "--json", "-"])
-    assert run.exit_code == 0, run.output
-    assert json.loads(run.output)["fused"] == 1
-    assert not os.path.exists("-")
-
-
-@pytest.mark.usefixtures("factories")
-def test_two_targets_in_one_option():
-    run = CliRunner().invoke(main, ["explain", "factories:small", "-t", "Ascend910B3,Ascend310P3"])
-    assert run.exit_code != 0
-    assert "-t repeated on the command line" in run.output
 
 
 def test_rewrite_is_whole_or_not_at_all(monkeypatch, caplog):

@@ -21,7 +21,8 @@ from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.tables import markdown
 from quantpass.chips.weight_quant_matmul import WQMM
-from quantpass.doors.cli import main, parse_argument
+from quantpass.doors.cli import main
+from quantpass.doors.cli.inputs import parse_argument
 
 T = qp.TensorSpec
 I8, I32, I64, F16, BF16, F32 = torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32

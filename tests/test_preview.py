@@ -327,6 +327,7 @@ def test_command(torchair, tmp_path, monkeypatch):
     (tmp_path / "demo_model.py").write_text(
         "import torch\nfrom tests.helpers import WeightOnly\n"
         "def small():\n    return WeightOnly(64, 96), (torch.ones(4, 64).half(),)\n"
+        "def gelu():\n    return torch.nn.Sequential(small()[0], torch.nn.GELU()), small()[1]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     output = tmp_path / "graph.pbtxt"
@@ -336,6 +337,9 @@ def test_command(torchair, tmp_path, monkeypatch):
     assert "1 of 1 quantized matmuls fused" in result.output
     assert "GE interpreted against FX: equal" in result.output
     assert 'type: "WeightQuantBatchMatmulV2"' in output.read_text()
+    result = CliRunner().invoke(main, ["preview", "demo_model:gelu", "--target", "ascend310p", "--run"])
+    assert result.exit_code == 0, result.output
+    assert "differs by GE's tanh form of Gelu alone" in result.output
 
 
 # -- operators on computed operands ------------------------------------------------------------------------------------

@@ -1,0 +1,5 @@
+"""``python -m quantpass``: the command line."""
+
+from quantpass.doors.cli import main
+
+main(prog_name="python -m quantpass")

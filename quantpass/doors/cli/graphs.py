@@ -1,0 +1,93 @@
+"""``quantpass fuse`` and ``diff``: exported programs, rewritten and compared."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quantpass.doors.cli.failures import BadInput, explained, models_own
+from quantpass.doors.cli.inputs import (
+    MODEL_HELP,
+    PATH,
+    chip_name,
+    factory_argument,
+    load_model,
+    load_program,
+    one_target_option,
+    pass_options,
+    writable,
+)
+
+if TYPE_CHECKING:
+    from quantpass.planning.options import Mode, NumericsContract
+
+
+@click.command(epilog=MODEL_HELP)
+@factory_argument
+@one_target_option
+@pass_options
+@click.option("--output", "-o", type=PATH, callback=writable, required=True, help="The fused program (.pt2).")
+def fuse(
+    factory: str, target: str, mode: Mode, allow: tuple[str, ...], numerics: NumericsContract, output: Path
+) -> None:
+    """Export a model, fuse it for a chip and save the program.
+
+    What loads it must import quantpass, and holds the weights of the program alone.
+    """
+    import torch
+
+    from quantpass.doors.explain import fuse as fused
+
+    program = _program(factory)
+    with explained():
+        report = fused(program, target=target, mode=mode, allow=allow, numerics=numerics)
+    click.echo(str(report))
+    torch.export.save(program, output)
+    click.echo(f"written: {output}")
+
+
+@click.command(epilog=MODEL_HELP)
+@click.argument("before", metavar="FACTORY")
+@click.argument("after", metavar="[OTHER.pt2]", required=False)
+@click.option("--target", "-t", callback=chip_name, help="What fusing for this chip changes, in place of OTHER.")
+@pass_options
+@click.option("--context", type=click.IntRange(0), default=2, show_default=True, help="Unchanged lines shown.")
+def diff(
+    before: str,
+    after: str | None,
+    target: str | None,
+    mode: Mode,
+    allow: tuple[str, ...],
+    numerics: NumericsContract,
+    context: int,
+) -> None:
+    """Show what changed between two programs, or what fusing changes."""
+    from quantpass.doors.explain import diff as difference
+    from quantpass.doors.explain import fuse as fused
+
+    if (after is None) == (target is None):
+        raise click.UsageError("give either another program to compare with, or --target")
+    program = _program(before)
+    if after is not None:
+        other = load_program(after)
+    else:
+        other = copy.deepcopy(program)
+        with explained():
+            fused(other, target=target, mode=mode, allow=allow, numerics=numerics)
+    click.echo(difference(program, other, context) or "no difference")
+
+
+def _program(factory: str) -> Any:
+    """The program that FACTORY is or, exported, gives."""
+    import torch
+
+    model, args = load_model(factory)
+    if isinstance(model, torch.export.ExportedProgram):
+        return model
+    if not isinstance(model, torch.nn.Module):
+        raise BadInput(f"{factory} gives a {type(model).__name__}; torch.export takes a module")
+    with torch.no_grad(), models_own("torch.export.export"):
+        return torch.export.export(model, args)
