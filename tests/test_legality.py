@@ -23,6 +23,7 @@ from quantpass.chips.tables import markdown
 from quantpass.chips.weight_quant_matmul import WQMM
 from quantpass.doors.cli import main
 from quantpass.doors.cli.inputs import parse_argument
+from tests.neighbour_calls import NEIGHBOURS
 
 T = qp.TensorSpec
 I8, I32, I64, F16, BF16, F32 = torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32
@@ -123,6 +124,7 @@ WQMM_BASES = [
     {"x": T(F32, (16, 256)), "weight": T(I8, (256, 128)), "antiquant_scale": T(F32, (4, 128)), "antiquant_offset": T(F32, (4, 128)), "antiquant_group_size": 64},
 ]  # fmt: skip
 BASES = {
+    **NEIGHBOURS,
     QMM: QMM_BASES,
     WQMM: WQMM_BASES,
     QMMD: [
@@ -182,11 +184,15 @@ def edits_of(name, value):
     if value is None and name not in NUMBERS:
         for shape, dtype in product([(1,), (128,), (3,), (128, 1), (1, 128)], (F32, I64, F16)):
             yield T(dtype, shape)
+    elif isinstance(value, tuple):
+        yield from (None, value[:1], value * 20, *((edit,) * len(value) for edit in edits_of(name, value[0]) if edit))
     elif isinstance(value, T):
         shape = value.shape
         yield None
         for dtype in DTYPES:
             yield T(dtype, shape, value.format, value.transposed)
+        if len(shape) == 3:
+            yield T(value.dtype, (1025, *shape[1:]), value.format, value.transposed)
         others = [(*shape[:-1], 0), (3,), (1,), (1,) * 7, (1, *shape), (3, *shape[-2:]), shape[1:], (1, 1), (9, 9)]
         for other in [*others, (shape[-1], 1), (128, 1)]:
             if other:
@@ -204,7 +210,7 @@ def edits_of(name, value):
     elif isinstance(value, bool):
         yield not value
     elif isinstance(value, int) or value is None:
-        yield from (-1, 0, 1, 2, 3, 29, 32, 48, 64, 128, 255, 256)
+        yield from (None, -1, 0, 1, 2, 3, 29, 32, 48, 64, 128, 255, 256)
     else:
         yield "other"
 
@@ -233,6 +239,13 @@ def applies(rule, call):
     return call.op == rule.op and call.mode in rule.modes and (rule.when is None or rule.when.test(call))
 
 
+def asked(rule):
+    """The calls that a rule speaks of: legal ones, then edits of them."""
+    for bases in (BASES[rule.op], (edit for base in BASES[rule.op] for edit in edited(base, rule.op))):
+        for arguments in bases:
+            yield from (c for mode in rule.modes if applies(rule, c := OpCall(rule.op, mode, arguments)))
+
+
 def rejected_ids(call, chip, allow=()):
     return {b.rule.id for b in broken_rules(call, chip, allow)[0]}
 
@@ -244,13 +257,10 @@ ROWS = [(c.name, rule) for i, c in enumerate(CHIPS.values()) if c.rules not in T
 @pytest.mark.parametrize(("name", "rule"), ROWS, ids=lambda v: v if isinstance(v, str) else v.id)
 def test_every_row_forbids_something(name, rule):
     chip = CHIPS[name]
-    for mode in rule.modes:
-        for base in BASES[rule.op]:
-            for arguments in ({**base}, *edited(base, rule.op)):
-                call = OpCall(rule.op, mode, arguments)
-                if applies(rule, call) and rule.need.check(call):
-                    assert rule.id in rejected_ids(call, chip)
-                    return
+    for call in asked(rule):
+        if rule.need.check(call):
+            assert rule.id in rejected_ids(call, chip)
+            return
     pytest.fail(f"no edit of a legal call breaks {rule.id}")
 
 
@@ -267,12 +277,9 @@ def _always_forbids(rule):
 def test_every_row_lets_something_pass(name, rule):
     """A call that the rule speaks of and that nothing forbids (contradicted rules lifted)."""
     chip = CHIPS[name]
-    for mode in rule.modes:
-        for base in BASES[rule.op]:
-            for arguments in ({**base}, *edited(base, rule.op)):
-                call = OpCall(rule.op, mode, arguments)
-                if applies(rule, call) and not rule.need.check(call) and judge(call, chip, CONTRADICTED).legal:
-                    return
+    for call in asked(rule):
+        if not rule.need.check(call) and not rejected_ids(call, chip, CONTRADICTED):
+            return
     # A row that says "not on this chip" or "not in this mode" has no other side.
     assert _always_forbids(rule), f"no legal call shows what {rule.id} allows"
 
@@ -287,6 +294,11 @@ def test_every_line_of_the_dtype_tables_is_legal(name):
             for mode in row.modes:
                 if mode not in rule.modes or (rule.id == "qmm.group.dtypes" and mode == "graph"):
                     continue
+                if rule.op in NEIGHBOURS:
+                    calls = [OpCall(rule.op, mode, a) for a in _calls_of_row(rule, row)]
+                    verdicts = [judge(call, chip, CONTRADICTED) for call in calls]
+                    assert any(verdicts), f"{mode} {row}\n" + "\n".join(map(str, verdicts))
+                    continue
                 call = OpCall(rule.op, mode, dict(_call_of_row(rule, row, mode, name)))
                 assert rule.id not in rejected_ids(call, chip, CONTRADICTED), f"{rule.id}: {row}"
                 verdict = judge(call, chip)
@@ -295,6 +307,22 @@ def test_every_line_of_the_dtype_tables_is_legal(name):
                     assert judge(call, chip, (row.contradicted,)).legal
                 elif rule.id != "qmm.group.dtypes":
                     assert verdict.legal, f"{mode} {row}\n{verdict}"
+
+
+def _calls_of_row(rule, row):
+    """The calls of a neighbour's form, each argument in the first dtype of its cell, and shaped as in some call that has it."""
+    cells = dict(zip(rule.need.columns, row.cells, strict=True))
+    for base in BASES[rule.op]:
+        arguments = dict(base)
+        for column, (dtype, *_) in cells.items():
+            shaped = base.get(column) or next((b[column] for b in BASES[rule.op] if isinstance(b.get(column), T)), None)
+            if dtype is None or column in rule.op.numbers:
+                arguments[column] = dtype
+            elif isinstance(shaped, tuple):
+                arguments[column] = (T(dtype, shaped[0].shape),) * len(shaped)
+            else:
+                arguments[column] = T(dtype, shaped.shape, shaped.format, shaped.transposed)
+        yield arguments
 
 
 def _call_of_row(rule, row, mode, chip):

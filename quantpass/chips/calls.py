@@ -20,7 +20,8 @@ class OpCall:
     Attributes:
         op: the operator.
         mode: ``"graph"`` (GE, through torchair) or ``"eager"`` (aclnn).
-        args: argument name to :class:`TensorSpec`, number, dtype or None; those not given are None.
+        args: argument name to :class:`TensorSpec`, number, dtype or None; those not given are None. A list of tensors is
+            one description where it holds one tensor, and a tuple of equal ones where it holds more.
     """
 
     op: VendorOp
@@ -29,14 +30,27 @@ class OpCall:
 
     def tensor(self, name: str) -> TensorSpec | None:
         value = self.args.get(name)
+        if isinstance(value, tuple) and value:
+            value = value[0]
         return value if isinstance(value, TensorSpec) else None
 
-    def value(self, name: str) -> Any:
-        """An argument as rules compare it: a dtype by its name."""
+    def count(self, name: str) -> int:
+        """How many tensors an argument holds."""
         value = self.args.get(name)
+        return len(value) if isinstance(value, tuple) else int(value is not None)
+
+    def value(self, name: str) -> Any:
+        """An argument as rules compare it: a dtype by its name, a list of tensors by its first."""
+        value = self.args.get(name)
+        if isinstance(value, tuple) and value and isinstance(value[0], TensorSpec):
+            return value[0]
         return dtype_name(value) if is_dtype(value) else value
 
     def replaced(self, **changes: Any) -> OpCall:
+        """The call with other arguments; a description in place of several tensors stands for as many."""
+        for name, new in changes.items():
+            if isinstance(new, TensorSpec) and self.count(name) > 1:
+                changes[name] = (new,) * self.count(name)
         return OpCall(self.op, self.mode, {**self.args, **changes})
 
     @cached_property
@@ -113,7 +127,12 @@ class VendorOp:
     @cached_property
     def numbers(self) -> frozenset[str]:
         """Arguments that are no tensors: numbers, dtypes, words."""
-        return frozenset(name for name, type_ in self.types.items() if type_ != "Tensor")
+        return frozenset(name for name, type_ in self.types.items() if not type_.startswith("Tensor"))
+
+    @cached_property
+    def lists(self) -> frozenset[str]:
+        """Arguments that are lists of tensors."""
+        return frozenset(name for name, type_ in self.types.items() if type_ == "Tensor[]")
 
     @cached_property
     def integers(self) -> frozenset[str]:

@@ -86,6 +86,8 @@ def _argument(asked: str, name: str, value: Any) -> Any:
         raise TypeError(f"{asked} has no argument {name!r}. Accepted: {', '.join(arguments)}.{meant}")
     if (isinstance(value, TensorSpec) or is_tensor(value)) and name in op.numbers:
         raise TypeError(f"{asked}: {name} is a tensor; it takes a number, a dtype or a word")
+    if name in op.lists and isinstance(value, list | tuple):
+        return _tensor_list(asked, name, [_argument(asked, name, v) for v in value])
     if value is None or isinstance(value, TensorSpec):
         return value
     if name in op.integers and not isinstance(value, int):
@@ -95,6 +97,17 @@ def _argument(asked: str, name: str, value: Any) -> Any:
     if name not in op.numbers:
         raise TypeError(f"{asked}: {name} is {value!r}; give a TensorSpec(dtype, shape) or a tensor")
     return value
+
+
+def _tensor_list(asked: str, name: str, specs: list[Any]) -> Any:
+    """One description for a list of one, a tuple of equal ones for more, None for an empty list."""
+    kinds = [spec for i, spec in enumerate(specs) if spec not in specs[:i]]
+    if len(kinds) > 1:
+        raise TypeError(
+            f"{asked}: {name} holds tensors that differ: {', '.join(map(str, kinds))}. A list is judged where all of it is "
+            "alike; ask once for each kind"
+        )
+    return tuple(specs) if len(specs) > 1 else (specs or [None])[0]
 
 
 def spec_of_tensor(t: torch.Tensor) -> TensorSpec:
