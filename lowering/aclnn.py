@@ -24,6 +24,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from quantpass.graph.torch_internals import known_contiguous, real_tensors
+from quantpass.lowering.torchair_versions import install_line
 from quantpass.operators import OPERATORS
 from quantpass.operators.preparation import TRANS_QUANT_PARAM
 
@@ -88,7 +89,7 @@ def npu_operator(name: str) -> OpOverload:
     if packet is None:
         raise RuntimeError(
             f"lowering='aclnn' needs torch.ops.npu.{name}, and nothing has defined it in this process. On an Ascend "
-            "machine, install torch_npu 2.13.0 (pip install torch_npu==2.13.0) and import it first; anywhere else, "
+            f"machine, install torch_npu ({install_line()}) and import it first; anywhere else, "
             "call quantpass.emulate_npu() to run the vendor's operators on CPU tensors."
         )
     overload: OpOverload = packet.default

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.library import Library
 
+from quantpass.lowering.torchair_versions import install_line
 from quantpass.operators import EMULATED
 from quantpass.operators.arguments import Arguments, bound
 from quantpass.operators.operator import Emulated
@@ -44,7 +45,7 @@ def _install() -> tuple[Library, ...]:
     if missing and len(missing) < len(EMULATED):
         raise RuntimeError(
             f"torch.ops.npu has some of the vendor's quantized operators but lacks {missing}: another library defined "
-            "them, or this torch_npu is not 2.13. Call emulate_npu() before that library, or use torch_npu 2.13."
+            f"them, or this torch_npu is too old. Call emulate_npu() before that library, or {install_line()}."
         )
     if not missing:
         return (_added_to_torch_npu(Library("npu", "IMPL")),)

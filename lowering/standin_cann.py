@@ -20,6 +20,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from quantpass.lowering.torchair_versions import install_line
+
 LIBRARIES = (
     "libhccl.so",
     "libascendcl.so",
@@ -73,8 +75,8 @@ def find_torch_npu(folder: str | os.PathLike[str] | None = None) -> Path:
 
 def _how_to_install() -> str:
     return (
-        "It needs no NPU here; the version has to match torch's: pip install --no-deps --target DIR torch_npu==2.13.0, "
-        f"then set {TORCH_NPU_VARIABLE}=DIR (also needed: pip install pyyaml protobuf)."
+        f"It needs no NPU here; the version has to match torch's: {install_line('--no-deps --target DIR')}, then set "
+        f"{TORCH_NPU_VARIABLE}=DIR (also needed: pip install pyyaml protobuf)."
     )
 
 

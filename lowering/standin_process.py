@@ -14,7 +14,8 @@ from typing import Any
 
 from quantpass.lowering.fx_parcel import Parcel
 from quantpass.lowering.ge_graph import GeGraph
-from quantpass.lowering.standin_cann import child_environment
+from quantpass.lowering.standin_cann import child_environment, find_torch_npu
+from quantpass.lowering.torchair_versions import untested_note
 
 
 class PreviewError(RuntimeError):
@@ -71,6 +72,11 @@ class TorchairProcess:
         if reply.error:
             raise PreviewError(f"torchair can't convert this graph: {_told(reply)}")
         return reply
+
+    @property
+    def note(self) -> str:
+        """What a report says of the torchair that runs here, where quantpass is not tested with it."""
+        return untested_note(find_torch_npu(self._folder) / "torch_npu")
 
     def close(self) -> None:
         """End the process; harmless when called again."""

@@ -265,7 +265,7 @@ def test_without_the_vendors_operators_the_error_says_what_to_install():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode
-    assert "pip install torch_npu==2.13.0" in done.stderr
+    assert f"pip install torch_npu=={torch.__version__[:4]}" in done.stderr
     assert "quantpass.emulate_npu()" in done.stderr
 
 

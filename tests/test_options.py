@@ -1,10 +1,11 @@
 """Names and options: a typo is an error with the nearest name, and no door takes what it does not carry out."""
 
 from dataclasses import fields
-from typing import Unpack, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from typing_extensions import Unpack
 
 import quantpass as qp
 from quantpass.chips import CHIPS, chip_named, chip_of_device, liftable_rules

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from typing_extensions import Unpack
 
 from quantpass.doors.compiled import CompiledGraph, OnOutcome
 from quantpass.doors.settings import BackendOptions, make_options

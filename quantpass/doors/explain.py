@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_map_only
+from typing_extensions import Unpack
 
 from quantpass.chips import CHIPS, DOCUMENTED
 from quantpass.doors.compiled import copied

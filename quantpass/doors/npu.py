@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any
 
 from torch.fx import GraphModule
+from typing_extensions import Unpack
 
+from quantpass.chips.ascend310p import ASCEND310P
 from quantpass.doors.backend import log_report, refuse_training, report_of
 from quantpass.doors.compiled import CompiledGraph
 from quantpass.doors.hooks import (
@@ -24,16 +26,18 @@ from quantpass.doors.settings import NpuOptions, make_options
 from quantpass.graph.torch_internals import static_inputs
 from quantpass.lowering import ACLNN, GE
 from quantpass.lowering.torchair_graphs import hand_over
+from quantpass.lowering.torchair_versions import (
+    PASS_HOOK,
+    compile_with,
+    install_line,
+    loaded_note,
+    merged_decompositions,
+    without_hook,
+)
 from quantpass.planning.options import Options, device_target
 from quantpass.report import Report
 
 logger = logging.getLogger("quantpass")
-
-_INSTALL = (
-    "Install torch_npu, which brings torchair, in the version that matches torch (pip install torch_npu==2.13.0 "
-    "protobuf), on a machine with CANN and an Ascend NPU. Without one, quantpass.preview_ge shows the GE graph and "
-    "quantpass.backend(target=...) computes the numbers."
-)
 
 
 class NpuBackend:
@@ -46,7 +50,7 @@ class NpuBackend:
         self.config = config
         self.options = options
         self._decompositions = decompositions
-        self._report = Report((), (options.chip.name,), options.mode)
+        self._report = Report((), (options.chip.name,), options.mode, notes=_notes())
 
     @property
     def report(self) -> Report:
@@ -58,10 +62,7 @@ class NpuBackend:
 
         refuse_training(example_inputs)
         compiler = _FusingCompiler(self, [gm, list(example_inputs)], npu_fx_compiler.get_compiler(self.config))
-        # torchair's own tracing: it marks static inputs, hands gears over and replaces streams and events.
-        compiled: Callable[..., Any] = npu_fx_compiler._compile_graph_with_aot(
-            gm, compiler, example_inputs, self.config, self._decompositions, is_cache=False
-        )
+        compiled = compile_with(compiler, gm, example_inputs, self.config, self._decompositions)
         compiler.given.clear()  # what is compiled outlives the first call's inputs
         return compiled
 
@@ -126,23 +127,21 @@ def npu_backend(
     """
     chosen = _chosen("npu_backend", target, options)
     torchair = require_torchair("quantpass.npu_backend")
-    from torchair.npu_fx_compiler import _get_merged_decompositions
-
     config = torchair.CompilerConfig() if compiler_config is None else compiler_config
     # Whoever runs the graph operator by operator needs operators that an NPU has.
     eagerly = bool(getattr(getattr(config, "debug", None), "run_eagerly", False)) or skipped_by(config) is not None
     settings = _settings(chosen, captured=_is_captured(config), aclnn=_is_captured(config) or eagerly)
     settings.lowerer.prepare(settings.chip)
-    return NpuBackend(config, settings, _get_merged_decompositions(config, dict(custom_decompositions or {})))
+    return NpuBackend(config, settings, merged_decompositions(config, custom_decompositions or {}))
 
 
 class Registration:
     """What :func:`register` returns. ``report`` gathers the verdicts on every graph compiled so far."""
 
-    def __init__(self, options: Options, skipped: Callable[[], str | None]) -> None:
+    def __init__(self, options: Options, skipped: Callable[[], str | None], *notes: str) -> None:
         self.options = options
         self._skipped = skipped
-        self._found = Report((), (options.chip.name,), options.mode)
+        self._found = Report((), (options.chip.name,), options.mode, notes=_notes(*notes))
 
     @property
     def report(self) -> Report:
@@ -181,15 +180,12 @@ def register(config: Any, target: str | None = None, **options: Unpack[NpuOption
         TypeError: ``config`` has no ``post_grad_custom_pre_pass``; an option that does not exist.
         ValueError: a value that is not accepted; no target was given and there is no NPU to ask.
     """
-    if not hasattr(config, "post_grad_custom_pre_pass"):
-        raise TypeError(
-            f"config is a {type(config).__name__}, which has no post_grad_custom_pre_pass; give a "
-            "torchair.CompilerConfig()"
-        )
+    if why := without_hook(config):
+        raise TypeError(why)
     captured = _is_captured(config)
     settings = _settings(_chosen("register", target, options), captured=captured, aclnn=captured)
     registration = Registration(settings, lambda: skipped_by(config))
-    slot = config.post_grad_custom_pre_pass
+    slot = getattr(config, PASS_HOOK)
     existing = users_own(getattr(slot, "value", slot))
     config.post_grad_custom_pre_pass = make_hook(_runner(registration, "a registered pass"), settings, existing)
     _warn_if_skipped(skipped_by(config))
@@ -235,9 +231,9 @@ def npugraph_ex_options(
     """
     given = dict(npugraph_ex or {})
     settings = _settings(_chosen("npugraph_ex_options", target, options), captured=True, aclnn=True)
-    registration = Registration(settings, lambda: skipped_by_options(result))
-    existing = users_own(given.get("post_grad_custom_pre_pass"))
-    given["post_grad_custom_pre_pass"] = make_hook(_runner(registration, "an npugraph_ex pass"), settings, existing)
+    registration = Registration(settings, lambda: skipped_by_options(result), *_unsupported(settings.chip.name))
+    existing = users_own(given.get(PASS_HOOK))
+    given[PASS_HOOK] = make_hook(_runner(registration, "an npugraph_ex pass"), settings, existing)
     result = NpugraphExOptions(given, registration)
     _warn_if_skipped(skipped_by_options(result))
     return result
@@ -274,7 +270,11 @@ def require_torchair(door: str) -> Any:
 
 
 def _missing(door: str, error: ImportError) -> ImportError:
-    return ImportError(f"{door} needs torch_npu and torchair, and {error}. {_INSTALL}")
+    return ImportError(
+        f"{door} needs torch_npu and torchair, and {error}. Install torch_npu, which brings torchair, in a version "
+        f"that matches torch ({install_line()}), and protobuf, on a machine with CANN and an Ascend NPU. Without one, "
+        "quantpass.preview_ge shows the GE graph and quantpass.backend(target=...) computes the numbers."
+    )
 
 
 def _chosen(door: str, target: str | None, options: NpuOptions) -> Options:
@@ -290,6 +290,24 @@ def _settings(chosen: Options, *, captured: bool, aclnn: bool) -> Options:
 def _is_captured(config: Any) -> bool:
     mode = getattr(config, "mode", None)
     return getattr(mode, "value", mode) in ("reduce-overhead", "npugraph_ex")
+
+
+def _notes(*notes: str) -> tuple[str, ...]:
+    """Notes on what is installed here, and others; each is logged."""
+    found = tuple(note for note in (loaded_note(), *notes) if note)
+    for note in found:
+        logger.warning("%s", note)
+    return found
+
+
+def _unsupported(chip: str) -> tuple[str, ...]:
+    # vllm-ascend, vllm_ascend/ascend_config.py:757 (main of 2026-08-22) and its pull request 10874.
+    if chip != ASCEND310P.name:
+        return ()
+    return (
+        "npugraph_ex is not supported on Ascend 310P (vllm-ascend turns it off there); quantpass.npu_backend and "
+        "quantpass.register in torchair's default mode are the doors for this chip",
+    )
 
 
 def _warn_if_skipped(why: str | None) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from typing_extensions import Unpack
 
 from quantpass.chips import NPUS
 from quantpass.doors.backend import refuse_training, report_of
@@ -143,12 +145,10 @@ def preview_ge(
         raise ValueError(f"target is {target!r}; a GE preview takes one of {', '.join(NPUS)}, or a SoC name")
     soc_name = chip.soc_name(target)
     captured, reports = _capture(model, args, kwargs or {}, settings, fuse)
-    if process is not None:
-        graphs = _converted(captured, soc_name, process)
-    else:
-        with TorchairProcess(torch_npu) as own:
-            graphs = _converted(captured, soc_name, own)
-    return GePreview(chip.name, soc_name, graphs, sum(reports, Report((), (chip.name,), settings.mode)))
+    with TorchairProcess(torch_npu) if process is None else nullcontext(process) as running:
+        graphs, note = _converted(captured, soc_name, running), running.note
+    report = Report((), (chip.name,), settings.mode, notes=(note,) if note else ())
+    return GePreview(chip.name, soc_name, graphs, sum(reports, report))
 
 
 def _capture(

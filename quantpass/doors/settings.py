@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypedDict
 
 from quantpass.basics.suggestions import did_you_mean
+from quantpass.graph.torch_versions import require_tested
 from quantpass.lowering import LOWERINGS, REFERENCE, RUN_HERE
 from quantpass.patterns import Dialect
 from quantpass.planning.options import Decompositions, Inner, Mode, NumericsContract, NzMode, Options, one_of
@@ -95,7 +96,9 @@ def make_options(given: Mapping[str, Any], door: str = "backend") -> Options:
         TypeError: an argument that does not exist (the message names the nearest one that does), or one that ``door``
             would not carry out (the message names the doors that do).
         ValueError: a value that is not accepted.
+        RuntimeError: a PyTorch that quantpass is not tested with.
     """
+    require_tested()
     names = [f.name for f in fields(Options)]
     accepted = [n for n in names if n == "target" or n in _names(TAKEN_BY[door])]
     for name in given:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
+from typing_extensions import Unpack
 
 from quantpass.doors.backend import compile_graph
 from quantpass.doors.compiled import CompiledGraph, copied

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from quantpass.graph.constants import Constants, refuse_to_load
 from quantpass.graph.torch_internals import StaticInputs
+from quantpass.graph.torch_versions import updated_inputs
 
 _STATIC = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -25,8 +26,7 @@ def program_values(program: ExportedProgram) -> dict[Node, torch.Tensor]:
 def program_inputs(program: ExportedProgram) -> StaticInputs:
     """The lifted parameters, buffers and constants of a program."""
     # A program that updates a buffer returns its next value: the buffer holds for one call only.
-    updated = set(program.graph_signature.buffers_to_mutate.values())
-    updated |= set(program.graph_signature.parameters_to_mutate.values())
+    updated = updated_inputs(program.graph_signature)
     specs = {
         s.arg.name: s for s in program.graph_signature.input_specs if s.kind in _STATIC and s.target not in updated
     }

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from quantpass.graph.decode import decode
 from quantpass.graph.instructions import Cast, Move, Part
+from quantpass.graph.torch_versions import is_reduction
 from quantpass.graph.writes import written_arguments
 
 _MAKES = frozenset(f"aten::{name}" for name in ["full_like", "zeros_like", "ones_like", "full", "amax"])
@@ -67,7 +68,7 @@ def _is_plain(node: Node) -> bool:
         return True
     if written_arguments(node) or torch.Tag.nondeterministic_seeded in tags or target.namespace == "quantpass":
         return False
-    if torch.Tag.pointwise in tags or torch.Tag.reduction in tags or target.is_view:
+    if torch.Tag.pointwise in tags or is_reduction(target) or target.is_view:
         return True
     plain = schema.name in _MAKES or target.namespace == "quantized_decomposed"
     return plain or isinstance(decode(node), Move | Part | Cast)

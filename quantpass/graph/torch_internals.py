@@ -1,7 +1,6 @@
 """Everything quantpass takes from PyTorch that is not public API, in one place.
 
-Tested against the versions that ``pyproject.toml`` declares. Another version is supported by making the functions of
-this module work on it.
+What differs between its versions is in :mod:`quantpass.graph.torch_versions`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from quantpass.graph.torch_versions import compile_apart, source_value
 
 __all__ = [
     "FakeTensor",
@@ -247,18 +248,8 @@ def _is_static_source(placeholder: Node) -> bool:
     kind = getattr(source, "guard_source", None)
     if kind is not None and (kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()):
         return True
-    owner = _source_value(getattr(source, "base", None))
+    owner = source_value(getattr(source, "base", None))
     return isinstance(owner, torch.nn.Parameter) and is_wrapper_subclass(owner)
-
-
-def _source_value(source: Any) -> Any:
-    """What a source stands for in the frame that Dynamo is compiling; None where that can't be told."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        return InstructionTranslator.current_tx().output.resolve_source_value(source)
-    except Exception:  # no frame is being compiled, or the name needs what only a guard has
-        return None
 
 
 def attribute_values(gm: GraphModule) -> dict[Node, torch.Tensor]:
@@ -281,7 +272,7 @@ def compile_isolated(
     model: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
 ) -> Callable[..., Any]:
     """``torch.compile`` that shares no cache with the user's own compilations of the same model."""
-    return torch.compile(model, backend=backend, dynamic=dynamic, isolate_recompiles=True)  # type: ignore[call-overload,no-any-return]
+    return compile_apart(model, backend, dynamic)
 
 
 def without_function_modes(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,6 @@ import os
 import signal
 import sys
 import time
-import tomllib
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from typing import Any
 
 import coverage
 import pytest
+import tomllib
 
 from tests.mutants.edits import FILES, ROOT, Edit, places_of, sample
 

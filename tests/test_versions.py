@@ -1,0 +1,195 @@
+"""Versions of PyTorch and generations of torchair: what is tested, what is said of others, what stays the user's."""
+
+import inspect
+import logging
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+import quantpass as qp
+from quantpass.graph import torch_versions
+from quantpass.lowering import torchair_versions
+from quantpass.lowering.standin_cann import StandinError, find_torch_npu
+from tests.helpers import WeightOnly
+
+X = torch.randn(4, 64).half()
+
+
+# -- PyTorch -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", ["2.7.1", "2.16.0.dev20261101+cpu", "3.0.0", "unknown"])
+def test_an_untested_torch_is_named_at_the_first_use_of_a_door(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.delenv(torch_versions.UNTESTED_VARIABLE, raising=False)
+    program = torch.export.export(WeightOnly(), (X,))
+    for door in (
+        lambda: qp.backend(target="ascend310p"),
+        lambda: qp.explain(WeightOnly(), (X,), target="ascend310p"),
+        lambda: qp.fuse(program, target="ascend310p"),
+        lambda: qp.npugraph_ex_options("ascend910b"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"tested with PyTorch 2\.8, .*, and this is {version.split('+')[0]}"):
+            door()
+
+
+@pytest.mark.parametrize("version", ["2.7.1", "2.16.0"])
+def test_the_user_may_go_on_with_an_untested_torch(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setenv(torch_versions.UNTESTED_VARIABLE, "1")
+    qp.explain(WeightOnly(), (X,), target="ascend310p").require()
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.10.0+cpu", "2.14.0a0+git1234"])
+def test_builds_of_a_tested_torch_are_tested(version, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    torch_versions.require_tested()
+
+
+class Counting:
+    """A backend of the user's own."""
+
+    def __init__(self):
+        self.compiled = 0
+
+    def __call__(self, gm, inputs):
+        self.compiled += 1
+        return gm
+
+
+class Breaking(WeightOnly):
+    def forward(self, x):
+        y = super().forward(x)
+        torch._dynamo.graph_break()
+        return y + 1
+
+
+def test_the_users_own_compilations_outlive_explain_and_verify():
+    model, backend = Breaking(), Counting()
+    torch._dynamo.reset()
+    mine = torch.compile(model, backend=backend, dynamic=False)
+    with torch.no_grad():
+        mine(X)
+        compiled = backend.compiled
+        assert compiled == 2, "a graph on each side of the break"
+        for _ in range(3):
+            assert qp.explain(model, (X,), target="ascend310p").fused == 1
+        assert qp.verify(model, (X,), target="ascend310p").report.fused == 1
+        mine(X)
+    assert backend.compiled == compiled
+
+
+def test_explain_does_not_count_towards_the_users_limit_of_recompilations():
+    model, backend = WeightOnly(), Counting()
+    torch._dynamo.reset()
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        assert qp.explain(model, (X,), target="ascend310p").total == 1, "nor does its own"
+    mine = torch.compile(model, backend=backend, dynamic=False)
+    with torch.no_grad():
+        for rows in range(1, 5):
+            mine(torch.randn(rows, 64).half())
+    assert backend.compiled == 4
+
+
+def test_explain_where_the_user_has_reached_the_limit():
+    """Before 2.13 PyTorch compiles such code for nobody any more, which must not look like a model without matmuls."""
+    model = WeightOnly()
+    torch._dynamo.reset()
+    mine = torch.compile(model, backend="eager", dynamic=False)
+    with torch.no_grad():
+        for rows in range(1, torch._dynamo.config.recompile_limit + 3):
+            mine(torch.randn(rows, 64).half())
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        with pytest.raises(RuntimeError, match="recompiled too often"):
+            qp.explain(model, (X,), target="ascend310p")
+        torch._dynamo.reset()
+    assert qp.explain(model, (X,), target="ascend310p").total == 1
+
+
+# -- torchair ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_torchair_that_the_tests_run_with_is_known():
+    try:
+        package = find_torch_npu() / "torch_npu"
+    except StandinError as error:
+        pytest.skip(str(error))
+    known = torchair_versions.generation_of(package)
+    assert known is not None
+    assert known.tested
+    assert torchair_versions.untested_note(package) == ""
+    version = next(package.parent.glob("torch_npu-*.dist-info")).name.split("-")[1].removesuffix(".dist")
+    assert version in known.wheels
+
+
+@pytest.fixture
+def unknown(tmp_path, monkeypatch):
+    """A torch_npu that is loaded and whose torchair nobody has seen."""
+    torchair = tmp_path / "torch_npu" / "dynamo" / "torchair"
+    torchair.mkdir(parents=True)
+    (torchair / "__init__.py").write_text("")
+    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(__file__=str(tmp_path / "torch_npu" / "__init__.py")))
+    return torchair
+
+
+def test_an_unknown_torchair_is_reported_by_what_is_in_its_files(unknown, caplog):
+    config = SimpleNamespace(post_grad_custom_pre_pass=None)
+    with caplog.at_level(logging.WARNING, logger="quantpass"):
+        registration = qp.register(config, target="ascend910b")
+    (note,) = registration.report.notes
+    assert note in caplog.text
+    assert f"(digest {torchair_versions.digest_of(unknown)})" in note
+    assert "tested are C (torch_npu 2.9.0), D (torch_npu 2.10.0)" in note
+    before = torchair_versions.digest_of(unknown)
+    (unknown / "more.py").write_text("")
+    assert torchair_versions.digest_of(unknown) != before
+
+
+def test_a_torchair_without_the_hook_names_the_door_that_works():
+    made = type("CompilerConfig", (), {"__module__": "torch_npu.dynamo.torchair.configs.compiler_config"})()
+    with pytest.raises(
+        TypeError, match=r"which has no post_grad_custom_pre_pass.*quantpass\.npu_backend needs no hook"
+    ):
+        qp.register(made, target="ascend910b")
+
+
+def test_an_older_torchair_asks_for_its_compiler_while_it_traces(monkeypatch):
+    """Generation C takes no compiler, it makes one; afterwards its own stands where it stood."""
+    old = ModuleType("torchair.npu_fx_compiler")
+    own = old.get_compiler = lambda config=None: "its own"
+    old._npu_backend = lambda gm, inputs, config, decompositions: (old.get_compiler(config), decompositions)
+    defaults = {"default": 1}
+    old.get_npu_backend = lambda compiler_config, custom_decompositions: SimpleNamespace(
+        keywords={"decompositions": defaults | custom_decompositions}
+    )
+    package = ModuleType("torchair")
+    package.npu_fx_compiler = old
+    monkeypatch.setitem(sys.modules, "torchair", package)
+    monkeypatch.setitem(sys.modules, "torchair.npu_fx_compiler", old)
+    decompositions = torchair_versions.merged_decompositions(None, {"mine": 2})
+    assert decompositions == {"default": 1, "mine": 2}
+    assert torchair_versions.compile_with("ours", None, [], None, decompositions) == ("ours", decompositions)
+    assert old.get_compiler is own
+
+
+def test_npugraph_ex_is_said_not_to_be_for_310p(caplog):
+    with caplog.at_level(logging.WARNING, logger="quantpass"):
+        options = qp.npugraph_ex_options("ascend310p")
+    assert "npugraph_ex is not supported on Ascend 310P" in caplog.text
+    assert "npugraph_ex is not supported on Ascend 310P" in str(options.report)
+    assert qp.npugraph_ex_options("ascend910b").report.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("version", "line"),
+    [
+        ("2.10.0+cpu", "pip install torch_npu==2.10.0.post7"),
+        ("2.8.0", "pip install torch_npu==2.8.0.post5"),
+        ("2.99.1", "pip install torch_npu==2.99"),
+    ],
+)
+def test_what_to_install_beside_a_torch(version, line, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert torchair_versions.install_line() == line
