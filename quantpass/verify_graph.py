@@ -7,6 +7,7 @@ rewrites; users ask for it with the environment variable ``QUANTPASS_VERIFY_GRAP
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -65,7 +66,8 @@ def _untrue_values(gm: GraphModule) -> Iterator[str]:
     if mode is None:
         return
     for node in gm.graph.nodes:
-        if not isinstance(node.target, OpOverload) or not any(map(_is_of_the_pass, (node, *node.all_input_nodes))):
+        computes = isinstance(node.target, OpOverload) or node.target is operator.getitem
+        if not computes or not any(map(_is_of_the_pass, (node, *node.all_input_nodes))):
             continue
         args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
         try:
@@ -75,11 +77,19 @@ def _untrue_values(gm: GraphModule) -> Iterator[str]:
             yield f"{describe_node(node)}: refused by its operator: {type(error).__name__}: {error}"
             continue
         claimed = node.meta.get("val")
-        if isinstance(found, torch.Tensor) and not (isinstance(claimed, torch.Tensor) and _agree(found, claimed)):
+        if not _agree(found, claimed):
             yield f"{describe_node(node)}: claimed to be {_look(claimed)}, its operator gives {_look(found)}"
 
 
-def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _agree(found: Any, claimed: Any) -> bool:
+    """True where ``claimed`` is a tensor wherever ``found`` is one, and looks the same; also one by one in a tuple."""
+    if isinstance(found, list | tuple):
+        several = isinstance(claimed, list | tuple) and len(found) == len(claimed)
+        return several and all(map(_agree, found, claimed))
+    return not isinstance(found, torch.Tensor) or (isinstance(claimed, torch.Tensor) and _look_alike(found, claimed))
+
+
+def _look_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Sizes and strides that are symbolic on one side only are no contradiction; those of one element lie anywhere."""
     if (a.dtype, a.device, a.dim()) != (b.dtype, b.device, b.dim()):
         return False
@@ -89,15 +99,17 @@ def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _look(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_look, value))})"
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}"
     return f"{value.dtype} {list(value.shape)} with strides {list(value.stride())} on {value.device}"
 
 
 def _loose_ends(gm: GraphModule) -> Iterator[str]:
-    for node in gm.graph.nodes:
+    for node in filter(_is_of_the_pass, gm.graph.nodes):
         replaces = "quantpass_replaces" in node.meta  # what the model itself computes and nobody reads
-        if _is_of_the_pass(node) and not node.users and not replaces and not node.is_impure():
+        if not node.users and not replaces and not node.is_impure():
             yield f"{describe_node(node)}: made for {node.meta['quantpass']!r} and read by nobody"
-        elif _is_of_the_pass(node) and not node.meta["quantpass"]:
+        elif not node.meta["quantpass"]:
             yield f"{describe_node(node)}: does not say which site it belongs to"

@@ -26,6 +26,13 @@ class Static(nn.Module):
         return F.linear(q.half() * 0.05, self.codes.half() * 0.01)
 
 
+class DynamicallyQuantized(Static):
+    def forward(self, x):
+        scale = x.float().abs().amax(-1, keepdim=True) / 127
+        q = torch.clamp(torch.round(x.float() / scale), -128, 127).to(torch.int8)
+        return F.linear((q.float() * scale).half(), self.codes.half() * 0.01)
+
+
 @pytest.fixture
 def fused():
     gm = traced(Static(), torch.randn(4, 64).half())
@@ -65,6 +72,32 @@ def test_wrong_strides(fused):
     gm, node = fused
     node.meta["val"] = as_shape(node, (32, 4), torch.float16).t()
     assert "with strides [1, 4]" in spoilt(gm)
+
+
+@pytest.fixture
+def codes_and_scales():
+    """A fused graph in which ``npu_dynamic_quant`` gives two tensors, and its node."""
+    gm = traced(DynamicallyQuantized(), torch.randn(4, 64).half())
+    assert qp.fuse(gm, target="ascend910b", numerics="vendor").fused == 1
+    (node,) = gm.graph.find_nodes(op="call_function", target=ops.dynamic_quant.default)
+    verify_graph(gm, OPTIONS)
+    return gm, node
+
+
+def test_one_of_several_results(codes_and_scales):
+    gm, node = codes_and_scales
+    codes, scales = node.meta["val"]
+    node.meta["val"] = (codes, as_shape(next(iter(node.users)), tuple(scales.shape), torch.float16))
+    assert "claimed to be (torch.int8 [4, 64] with strides [64, 1] on cpu, torch.float16 [4]" in spoilt(gm)
+    node.meta["val"] = (codes,)
+    assert "claimed to be (torch.int8" in spoilt(gm)
+
+
+def test_a_result_that_is_taken_for_another_one(codes_and_scales):
+    gm, node = codes_and_scales
+    codes, scales = sorted(node.users, key=lambda n: n.args[1])
+    scales.meta["val"] = codes.meta["val"]
+    assert "claimed to be torch.int8 [4, 64]" in spoilt(gm)
 
 
 def test_an_operator_that_nobody_reads(fused):
