@@ -82,8 +82,11 @@ def npu_dynamic_quant(
 
 
 def _fake(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = a.x.new_empty(a.x.shape[:-1] if a.quant_mode == "pertoken" else (1,), dtype=torch.float32)
-    return a.x.new_empty(a.x.shape, dtype=torch.int8), scale
+    return a.x.new_empty(a.x.shape, dtype=torch.int8), _fake_scale(a.x, a.quant_mode)
+
+
+def _fake_scale(x: torch.Tensor, quant_mode: str) -> torch.Tensor:
+    return x.new_empty(x.shape[:-1] if quant_mode == "pertoken" else (1,), dtype=torch.float32)
 
 
 def _aclnn(graph: AclnnGraph, node: Node, a: Arguments) -> None:
@@ -135,8 +138,7 @@ def _emulated(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _emulated_fake(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    x = a.input
-    scale = x.new_empty(x.shape[:-1] if a.quant_mode == "pertoken" else (1,), dtype=torch.float32)
+    x, scale = a.input, _fake_scale(a.input, a.quant_mode)
     if dtype_numbered(a.dst_type) == _QUINT4X2:
         return x.new_empty((*x.shape[:-1], x.shape[-1] // 8), dtype=torch.int32), scale
     return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format), scale
