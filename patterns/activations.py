@@ -22,7 +22,7 @@ from quantpass.graph.static_values import as_dtype
 from quantpass.patterns.affine import AffineReader, reciprocal
 from quantpass.patterns.integers import Range, integer_span
 from quantpass.patterns.magnitudes import MAGNITUDE, Magnitude, MagnitudeReader, widens
-from quantpass.patterns.steps import Floor, Operand, arguments, dtype_of, shape_of, step_of, view
+from quantpass.patterns.steps import Operand, arguments, dtype_of, shape_of, step_of, view
 from quantpass.patterns.terms import Term, term_of
 
 _LARGEST_CODE = 127
@@ -147,8 +147,8 @@ class ActivationReader:
                 return self._by_name(walk, named)
             step = step_of(self._reader, e)
             match step:
-                case Floor(source) | Round(source, nearest=True):
-                    return self._values(walk, source, down=isinstance(step, Floor))
+                case Round(source, "nearest" | "down" as to):
+                    return self._values(walk, source, down=to == "down")
                 case Cast(source):
                     problem = self._fits(walk, e, source)
                     if problem is not None:
@@ -325,8 +325,7 @@ class ActivationReader:
     # -- the result ----------------------------------------------------------------------------------------------------
 
     def _finished(self, walk: _Walk, e: Operand) -> Quantization | NotRead:
-        low, high = max(walk.low, -math.inf), min(walk.high, math.inf)
-        m = walk.magnitude
+        low, high, m = walk.low, walk.high, walk.magnitude
         x = self.magnitudes.origin(e)
         if x is None or not dtype_of(x).is_floating_point or (m is None and not walk.rates):
             return NotRead("nothing scales a floating tensor to codes")
@@ -377,7 +376,7 @@ def _is_whole(reader: AffineReader, e: Operand) -> bool:
         elif isinstance(step, Move | Cast | Clamp | Add):
             e = step.source
         else:
-            return isinstance(step, Floor) or (isinstance(step, Round) and step.nearest)
+            return isinstance(step, Round) and step.to in ("nearest", "down")
 
 
 def _asymmetric(e: Operand) -> NotRead:

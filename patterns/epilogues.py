@@ -133,7 +133,7 @@ def _flat_arguments(node: Node) -> list[Any]:
 
 def _is_step(instruction: Instruction | None) -> bool:
     if isinstance(instruction, Round):
-        return instruction.nearest
+        return instruction.to == "nearest"
     return isinstance(instruction, Multiply | Add | Cast | Clamp)
 
 

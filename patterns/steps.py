@@ -28,13 +28,6 @@ Operand: TypeAlias = Node | Expr | int | float | None
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
-    """``source`` rounded down."""
-
-    source: Operand
-
-
-@dataclass(frozen=True, slots=True)
 class Abs:
     """The magnitude of ``source``."""
 
@@ -89,7 +82,7 @@ class Number:
     value: Operand
 
 
-Step: TypeAlias = Instruction | Floor | Abs | Negative | Reciprocal | Extreme | Compared | Chosen | Number
+Step: TypeAlias = Instruction | Abs | Negative | Reciprocal | Extreme | Compared | Chosen | Number
 
 
 def step_of(reader: AffineReader, operand: Operand) -> Step | None:
@@ -149,10 +142,6 @@ def _taken(several: Node, index: Any) -> Step | None:
         dims = None if bound["dim"] is None else (bound["dim"],)
         return Extreme(bound["self"], dims, index == 1)
     return None
-
-
-def _floor(*, self: Any) -> Step:
-    return Floor(self)
 
 
 def _abs(*, self: Any) -> Step:
@@ -218,7 +207,6 @@ def _where(*, condition: Any, self: Any, other: Any) -> Step:
 def _table() -> ReaderTable[Step | None]:
     return ReaderTable(
         {
-            aten.floor.default: _floor,
             aten.abs.default: _abs,
             aten.neg.default: _neg,
             aten.reciprocal.default: _reciprocal,

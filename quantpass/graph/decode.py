@@ -209,11 +209,19 @@ def _relu(*, self: Operand) -> Clamp:
 
 
 def _round(*, self: Operand) -> Round:
-    return Round(self, nearest=True)
+    return Round(self, "nearest")
 
 
-def _round_aside(*, self: Operand) -> Round:
-    return Round(self, nearest=False)
+def _floor(*, self: Operand) -> Round:
+    return Round(self, "down")
+
+
+def _ceil(*, self: Operand) -> Round:
+    return Round(self, "up")
+
+
+def _trunc(*, self: Operand) -> Round:
+    return Round(self, "zero")
 
 
 @cache
@@ -268,9 +276,9 @@ def decoders() -> ReaderTable[Instruction | _Permuted | None]:
             aten.minimum.default: _minimum,
             aten.relu.default: _relu,
             aten.round.default: _round,
-            aten.floor.default: _round_aside,
-            aten.ceil.default: _round_aside,
-            aten.trunc.default: _round_aside,
+            aten.floor.default: _floor,
+            aten.ceil.default: _ceil,
+            aten.trunc.default: _trunc,
         },
         leading=0,
     )

@@ -78,10 +78,10 @@ class Clamp:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """``source`` rounded to an integer: the nearest (of two the even one), or one beside it."""
+    """``source`` rounded to an integer: the nearest (of two the even one), or the next one in a direction."""
 
     source: Operand
-    nearest: bool
+    to: Literal["nearest", "down", "up", "zero"]
 
 
 Instruction: TypeAlias = Move | Part | Multiply | Add | Cast | Clamp | Round

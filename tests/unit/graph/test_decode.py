@@ -183,10 +183,13 @@ def test_arguments_that_are_not_understood():
     assert decode(t.result) is None
 
 
-@pytest.mark.parametrize(("function", "nearest"), [(torch.round, True), (torch.floor, False), (torch.trunc, False)])
-def test_roundings(function, nearest):
+@pytest.mark.parametrize(
+    ("function", "to"),
+    [(torch.round, "nearest"), (torch.floor, "down"), (torch.ceil, "up"), (torch.trunc, "zero")],
+)
+def test_roundings(function, to):
     t = Traced(function, torch.ones(2))
-    assert decode(t.result) == Round(t.inputs[0], nearest)
+    assert decode(t.result) == Round(t.inputs[0], to)
 
 
 def test_parts():
