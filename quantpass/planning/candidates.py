@@ -114,8 +114,7 @@ def _stored(weight: Weight, transposed: bool, int4: bool) -> LaidOut | None:
         codes = _turned(codes)
         fixups.append(f"weight stored as {'(N, K)' if transposed else '(K, N)'}")
     if int4:
-        inner = ex.shape_of(codes)[-1]
-        if not isinstance(codes, Const) or inner % 8:
+        if not isinstance(codes, Const) or codes.tensor.shape[1] % 8:
             return None
         codes = Const(ops.pack_int4(codes.tensor), label=codes.label)
         fixups.append("weight packed as int4")
