@@ -37,6 +37,13 @@ FILES = (
     "patterns/weights_by_value.py",
     "quantpass/graph/expr.py",
     "patterns/sites.py",
+    "patterns/activations.py",
+    "patterns/magnitudes.py",
+    "patterns/steps.py",
+    "patterns/derived.py",
+    "patterns/net.py",
+    "patterns/unread_matmuls.py",
+    "patterns/subgraphs.py",
     "quantpass/graph/static_values.py",
     "quantpass/basics/symbolic.py",
     # composing
@@ -48,6 +55,10 @@ FILES = (
     "quantpass/planning/quant_matmul.py",
     "quantpass/planning/weight_quant_matmul.py",
     "quantpass/planning/choose.py",
+    "quantpass/planning/requantize.py",
+    "quantpass/planning/half_product.py",
+    "quantpass/planning/permissions.py",
+    "quantpass/planning/refit.py",
     # rewriting
     "quantpass/graph/merge.py",
     "quantpass/rewrite.py",
@@ -150,11 +161,14 @@ def _edit(file: str, operator: Operator, occurrence: int) -> Edit:
 
 
 def _no_values(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where a ``|`` or ``*`` is no operator on values: in types and in the heads of functions."""
+    """Where a ``|`` or ``*`` is no operator on values: in types, in patterns, in the heads of functions, unpacking."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             yield (node.lineno, node.col_offset), (node.body[0].lineno, 0)
-        found = [getattr(node, "annotation", None)]
+        if isinstance(node, ast.Dict):
+            unpacked = (v for k, v in zip(node.keys, node.values, strict=True) if k is None)
+            yield from (((v.lineno, v.col_offset - 2), (v.lineno, v.col_offset)) for v in unpacked)
+        found = [getattr(node, "annotation", None), getattr(node, "pattern", None)]
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "cast"):
             found.extend(node.args[1:] if node.func.id == "isinstance" else node.args[:1])
         for t in found:

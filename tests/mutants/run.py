@@ -2,10 +2,11 @@
 
     python -m tests.mutants.run --sample 300 --seed 0
 
-First the fast suite runs once and records which test executes which statement. Then each edit gets a process of its
-own, forked from one in which all tests are collected already: the edited function gets its edited code, and the tests
-that execute the edited statement run, the unit tests first, until one fails. (What runs when a module is imported is
-edited before the import.) A test that fails by itself without any edit kills nothing.
+In two stages: the unit tests on every edit, and the rest of the fast suite on the edits that survive those. First the
+tests of a stage run once and record which test executes which statement. Then each edit gets a process of its own,
+forked from one in which all tests are collected already: the edited function gets its edited code, and the tests that
+execute the edited statement run until one fails. (What runs when a module is imported is edited before the import.) A
+test that fails by itself without any edit kills nothing.
 
 Exit status 1 unless at least 95 % are killed and every survivor is listed in ``equivalent.toml`` with the reason why no
 test can tell it from the original.
@@ -20,6 +21,7 @@ import importlib
 import importlib.machinery
 import inspect
 import json
+import math
 import os
 import signal
 import sys
@@ -113,7 +115,7 @@ class Records:
 
         def order(test: str) -> Any:
             file = test.split("::")[0]
-            return not file.startswith("tests/unit/"), by_file[file], file, self.seconds[test]
+            return by_file[file], file, self.seconds[test]
 
         return sorted(tests, key=order)
 
@@ -127,42 +129,55 @@ def state_of_the_tree() -> str:
     return digest.hexdigest()
 
 
-def recorded(*, stale: bool, only_units: bool) -> Records:
-    """What the tests execute, recorded anew where the tree changed since; ``stale`` makes do with what is there."""
-    path = CACHE / "records.json"
-    stored = json.loads(path.read_text()) if path.is_file() else None
-    if only_units:
-        stored = {"seconds": {}, "touched": {}, "state": ""}
-    elif stored is None or (stored["state"] != state_of_the_tree() and not stale):
-        print("recording which test executes what ...", flush=True)
-        Forked(_record, (str(path), ["tests"], ["-m", "not slow"]), seconds=3600).result()
-        stored = json.loads(path.read_text())
-    if stored["state"] != state_of_the_tree():
-        # The unit tests change most and take no time.
-        print("recording the unit tests anew ...", flush=True)
-        units = CACHE / "units.json"
-        Forked(_record, (str(units), ["tests/unit"], []), seconds=3600).result()
-        stored = _without_units(stored, json.loads(units.read_text()))
-    return Records(stored["seconds"], stored["touched"])
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Tests that are tried on edits: paths of test files, under a name."""
+
+    name: str
+    files: list[str]
+
+    def records(self, jobs: int, *, stale: bool) -> Records:
+        """What the tests execute, recorded anew where the tree changed since; ``stale`` makes do with what is there."""
+        path = CACHE / f"{self.name}.json"
+        stored = json.loads(path.read_text()) if path.is_file() else {"files": None}
+        now = {"files": self.files} | ({} if stale else {"state": state_of_the_tree()})
+        if any(stored[name] != value for name, value in now.items()):
+            print(f"recording which of the {self.name} executes what ...", flush=True)
+            parts = [CACHE / f"{self.name}.{i}.json" for i in range(jobs)]
+            runs = [Forked(_record, (str(p), self.files[i::jobs]), seconds=7200) for i, p in enumerate(parts)]
+            if {run.result() for run in runs} != {0}:
+                raise RuntimeError("the tests could not be recorded, see above")
+            stored = _joined([json.loads(p.read_text()) for p in parts])
+            path.write_text(json.dumps(stored | {"files": self.files, "state": state_of_the_tree()}))
+        return Records(stored["seconds"], stored["touched"])
 
 
-def _without_units(stored: Any, units: Any) -> Any:
-    """``stored`` with what it says of the unit tests replaced by ``units``."""
-    seconds = {t: s for t, s in stored["seconds"].items() if not t.startswith("tests/unit/")} | units["seconds"]
-    for file, functions in units["touched"].items():
-        for function, lines in functions.items():
-            into = stored["touched"].setdefault(file, {}).setdefault(function, {})
-            for line, tests in lines.items():
-                into[line] = sorted({*into.get(line, ()), *tests})
-    return {"seconds": seconds, "touched": stored["touched"]}
+def stages(given: argparse.Namespace) -> list[Stage]:
+    """The stages that are asked for."""
+    of_units, of_others = ["tests/unit/**/test_*.py"], given.tests or ["tests/test_*.py"]
+    files = [sorted({str(p.relative_to(ROOT)) for g in globs for p in ROOT.glob(g)}) for globs in (of_units, of_others)]
+    units, others = Stage("unit tests", files[0]), Stage("other tests", files[1])
+    return [units] if given.units else [units, others]
 
 
-def _record(path: str, where: list[str], options: list[str]) -> int:
+def _joined(parts: list[Any]) -> dict[str, Any]:
+    """What several processes have recorded of different tests."""
+    joined: dict[str, Any] = {"seconds": {}, "touched": {}}
+    for part in parts:
+        joined["seconds"] |= part["seconds"]
+        for file, functions in part["touched"].items():
+            for function, lines in functions.items():
+                into = joined["touched"].setdefault(file, {}).setdefault(function, {})
+                for line, tests in lines.items():
+                    into[line] = sorted({*into.get(line, ()), *tests})
+    return joined
+
+
+def _record(path: str, files: list[str]) -> int:
     cov = coverage.Coverage(data_file=None, config_file=False, include=[str(ROOT / f) for f in FILES])
     recorder = Recorder(cov)
-    state = state_of_the_tree()
     cov.start()
-    pytest.main([*where, *options, *QUIET], plugins=[recorder])
+    pytest.main([*files, *FAST, *QUIET], plugins=[recorder])
     cov.stop()
     touched: dict[str, Any] = {}
     for file in FILES:
@@ -175,12 +190,13 @@ def _record(path: str, where: list[str], options: list[str]) -> int:
         print(f"{len(recorder.bad)} tests were skipped or fail without any edit; they kill nothing:")
         print("\n".join(f"  {t}" for t in sorted(recorder.bad)))
     seconds = {t: round(s, 3) for t, s in recorder.tests.items() if t not in recorder.bad}
-    Path(path).write_text(json.dumps({"state": state, "seconds": seconds, "touched": touched}))
+    Path(path).write_text(json.dumps({"seconds": seconds, "touched": touched}))
     return 0
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
 
+FAST = ("-m", "not slow")
 QUIET = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:faulthandler", "--tb=line")
 
 
@@ -307,6 +323,8 @@ class Tests:
 def try_anew(edit: Edit | None, tests: list[str], killer: Path) -> int:
     """Try an edit of what runs when a module is imported, in a process that has not imported quantpass yet."""
     assert "quantpass" not in sys.modules
+    if not tests:
+        return 0
     if edit is not None:
         load_edited(edit.file, edit.source)
     wanted = {t: i for i, t in enumerate(tests)}
@@ -319,18 +337,11 @@ def try_anew(edit: Edit | None, tests: list[str], killer: Path) -> int:
             if report.failed:
                 killer.write_text(report.nodeid)
 
-    # The unit tests by themselves first: that spares most edits the collection of all the others.
-    units = [t for t in tests if t.startswith("tests/unit/")]
-    for part in (units, [t for t in tests if not t.startswith("tests/unit/")]):
-        if part:
-            killer.write_text("the import")
-            status = pytest.main([*dict.fromkeys(t.split("::")[0] for t in part), "-x", *QUIET], plugins=[Selected()])
-            if status != 0:
-                # An import that fails is a usage error where conftest.py needs it, else an interruption.
-                return (
-                    BROKEN if status in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED) else KILLED
-                )
-    return 0
+    killer.write_text("the import")
+    status = pytest.main([*dict.fromkeys(t.split("::")[0] for t in tests), "-x", *QUIET], plugins=[Selected()])
+    if status in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return BROKEN
+    return 0 if status == pytest.ExitCode.OK else KILLED  # an import that fails is a usage error or an interruption
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -406,32 +417,47 @@ def main() -> int:
     parser.add_argument("--files", nargs="*", default=FILES, help="only edits of these files")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--stale", action="store_true", help="make do with what was recorded before the last changes")
-    parser.add_argument("--units", action="store_true", help="only the unit tests")
+    parser.add_argument("--units", action="store_true", help="only the first stage, the unit tests")
+    parser.add_argument("--tests", nargs="*", help="test files of the second stage, if not all the others")
     parser.add_argument("--again", action="store_true", help="only the edits that survived the last time")
     given = parser.parse_args()
     os.chdir(ROOT)
     CACHE.mkdir(parents=True, exist_ok=True)
     preload()
-    records = recorded(stale=given.stale, only_units=given.units)
     drawn = sample(given.sample, given.seed, tuple(given.files))
     last = CACHE / "survivors.json"
     if given.again:
         survived = {tuple(key) for key in json.loads(last.read_text())}
         drawn = [e for e in drawn if (e.file, e.operator, e.before, e.after) in survived]
     listed = tomllib.loads(EQUIVALENT.read_text())["edit"] if EQUIVALENT.is_file() else []
-    tried = _run(drawn, records, given.jobs, "tests/unit" if given.units else "tests")
-    survivors = [t.edit for t in tried if not t.killer]
+    tried: dict[Edit, Tried] = {}
+    for stage in stages(given):
+        left = [e for e in drawn if e not in tried or not tried[e].killer]
+        if left:
+            tried |= _tried_by(stage, left, given.jobs, stale=given.stale)
+    survivors = [e for e in drawn if not tried[e].killer]
     last.write_text(json.dumps([(e.file, e.operator, e.before, e.after) for e in survivors]))
-    return _report(tried, listed, given.sample, given.seed)
+    return _report(list(tried.values()), listed, given.sample, given.seed)
 
 
-def _run(drawn: list[Edit], records: Records, jobs: int, where: str) -> list[Tried]:
-    print(f"{len(drawn)} edits, {len(records.seconds)} tests", flush=True)
-    at_import = [e for e in drawn if e.function == "<module>"]
-    tried = tried_soundly(at_import, records, jobs, try_anew)
-    tests = Tests([e for e in drawn if e.function != "<module>"], records, jobs)
-    pytest.main([where, "-m", "not slow", "-s", *QUIET], plugins=[tests])
-    return [*tried, *tests.tried]
+def _tried_by(stage: Stage, edits: list[Edit], jobs: int, *, stale: bool) -> dict[Edit, Tried]:
+    """Every edit tried by the tests of a stage, which is a process of its own: what it imports, the next one imports."""
+    path = CACHE / "tried.json"
+    if Forked(_try_all, (stage, edits, jobs, stale, path), seconds=math.inf).result() != 0:
+        raise RuntimeError("not every edit could be tried, see above")
+    return {edits[i]: Tried(edits[i], killer, tests) for i, killer, tests in json.loads(path.read_text())}
+
+
+def _try_all(stage: Stage, edits: list[Edit], jobs: int, stale: bool, path: Path) -> int:
+    records = stage.records(jobs, stale=stale)
+    print(f"{len(edits)} edits, {len(records.seconds)} {stage.name}", flush=True)
+    tried = tried_soundly([e for e in edits if e.function == "<module>"], records, jobs, try_anew)
+    tests = Tests([e for e in edits if e.function != "<module>"], records, jobs)
+    pytest.main([*stage.files, *FAST, "-s", *QUIET], plugins=[tests])
+    tried += tests.tried
+    print(f"{sum(bool(t.killer) for t in tried)} of {len(edits)} killed by the {stage.name}", flush=True)
+    path.write_text(json.dumps([(edits.index(t.edit), t.killer, t.tests) for t in tried]))
+    return int(len(tried) != len(edits))
 
 
 def _report(tried: list[Tried], listed: list[dict[str, str]], count: int, seed: int) -> int:
