@@ -1,4 +1,4 @@
-"""How a fused graph is carried out: a lowering each for the CPU kernels, aclnn and GE."""
+"""How a fused graph is carried out: an object each for the CPU (reference, native), aclnn and GE."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -6,12 +6,13 @@ from types import MappingProxyType
 from quantpass.lowering.aclnn import Aclnn
 from quantpass.lowering.ge import Ge
 from quantpass.lowering.lowering import Lowering
+from quantpass.lowering.native import Native
 from quantpass.lowering.reference import Reference
 
-REFERENCE, ACLNN, GE = Reference(), Aclnn(), Ge()
+REFERENCE, NATIVE, ACLNN, GE = Reference(), Native(), Aclnn(), Ge()
 
-LOWERINGS: Mapping[str, Lowering] = MappingProxyType({x.name: x for x in (REFERENCE, ACLNN, GE)})
+LOWERINGS: Mapping[str, Lowering] = MappingProxyType({x.name: x for x in (REFERENCE, NATIVE, ACLNN, GE)})
 """Every lowering by name."""
 
-RUN_HERE = (REFERENCE.name, ACLNN.name)
+RUN_HERE = (REFERENCE.name, NATIVE.name, ACLNN.name)
 """Those whose graphs PyTorch itself runs; a GE graph is torchair's to run."""

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from quantpass.graph.torch_internals import fake_mode_of
+from quantpass.lowering.expansion import expand
 
 
 def expand_leftovers(gm: GraphModule, table: Mapping[Any, Callable[..., Any]] | None = None) -> None:
@@ -68,24 +67,9 @@ _REDUNDANT: dict[Any, Callable[..., Any]] = {
 
 def _expand(gm: GraphModule, node: Node, function: Callable[..., Any]) -> None:
     tensors = list(dict.fromkeys(node.all_input_nodes))
-    fakes = [n.meta["val"] for n in tensors]
-    mode = fake_mode_of([f for f in [*fakes, node.meta["val"]] if isinstance(f, torch.Tensor)])
 
     def call(*values: Any) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), dict(zip(tensors, values, strict=True)).__getitem__)
         return function(*args, **kwargs)
 
-    assert mode is not None
-    with mode, torch.no_grad():
-        traced = make_fx(call, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
-    copies: dict[Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), tensors, strict=True))
-    with gm.graph.inserting_before(node):
-        for n in traced.graph.nodes:
-            if n.op == "call_function":
-                copies[n] = gm.graph.node_copy(n, copies.__getitem__)
-                copies[n].meta["stack_trace"] = node.meta.get("stack_trace")
-            elif n.op == "output":
-                node.replace_all_uses_with(copies[n.args[0]])
-            elif n.op == "get_attr":
-                raise RuntimeError(f"{node.target} can't be expanded: its definition makes constant tensors")
-    gm.graph.erase_node(node)
+    expand(gm, node, call, tensors)

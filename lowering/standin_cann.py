@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from quantpass.basics.user_cache import user_cache
 from quantpass.lowering.torchair_versions import install_line
 
 LIBRARIES = (
@@ -108,9 +109,8 @@ def ensure_standins(folder: str | os.PathLike[str] | None = None) -> Path:
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/quantpass/standin-cann``, by default under ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "quantpass" / "standin-cann"
+    """Where the stand-in libraries are kept."""
+    return user_cache() / "standin-cann"
 
 
 def child_environment(

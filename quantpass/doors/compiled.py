@@ -158,7 +158,8 @@ class CompiledGraph:
         outcome = fuse_graph(gm, leaves, self._options, constants.add, unread=weights.unread)
         fused = dump(gm)
         formats = carry_out(gm, outcome, self._options, constants)
-        seen = {place[n]: Seen.now(leaves[n]) for n in outcome.leaves}  # now: a cast gives a parameter other memory
+        read = [n for n in leaves if n in outcome.leaves or n in constants.consulted]
+        seen = {place[n]: Seen.now(leaves[n]) for n in read}  # now: a cast gives a parameter other memory
         self._on_outcome(outcome, fused, formats)
         shapes = {place[n]: t.shape for n, t in leaves.items()} if sizes else {}
         return _Variant(seen, shapes, self._inner(gm, fake_inputs, constants.inputs), constants.inputs)

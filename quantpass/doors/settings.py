@@ -13,7 +13,7 @@ from quantpass.lowering import LOWERINGS, REFERENCE, RUN_HERE
 from quantpass.patterns import Dialect
 from quantpass.planning.options import Decompositions, Inner, Mode, NumericsContract, NzMode, Options, one_of
 
-LoweringHere = Literal["reference", "aclnn"]
+LoweringHere = Literal["reference", "native", "aclnn"]
 
 
 class PassOptions(TypedDict, total=False):

@@ -19,11 +19,18 @@ class Constants(ABC):
 
     Args:
         given: tensors that the graph came with: the user's parameters and buffers.
+
+    Attributes:
+        consulted: those of ``given`` whose values were asked for by :meth:`values_of`.
+        keeps_any_layout: tensors without strides (oneDNN's) can be added.
     """
+
+    keeps_any_layout = False
 
     def __init__(self, given: Mapping[Node, torch.Tensor]) -> None:
         self.given = dict(given)
         self.prepared: dict[Node, torch.Tensor] = {}
+        self.consulted: set[Node] = set()
 
     def add(self, name: str, tensor: torch.Tensor) -> Node:
         """A new tensor beside the graph, and the node that stands for it.
@@ -40,6 +47,18 @@ class Constants(ABC):
         """The tensor behind ``node``; None where it is not known when compiling."""
         prepared = self.prepared.get(node)
         return self.given.get(node) if prepared is None else prepared
+
+    def values_of(self, node: Node) -> torch.Tensor | None:
+        """As :meth:`tensor`, for who computes something from its values: it holds for as long as they do."""
+        if node in self.given:
+            self.consulted.add(node)
+        return self.tensor(node)
+
+    def drop_unread(self) -> None:
+        """Let go of what the pass prepared and nothing reads any more."""
+        for node in [n for n in self.prepared if not n.users]:
+            del self.prepared[node]
+            self._drop(node)
 
     def owns(self, node: Node) -> bool:
         """True for a tensor that the pass itself prepared."""
@@ -71,7 +90,7 @@ class Constants(ABC):
             self._drop(node)
 
     def _drop(self, node: Node) -> None:
-        """Remove a tensor of the user's that nothing reads any more."""
+        """Remove a tensor that nothing reads any more."""
         raise NotImplementedError(f"{type(self).__name__} can't part with {node.name}")
 
     @abstractmethod
@@ -88,27 +107,41 @@ def _storage(t: torch.Tensor) -> int:
 
 
 class InputConstants(Constants):
-    """New tensors become placeholders at the end of the graph's inputs; the caller appends them at every call."""
+    """New tensors become placeholders at the end of the graph's inputs; the caller appends them at every call.
+
+    Those without strides become attributes of the graph module: a compiler takes no such inputs.
+    """
+
+    keeps_any_layout = True
 
     def __init__(self, gm: GraphModule, given: Mapping[Node, torch.Tensor]) -> None:
         super().__init__(given)
-        self._graph = gm.graph
+        self._gm, self._graph = gm, gm.graph
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         self._last = placeholders[-1] if placeholders else None
 
     def _add(self, name: str, tensor: torch.Tensor) -> Node:
-        del tensor
         graph, last = self._graph, self._last
+        if tensor.layout != torch.strided:
+            attribute = f"{name}_{len(self.prepared)}"
+            self._gm.register_buffer(attribute, tensor, persistent=False)
+            with graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes))):
+                return graph.get_attr(attribute)
         with graph.inserting_after(last) if last else graph.inserting_before(next(iter(graph.nodes))):
             node = graph.placeholder(name)
         node.target = node.name  # unique, as the parameter of a function must be
         self._last = node
         return node
 
+    def _drop(self, node: Node) -> None:
+        if node is self._last:
+            self._last = next((p for p in reversed(self._graph.find_nodes(op="placeholder")) if p is not node), None)
+        self._graph.erase_node(node)
+
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """What to append to the graph's own inputs."""
-        return tuple(self.prepared.values())
+        return tuple(t for n, t in self.prepared.items() if n.op == "placeholder")
 
 
 class ModuleConstants(Constants):

@@ -90,7 +90,25 @@ def quant_matmul(
         return to_float(y, out, saturate)
     _check(a, b, scale, offset, pertoken_scale, bias, out)
     _check_batch(a, b)
-    acc = int_matmul(a, b)
+    return dequantized(int_matmul(a, b), scale, offset, pertoken_scale, bias, out, saturate)
+
+
+def dequantized(
+    acc: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    pertoken_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.dtype,
+    saturate: bool,
+) -> torch.Tensor:
+    """What :func:`quant_matmul` makes of its products.
+
+    Args:
+        acc: the products, int32; where no int32 bias is added and the result is not int32, they may be rounded to
+            float32 already.
+        scale, offset, pertoken_scale, bias, out, saturate: as there.
+    """
     if bias is not None and bias.dtype == torch.int32:
         acc, bias = acc + bias, None
     if out == torch.int32:

@@ -155,6 +155,24 @@ def weight_codes(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
     return codes.t() if transposed else codes
 
 
+def dequantized_weight(
+    weight: torch.Tensor,
+    antiquant_scale: torch.Tensor,
+    antiquant_offset: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    group_size: int = 0,
+    transpose_weight: bool = False,
+) -> torch.Tensor:
+    """The weight that the custom template multiplies by, ``(K, N)`` in ``dtype``, which is that of x.
+
+    The other arguments are those of :func:`weight_quant_matmul`.
+    """
+    codes = weight_codes(weight, transpose_weight)
+    scale, offset = _parameters(antiquant_scale, antiquant_offset, dtype, *codes.shape, group_size)
+    return _dequantized(codes, scale, offset, dtype)
+
+
 def _dequantized(
     codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
