@@ -1,7 +1,7 @@
 """Which product is fastest here: measured once for each shape, and remembered in a file.
 
-What is measured are medians of a few interleaved runs on the weight itself. The answer depends on the processor, the
-number of threads and PyTorch's version, which are part of what it is remembered by.
+What is measured is the quickest of a few interleaved runs on the weight itself: other work only ever adds time. The
+answer depends on the processor, the number of threads and PyTorch's version, which it is remembered by.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from quantpass.lowering.cpu_products import INTEGER_PRODUCTS, Product, StaticWei
 
 logger = logging.getLogger("quantpass")
 
-_ROUNDS = 5
+_ROUNDS = 8
+_TRIALS = 3
 _HOPELESS = 3.0
-"""A product this much slower than the best in its first run runs no second time."""
+"""A product this much slower than the best in its first trials runs no more."""
 
 _UNKNOWN_ROWS = (1, 16, 128)
 """What is measured where M is known at run time only; the best geometric mean wins."""
@@ -90,14 +91,14 @@ def _measured(
         first = result if first is None else first
         if not _same(result, first, exact=dtype == torch.int8):
             logger.warning(
-                "CPU product %r gives other numbers than %r here, and is not used", product.name, products[0]
+                "the CPU product %r is not used: its sums are not those of %r", product.name, products[0].name
             )
             continue
-        times = [[_time(product, x, prepared)] for x in inputs]
+        times = [[_time(product, x, prepared) for _ in range(_TRIALS)] for x in inputs]
         kept.append((product, prepared, times))
         floor = min(_mean(t) for _, _, t in kept)
         kept = [c for c in kept if _mean(c[2]) <= _HOPELESS * floor]
-    for _ in range(_ROUNDS - 1):
+    for _ in range(_ROUNDS - _TRIALS):
         for product, prepared, times in kept:
             for x, taken in zip(inputs, times, strict=True):
                 taken.append(_time(product, x, prepared))
@@ -126,8 +127,8 @@ def _time(product: Product, x: torch.Tensor, prepared: Tensors) -> float:
 
 
 def _mean(times: Sequence[Sequence[float]]) -> float:
-    """Geometric mean over shapes of the median of each."""
-    return math.exp(statistics.fmean(math.log(max(statistics.median(t), 1e-9)) for t in times))
+    """Geometric mean over shapes of the quickest run of each."""
+    return math.exp(statistics.fmean(math.log(max(min(t), 1e-9)) for t in times))
 
 
 def _key(products: Sequence[Product], shape: tuple[int, int], dtype: torch.dtype, m: int | None) -> str:

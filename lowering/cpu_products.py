@@ -136,12 +136,12 @@ def _dense_float32(weight: StaticWeight, dtype: torch.dtype) -> Tensors:
 
 
 def _linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    columns = aten.t.default(w)
-    return aten.mm.default(x, columns) if bias is None else aten.addmm.default(bias, x, columns)
+    columns = w.t()
+    return torch.mm(x, columns) if bias is None else torch.addmm(bias, x, columns)
 
 
 def _linear_float32(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return aten.mm.default(x.to(torch.float32), aten.t.default(w))
+    return torch.mm(x.to(torch.float32), w.t())
 
 
 def _has_one_dtype(weight: StaticWeight, dtype: torch.dtype) -> bool:

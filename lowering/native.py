@@ -95,7 +95,8 @@ class _NativeGraph:
         named = {"scale": a.scale, "offset": a.offset, "pertoken_scale": a.pertoken_scale, "bias": a.bias}
 
         def tail(acc: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
-            return dequantized(acc, out=out, saturate=a.saturate, **{name: given.get(name) for name in named})
+            parameters: Any = {name: given.get(name) for name in named}
+            return dequantized(acc, out=out, saturate=a.saturate, **parameters)
 
         self._replace(node, a.x1, won, named, tail)
         return True

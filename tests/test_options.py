@@ -158,7 +158,7 @@ def test_a_type_checker_sees_what_a_door_takes(door):
 @pytest.mark.parametrize(
     ("option", "value", "accepted"),
     [
-        ("lowering", "ge", "'reference', 'aclnn'"),
+        ("lowering", "ge", "'reference', 'native', 'aclnn'"),
         ("numerics", "", "'strict', 'vendor'"),
         ("mode", "", "'graph', 'eager'"),
         ("nz", None, "'auto', 'never'"),

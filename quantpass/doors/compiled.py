@@ -43,8 +43,8 @@ _Place = int | str
 class _Weights:
     """The tensors of one call, and what is known of each; looked at once, however many variants ask."""
 
-    def __init__(self, args: Sequence[Any], attributes: dict[str, torch.Tensor]) -> None:
-        self._args, self._attributes = args, attributes
+    def __init__(self, args: Sequence[Any], attributes: dict[str, torch.Tensor], contents: bool) -> None:
+        self._args, self._attributes, self._contents = args, attributes, contents
         self._states: dict[_Place, State] = {}
 
     def at(self, place: _Place) -> torch.Tensor:
@@ -53,7 +53,7 @@ class _Weights:
 
     def state(self, place: _Place) -> State:
         if place not in self._states:
-            self._states[place] = state_of(self.at(place))
+            self._states[place] = state_of(self.at(place), self._contents)
         return self._states[place]
 
 
@@ -105,6 +105,7 @@ class CompiledGraph:
         on_outcome: OnOutcome,
     ) -> None:
         self._options = options
+        self._contents = options.compare_weights == "contents"
         self._on_outcome = on_outcome
         self._fake_inputs = fake_inputs
         index = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
@@ -124,7 +125,7 @@ class CompiledGraph:
         return variant.run(inputs)
 
     def _find(self, args: list[Any]) -> _Variant:
-        weights = _Weights(args, self._attributes)
+        weights = _Weights(args, self._attributes, self._contents)
         for position, variant in enumerate(self._variants):
             if variant.holds_for(weights):
                 if position:
@@ -159,7 +160,9 @@ class CompiledGraph:
         fused = dump(gm)
         formats = carry_out(gm, outcome, self._options, constants)
         read = [n for n in leaves if n in outcome.leaves or n in constants.consulted]
-        seen = {place[n]: Seen.now(leaves[n]) for n in read}  # now: a cast gives a parameter other memory
+        seen = {
+            place[n]: Seen.now(leaves[n], self._contents) for n in read
+        }  # now: a cast gives a parameter other memory
         self._on_outcome(outcome, fused, formats)
         shapes = {place[n]: t.shape for n, t in leaves.items()} if sizes else {}
         return _Variant(seen, shapes, self._inner(gm, fake_inputs, constants.inputs), constants.inputs)

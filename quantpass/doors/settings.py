@@ -11,7 +11,16 @@ from quantpass.basics.suggestions import did_you_mean
 from quantpass.graph.torch_versions import require_tested
 from quantpass.lowering import LOWERINGS, REFERENCE, RUN_HERE
 from quantpass.patterns import Dialect
-from quantpass.planning.options import Decompositions, Inner, Mode, NumericsContract, NzMode, Options, one_of
+from quantpass.planning.options import (
+    CompareWeights,
+    Decompositions,
+    Inner,
+    Mode,
+    NumericsContract,
+    NzMode,
+    Options,
+    one_of,
+)
 
 LoweringHere = Literal["reference", "native", "aclnn"]
 
@@ -54,6 +63,7 @@ class BackendOptions(CaptureOptions, total=False):
     """Where a model is compiled."""
 
     inner: Inner | Callable[..., Any] | None
+    compare_weights: CompareWeights
     on_report: Callable[..., Any] | None
 
 

@@ -56,7 +56,10 @@ class Constants(ABC):
 
     def drop_unread(self) -> None:
         """Let go of what the pass prepared and nothing reads any more."""
-        for node in [n for n in self.prepared if not n.users]:
+        check = torch.ops.aten._assert_tensor_metadata.default  # of a tensor that is what it is
+        for node in [n for n in self.prepared if all(u.target is check for u in n.users)]:
+            for user in list(node.users):
+                user.graph.erase_node(user)
             del self.prepared[node]
             self._drop(node)
 

@@ -3,8 +3,9 @@
 An address says nothing: memory that was freed is handed out again. Nor does a version counter: it does not count what
 is written through ``tensor.data``, NumPy or DLPack, nor anything at all in tensors made in inference mode. So on a CPU
 the contents themselves are compared, by a 64-bit hash (XXH3) that reads them as fast as memory gives them. On a
-device that would be a pass over all weights at every call and a stop of its queue; there a tensor is the same while the
-tensor object, its memory (whose address is kept from being used again) and its version are.
+device that would be a pass over all weights at every call and a stop of its queue; there, and on a CPU whose user asks
+for it, a tensor is the same while the tensor object, its memory (whose address is kept from being used again) and its
+version are.
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ from quantpass.graph.torch_internals import StorageWeakRef, no_data_reason, real
 State = tuple[Hashable, ...]
 
 
-def state_of(t: torch.Tensor) -> State:
-    """What changes when the tensor's values do."""
+def state_of(t: torch.Tensor, contents: bool = True) -> State:
+    """What changes when the tensor's values do.
+
+    Args:
+        t: the tensor.
+        contents: read the values where that is possible (on a CPU); otherwise what the module says of a device holds.
+    """
     why = no_data_reason(t)
     if why:
         return (why,)
     layout = (t.dtype, t.shape, t.stride(), t.device)
-    if _contents_count(t):
+    if _contents_count(t, contents):
         return (*layout, _hash(t))
     return (*layout, storage_key(t), t.storage_offset(), t._version)
 
 
-def _contents_count(t: torch.Tensor) -> bool:
-    return t.device.type == "cpu"
+def _contents_count(t: torch.Tensor, contents: bool) -> bool:
+    return t.device.type == "cpu" and (contents or t.is_inference())  # that has no version
 
 
 def _hash(t: torch.Tensor) -> int:
@@ -63,11 +69,11 @@ class Seen:
     tensor: weakref.ref[torch.Tensor] | None
 
     @classmethod
-    def now(cls, t: torch.Tensor) -> Seen:
-        """``t`` as it is; it has data."""
+    def now(cls, t: torch.Tensor, contents: bool = True) -> Seen:
+        """``t`` as it is; it has data. ``contents`` as for :func:`state_of`."""
         # A tensor that is referred to weakly can't be swapped (torch.utils.swap_tensors): only where it must be.
-        tensor = None if _contents_count(t) else weakref.ref(t)
-        return cls(state_of(t), StorageWeakRef(t.untyped_storage()), tensor)
+        tensor = None if _contents_count(t, contents) else weakref.ref(t)
+        return cls(state_of(t, contents), StorageWeakRef(t.untyped_storage()), tensor)
 
     def is_still(self, t: torch.Tensor, state: State) -> bool:
         """True where ``t``, whose state is ``state``, has the values that were read."""

@@ -378,9 +378,14 @@ def inductor_compile(gm: GraphModule, fake_inputs: list[Any]) -> Callable[..., A
 
     mode = fake_mode_of(fake_inputs)
     assert mode is not None
-    with mode, torch.no_grad():
-        traced = make_fx(gm, decomposition_table=select_decomp_table(), _allow_non_fake_inputs=True)(*fake_inputs)
-    return compile_fx_inner(traced, fake_inputs)
+    allowed = mode.allow_non_fake_inputs
+    mode.allow_non_fake_inputs = True  # attributes in oneDNN's layout, as Inductor's own freezing does
+    try:
+        with mode, torch.no_grad():
+            traced = make_fx(gm, decomposition_table=select_decomp_table(), _allow_non_fake_inputs=True)(*fake_inputs)
+        return compile_fx_inner(traced, fake_inputs)
+    finally:
+        mode.allow_non_fake_inputs = allowed
 
 
 def storage_key(t: torch.Tensor) -> int:

@@ -169,7 +169,8 @@ def dequantized_weight(
     The other arguments are those of :func:`weight_quant_matmul`.
     """
     codes = weight_codes(weight, transpose_weight)
-    scale, offset = _parameters(antiquant_scale, antiquant_offset, dtype, *codes.shape, group_size)
+    k, n = codes.shape
+    scale, offset = _parameters(antiquant_scale, antiquant_offset, dtype, k, n, group_size)
     return _dequantized(codes, scale, offset, dtype)
 
 

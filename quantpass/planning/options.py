@@ -21,6 +21,7 @@ NumericsContract = Literal["strict", "vendor"]
 Mode = Literal["graph", "eager"]
 NzMode = Literal["auto", "never"]
 Decompositions = Literal["none", "inductor", "core"]
+CompareWeights = Literal["contents", "identity"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class Options:
 
     Attributes:
         target: chip name, SoC name or ``"cpu"``; None asks the device.
-        lowering: how fused operators are carried out: ``"reference"`` (CPU kernels that define their semantics) or
+        lowering: how fused operators are carried out: ``"reference"`` (CPU kernels that define their semantics),
+            ``"native"`` (the fastest of PyTorch's own CPU kernels, measured on the first weight of each shape) or
             ``"aclnn"`` (``torch.ops.npu.*``: on an NPU, or on a CPU after :func:`quantpass.emulate_npu`).
         inner: what compiles the rest of the graph: None or ``"eager"``, ``"inductor"``, or a function
             ``(graph_module, example_inputs) -> callable``.
@@ -48,6 +50,9 @@ class Options:
         decompositions: which operators are broken down before the pass sees the graph: ``"none"``, ``"inductor"``
             (Inductor's table) or ``"core"`` (core ATen); for backends only.
         dialects: tools that quantpass does not know, as :class:`quantpass.patterns.Dialect` objects.
+        compare_weights: how a backend on a CPU sees at each call that a weight has changed: ``"contents"`` reads it
+            (about as long as the matmul of one row takes); ``"identity"`` looks at the tensor, its memory and its
+            version only, as on a device, and does not see writes through ``tensor.data``, NumPy or a pointer.
         on_report: called with the :class:`quantpass.Report` of every graph that is compiled.
     """
 
@@ -60,6 +65,7 @@ class Options:
     allow: tuple[str, ...] = ()
     decompositions: Decompositions = "none"
     dialects: tuple[Dialect, ...] = ()
+    compare_weights: CompareWeights = "contents"
     on_report: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -74,6 +80,7 @@ class Options:
         one_of("numerics", self.numerics, get_args(NumericsContract))
         one_of("mode", self.mode, get_args(Mode))
         one_of("nz", self.nz, get_args(NzMode))
+        one_of("compare_weights", self.compare_weights, get_args(CompareWeights))
         one_of("decompositions", self.decompositions, get_args(Decompositions))
         if self.inner is not None and not callable(self.inner):
             one_of(
