@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quantpass.basics.tensor_spec import TensorSpec
     from quantpass.chips.checking import check_op
     from quantpass.doors.backend import backend
+    from quantpass.doors.checkpoint import check_checkpoint
     from quantpass.doors.explain import diff, explain, fuse
     from quantpass.doors.npu import npu_backend, npugraph_ex_options, register
     from quantpass.doors.preview import GePreview, preview_ge
@@ -41,6 +42,7 @@ __all__ = [
     "WeightFormat",
     "__version__",
     "backend",
+    "check_checkpoint",
     "check_op",
     "diff",
     "emulate_npu",
@@ -59,6 +61,7 @@ _NAMES = {
     "basics.tensor_spec": ("TensorSpec",),
     "chips.checking": ("check_op",),
     "doors.backend": ("backend",),
+    "doors.checkpoint": ("check_checkpoint",),
     "doors.explain": ("diff", "explain", "fuse"),
     "doors.npu": ("npu_backend", "npugraph_ex_options", "register"),
     "doors.preview": ("GePreview", "preview_ge"),
@@ -70,7 +73,7 @@ _NAMES = {
 _HOMES = _MappingProxyType({name: f"quantpass.{module}" for module, names in _NAMES.items() for name in names})
 _MODULES = frozenset(
     (
-        *("basics", "chips", "graph", "patterns", "operators", "planning", "lowering", "doors"),
+        *("basics", "chips", "checkpoints", "graph", "patterns", "operators", "planning", "lowering", "doors"),
         *("nn", "pipeline", "report", "rewrite", "version"),
     )
 )

@@ -34,9 +34,9 @@ def test_basics_and_chips_work_where_torch_is_not_installed():
     said = run(
         NO_TORCH
         + """
-import quantpass as qp, quantpass.basics, quantpass.chips
-for package in (quantpass.basics, quantpass.chips):
-    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+import quantpass as qp, quantpass.basics, quantpass.chips, quantpass.checkpoints
+for package in (quantpass.basics, quantpass.chips, quantpass.checkpoints):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
 T = qp.TensorSpec
 call = dict(x1=T("int8", (16, 512)), x2=T("int8", (512, 128), "FRACTAL_NZ", True), scale=T("int64", (128,)))
@@ -64,6 +64,7 @@ except ImportError as error:
         (["chips"], "ascend310p"),
         (["chips", "ascend310p"], "qmm.310p.dtypes"),
         (["chips", "--markdown"], "What each chip supports"),
+        (["check-checkpoint", "--help"], "safetensors"),
         (["check-op", "npu_trans_quant_param", "-t", "ascend910b", "scale=float32[64]"], "legal"),
     ],
 )

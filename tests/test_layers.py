@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "quantpass/basics",
     "quantpass/chips",
+    "quantpass/checkpoints",
     "quantpass/graph",
     "patterns",
     "quantpass/operators",

@@ -63,8 +63,8 @@ def _products(found: list[Numbers]) -> list[tuple[Numbers, ...]]:
     for first, *rest in found:
         rests.setdefault(first, []).append(tuple(rest))
     firsts: dict[frozenset[Numbers], list[int]] = {}
-    for first, rest in rests.items():
-        firsts.setdefault(frozenset(rest), []).append(first)
+    for first, behind in rests.items():
+        firsts.setdefault(frozenset(behind), []).append(first)
     return [
         (tuple(sorted(group)), *product)
         for rest, group in firsts.items()

@@ -228,7 +228,30 @@ REWRITING = (
            _WITHOUT_EXCEPTION, _OUR_FAULT, _VERDICTS),
 )  # fmt: skip
 
-REASONS: Mapping[str, Reason] = MappingProxyType({r.rule: r for r in (*READING, *PLANNING, *REWRITING)})
+_NAMES_IT = "docs/checkpoints.md"
+
+CHECKPOINTS = (
+    Reason("checkpoint.experts", "a stack of experts, which a grouped matmul multiplies, and no rules of one for this "
+           "chip and scheme are known", "a grouped matmul that the chip's tables speak of",
+           "a matmul for each expert by itself is judged beside it", _NAMES_IT),
+    Reason("checkpoint.scheme", "the weight is stored as something else than integers times a scale for each column or "
+           "group", "codes of at most 8 bits, evenly spaced, with a scale for each column or group of rows",
+           "quantize to int8 or int4", _WQMM),
+    Reason("checkpoint.shard.group", "a row-parallel shard cuts a group of rows that share a scale",
+           "a shard of whole groups", "use fewer ranks, or quantize with smaller groups or per channel", _NAMES_IT),
+    Reason("checkpoint.shard.order", "the weight was quantized in order of activation size and is sharded along K: "
+           "each rank has some rows of every group", "groups whose rows lie together",
+           "quantize with desc_act=False (actorder 'weight' or none), or do not shard this layer along K", _NAMES_IT),
+    Reason("checkpoint.shard.packed", "a shard cuts a stored element that holds several codes",
+           "a shard of whole elements", "use fewer ranks", _NAMES_IT),
+    Reason("checkpoint.shard.size", "the ranks do not divide the size that is sharded",
+           "a size that the ranks divide", "use a number of ranks that divides it", _NAMES_IT),
+    Reason("checkpoint.tensors", "the files do not say how large the weight is",
+           "a bias, or a config.json with the sizes of the model", "load the model and ask quantpass.explain",
+           _NAMES_IT),
+)  # fmt: skip
+
+REASONS: Mapping[str, Reason] = MappingProxyType({r.rule: r for r in (*READING, *PLANNING, *REWRITING, *CHECKPOINTS)})
 """All of them by id."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from tabulate import tabulate
 
-from quantpass.basics.reasons import PLANNING, READING, REWRITING, Reason
+from quantpass.basics.reasons import CHECKPOINTS, PLANNING, READING, REWRITING, Reason
 from quantpass.chips import CHIPS
 from quantpass.chips.dtype_table import DtypeTable, Row
 from quantpass.chips.requirements import Dtype, name_of
@@ -79,7 +79,8 @@ def reasons_markdown() -> str:
         "Made by `make docs` from `quantpass/basics/reasons.py`; a test keeps it so. A report names these ids, or a rule",
         "of the chip ([chips.md](chips.md)), and adds what was found.",
     ]
-    for title, reasons in (("Reading", READING), ("Planning", PLANNING), ("Rewriting", REWRITING)):
+    sections = (("Reading", READING), ("Planning", PLANNING), ("Rewriting", REWRITING), ("Checkpoints", CHECKPOINTS))
+    for title, reasons in sections:
         parts += ["", f"## {title}", "", reason_table(reasons, "github")]
     return "\n".join(parts) + "\n"
 

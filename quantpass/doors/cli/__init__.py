@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from quantpass.doors.cli import explain, graphs, preview, rules, verify
+from quantpass.doors.cli import checkpoint, explain, graphs, preview, rules, verify
 from quantpass.doors.cli.failures import Failing
 from quantpass.version import __version__
 
@@ -21,6 +21,7 @@ COMMANDS: tuple[click.Command, ...] = (
     graphs.fuse,
     graphs.diff,
     preview.preview,
+    checkpoint.check_checkpoint,
     rules.check_op,
     rules.chips,
     rules.reasons,

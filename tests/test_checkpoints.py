@@ -1,0 +1,224 @@
+"""``check_checkpoint`` says of a checkpoint what ``explain`` says of the loaded model, call by call and rule by rule.
+
+torchao and transformers are installed and write their checkpoints themselves. For GPTQModel, auto-round, AutoAWQ,
+compressed-tensors, bitsandbytes, quanto and HQQ, which are not, the tensors are those of the graphs that the tools'
+own modules gave (``tests/coverage/captures``), written under the names of the tools' state dicts. What no capture holds
+(compressed-tensors' int8 schemes, AscendV1) is written out in the layout that the tools document.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import quantpass as qp
+from quantpass.basics.tensor_spec import TensorSpec
+from quantpass.chips.legality import HALF_OPT_IN, REFIT_OPT_IN
+from quantpass.doors.compiled import copied
+from tests.checkpoints import write_folder
+from tests.coverage import captured
+from tests.coverage.here import schemes
+from tests.coverage.scheme import K, N
+
+TARGETS = ("ascend310p", "ascend910b", "ascend910_93", "cpu")
+HALF, BF16 = "float16", "bfloat16"
+CAPTURES = Path(__file__).parent / "coverage" / "captures"
+
+
+# -- the two answers in one form -----------------------------------------------------------------------------------
+
+
+def told(name, value):
+    """An argument of a call, without the number of rows of x."""
+    if not isinstance(value, TensorSpec):
+        return str(value).removeprefix("torch.")
+    of_rows = name in ("x", "x1", "pertoken_scale")
+    shape = value.shape[1:] if of_rows else value.shape
+    return f"{value.dtype_name}{shape} {value.format} {value.transposed}"
+
+
+def verdict(fused, op, call, rules, offers):
+    arguments = {k: told(k, v) for k, v in call.items() if v is not None and v != 0} if fused else {}
+    kept = sorted(set(rules) - {HALF_OPT_IN, REFIT_OPT_IN}) if not fused else []
+    return op if fused else "", arguments, kept, sorted(offers) if not fused else []
+
+
+def by_explain(report):
+    """What ``explain`` found, by target and site."""
+    found = {}
+    for s in report.sites:
+        call, op = (s.plan.call, s.plan.op) if s.plan else ({}, "")
+        rules = [r.rule for r in s.rejects]
+        offers = [tuple(a.partition(":")[0] for a in o.allow) for o in s.offers]
+        found.setdefault(s.target, []).append(verdict(s.fused, op, call, rules, offers))
+    return found
+
+
+def by_headers(report):
+    """What ``check_checkpoint`` found, by target and linear."""
+    found = {}
+    for line in report.lines:
+        for target, v in line.verdicts.items():
+            call = v.call.args if v.call is not None else {}
+            one = verdict(v.fused, v.op, call, [r.rule for r in v.rejects], v.offers)
+            found.setdefault(target, []).extend([one] * line.count)
+    return found
+
+
+def assert_same(report, folder, **settings):
+    checked = qp.check_checkpoint(folder, targets=TARGETS, **settings)
+    assert checked.total, checked
+    for target, sites in by_explain(report).items():
+        assert sorted(map(str, by_headers(checked)[target])) == sorted(map(str, sites)), (
+            f"{target}\n{checked}\n{report}"
+        )
+    return checked
+
+
+def explained(model, args):
+    torch._dynamo.reset()
+    return qp.explain(model, args, target=TARGETS, numerics="vendor")
+
+
+# -- torchao and transformers, which are installed -----------------------------------------------------------------
+
+
+def torchao_schemes():
+    return [s for s in schemes() if s.tool == "torchao"]
+
+
+@pytest.mark.parametrize("scheme", torchao_schemes(), ids=lambda s: s.name)
+def test_torchao_as_it_writes_itself(scheme, tmp_path):
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    model, args = scheme.build()
+    # What a parameter wraps is what it writes.
+    state = {n: t.data if isinstance(t, nn.Parameter) else t for n, t in model.state_dict().items()}
+    tensors, metadata = flatten_tensor_state_dict(state)
+    dtype = str(args[0].dtype).removeprefix("torch.")
+    config = {"dtype": dtype, "quantization_config": {"quant_method": "torchao", "quant_type": {"default": {}}}}
+    assert_same(explained(model, args), write_folder(tmp_path, tensors, config, metadata=metadata))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["int8", "dynamic", "int4"])
+def test_a_model_that_transformers_saves(which, tmp_path):
+    from torchao.quantization import (
+        Int8DynamicActivationInt8WeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+        PerGroup,
+    )
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+
+    config = {
+        "int8": Int8WeightOnlyConfig,
+        "dynamic": Int8DynamicActivationInt8WeightConfig,
+        "int4": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+    }[which]()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=96, max_position_embeddings=32)
+    LlamaForCausalLM(small).half().save_pretrained(tmp_path / "float")
+    quantized = TorchAoConfig(config)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.float16, quantization_config=quantized)
+    model.save_pretrained(tmp_path / "quantized")
+    checked = assert_same(explained(model.eval(), (torch.arange(8)[None],)), tmp_path / "quantized")
+    assert checked.total == 7
+    assert [text.partition(":")[0] for text in checked.floats] == ["lm_head"]
+
+
+# -- tools that are not installed: tensors of their own modules, under their own names ------------------------------
+
+
+def int32(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def gptq(t, **more):
+    names = dict(zip(("qzeros", "scales", "qweight", "bias"), t, strict=True))
+    g_idx = torch.arange(K, dtype=torch.int32) // 32
+    return {**{f"up.{n}": x for n, x in names.items()}, "up.g_idx": more.get("g_idx", g_idx)}
+
+
+def hqq(t, bits, axis=1):
+    names = dict(zip(("bias", "W_q", "scale", "zero"), t, strict=True))
+    meta = {"nbits": int32(bits), "axis": int32(axis), "group_size": int32(32), "shape": torch.tensor([N, K])}
+    return {f"up.{n}": x for n, x in {**names, **meta}.items()}
+
+
+def quanto(t, packed):
+    data = "weight._data._data" if packed else "weight._data"
+    names = (data, "weight._scale", *(("weight._shift",) if packed else ()), "bias")
+    half = len(names)
+    tensors = {f"up.{n}": x for n, x in zip(names, t, strict=False)}
+    return tensors | {f"down.{n}": x for n, x in zip(names, t[half:], strict=False)}
+
+
+def config_of(method, dtype=HALF, **settings):
+    return {"dtype": dtype, "quantization_config": {"quant_method": method, **settings}}
+
+
+def packed_config(strategy, **more):
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": strategy, **more}}
+    return config_of("compressed-tensors", BF16, format="pack-quantized", config_groups={"group_0": group})
+
+
+def compressed(t):
+    names = {"up.weight_packed": t[0], "up.weight_scale": t[1], "up.weight_shape": torch.tensor([N, K])}
+    return names
+
+
+GPTQ = {"group_size": 32, "desc_act": False, "sym": True}
+QMAP = {"weights": "qint8", "activations": "none"}
+
+CAPTURED = {
+    "auto_round__qlinear_torch__4_bits": (lambda t: gptq(t[1:]), config_of("auto-round", bits=4, group_size=32), {}),
+    "auto_round__qlinear_torch__8_bits": (lambda t: gptq(t[1:]), config_of("auto-round", bits=8, group_size=32), {}),
+    "auto_round__qlinear_torch_zp__4_bits": (lambda t: gptq(t[1:]), config_of("gptq", bits=4, **GPTQ), {}),
+    "gptqmodel__3_bits": (lambda t: gptq(t[3:], g_idx=t[0]), config_of("gptq", bits=3, **GPTQ), {}),
+    "gptqmodel__3_bits__in_order_of_activation_size": (
+        lambda t: gptq(t[3:], g_idx=t[0]),
+        config_of("gptq", bits=3, group_size=32, desc_act=True),
+        {},
+    ),
+    "awq__gemm_packing__4_bits": (
+        lambda t: {f"up.{n}": x for n, x in zip(("qweight", "qzeros", "scales", "bias"), t[:4], strict=True)},
+        config_of("awq", bits=4, group_size=32, zero_point=True, version="gemm"),
+        {},
+    ),
+    "bitsandbytes__llm_int8__": (
+        lambda t: {"up.weight": t[0], "up.bias": t[1], "up.SCB": t[3]},
+        config_of("bitsandbytes", load_in_8bit=True, llm_int8_threshold=0.0),
+        {},
+    ),
+    "compressed_tensors__int4_packed__groups_of_32": (compressed, packed_config("group", group_size=32), {}),
+    "compressed_tensors__int4_packed__per_channel": (compressed, packed_config("channel"), {}),
+    "hqq__8_bits__groups_of_32_along_k": (lambda t: hqq(t, 8), config_of("hqq"), {}),
+    "hqq__4_bits__groups_of_32_along_k": (lambda t: hqq(t, 4), config_of("hqq"), {}),
+    "hqq__3_bits__groups_of_32_along_k": (lambda t: hqq(t, 3), config_of("hqq"), {}),
+    "hqq__2_bits__groups_of_32_along_k": (lambda t: hqq(t, 2), config_of("hqq"), {}),
+    "hqq__4_bits__groups_along_n": (lambda t: hqq(t, 4, axis=0), config_of("hqq"), {}),
+    "quanto__qint8_weights": (lambda t: quanto(t, False), {"dtype": HALF}, {"quanto_qmap": {"up": QMAP, "down": QMAP}}),
+    "quanto__qint4_weights": (
+        lambda t: quanto(t, True),
+        {"dtype": HALF},
+        {"quanto_qmap": {m: {"weights": "qint4", "activations": "none"} for m in ("up", "down")}},
+    ),
+    "quanto__qint2_weights": (
+        lambda t: quanto(t, True),
+        {"dtype": HALF},
+        {"quanto_qmap": {m: {"weights": "qint2", "activations": "none"} for m in ("up", "down")}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_tensors_of_a_tools_own_module(name, tmp_path):
+    rename, config, files = CAPTURED[name]
+    (c,), _ = captured.load(CAPTURES / f"{name}.pt")
+    tensors = rename(list(dict(c.graph.named_buffers()).values()))
+    report = qp.explain(copied(c.graph), target=TARGETS, numerics="vendor")
+    assert_same(report, write_folder(tmp_path, tensors, config, **files))
