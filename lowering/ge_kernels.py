@@ -154,6 +154,14 @@ def _ints(t: torch.Tensor) -> list[int]:
     return [int(v) for v in t.flatten().tolist()]
 
 
+def _pad(x: Inputs, a: Attributes) -> torch.Tensor:
+    value = x[2].item() if len(x) > 2 and x[2] is not None else 0
+    if a.get("mode", "constant") != "constant" or not a.get("paddings_contiguous", True):
+        raise NotImplementedError("PadV3 in another mode than constant, or with all paddings in front first")
+    pairs = x[1].reshape(-1, 2).flip(0)  # PyTorch's order: the last dimension first
+    return torch.nn.functional.pad(x[0], pairs.flatten().tolist(), value=value)
+
+
 def _strided_slice(x: Inputs, a: Attributes) -> torch.Tensor:
     for mask in ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask"):
         if a[mask]:
@@ -233,6 +241,7 @@ _SHAPES: dict[str, Kernel] = {
     "Pack": lambda x, a: torch.stack(x, a["axis"]),
     "SplitV": _split,
     "StridedSliceV2": _strided_slice,
+    "PadV3": _pad,
     "GatherV2": _gather,
     "GatherElements": lambda x, a: torch.gather(x[0], a["dim"], x[1]),
     "IndexByTensor": _index_by_tensor,

@@ -2,11 +2,13 @@
 
 from quantpass.chips import companions, grouped_matmul, quant_matmul, quant_matmul_dequant, weight_quant_matmul
 from quantpass.chips.quant_matmul import QMM
+from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.rules import Chip, WeightLayout
 from quantpass.chips.weight_quant_matmul import WQMM
 
 _NZ = WeightLayout("NZ", True, "graph mode takes a weight stored (N, K), cast to FRACTAL_NZ, viewed transposed")
 _ND = WeightLayout("ND", True, "eager mode converts an ND weight itself")
+_ROWS = WeightLayout("ND", True, "the operator takes a weight stored (N, K), as it is")
 
 ASCEND310P = Chip(
     name="ascend310p",
@@ -26,7 +28,11 @@ ASCEND310P = Chip(
         *grouped_matmul.rules(grouped_matmul.ROWS_310P, "310p"),
         *grouped_matmul.RULES_310P,
     ),
-    layouts={QMM: (_NZ,), WQMM: (_NZ,)},
+    layouts={QMM: (_NZ,), WQMM: (_NZ,), QMMD: (_ROWS,)},
     saturates=True,
-    eager_layouts={QMM: (WeightLayout("NZ", True, "saves the operator's own conversion"), _ND), WQMM: (_ND,)},
+    eager_layouts={
+        QMM: (WeightLayout("NZ", True, "saves the operator's own conversion"), _ND),
+        WQMM: (_ND,),
+        QMMD: (_ROWS,),
+    },
 )

@@ -19,7 +19,9 @@ from quantpass.graph.instructions import Cast, Move, Part
 from quantpass.graph.torch_versions import is_reduction
 from quantpass.graph.writes import written_arguments
 
-_MAKES = frozenset(f"aten::{name}" for name in ["full_like", "zeros_like", "ones_like", "full", "amax"])
+_MAKES = frozenset(
+    f"aten::{name}" for name in ["full_like", "zeros_like", "ones_like", "full", "amax", "constant_pad_nd"]
+)
 
 
 _QUANTIZE = ("quantpass::dynamic_quant", "quantpass::quantize")

@@ -20,6 +20,7 @@ from quantpass.basics.reject import Reject
 from quantpass.chips.calls import VendorOp
 from quantpass.chips.legality import judge
 from quantpass.chips.quant_matmul import QMM
+from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.rules import Chip
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Const, Expr, Ref
@@ -32,6 +33,7 @@ from quantpass.planning.composition import Composition, compositions
 from quantpass.planning.half_product import half_product_candidates
 from quantpass.planning.options import Options
 from quantpass.planning.quant_matmul import quant_matmul_candidates
+from quantpass.planning.quant_matmul_dequant import has_it, quant_matmul_dequant_candidates
 from quantpass.planning.requantize import Requantized, requantized
 from quantpass.planning.weight_quant_matmul import weight_quant_candidates
 
@@ -69,7 +71,8 @@ def others_of(readings: Sequence[Reading], options: Options) -> Others:
     made = (
         guarded(partial(requantized, r, options.chip, options, ()), _nothing, "") for r in readings if not r.rejects
     )
-    return Others({m.how.x for m in made if isinstance(m, Requantized)})
+    dequant = has_it(options.chip)
+    return Others({m.how.x for m in made if isinstance(m, Requantized) and (m.refused is None or dequant)})
 
 
 def _nothing(reject: Reject) -> None:
@@ -173,6 +176,7 @@ def _candidates(
 ) -> Iterator[Candidate | Reject]:
     if isinstance(reading.activation, Affine):
         yield from quant_matmul_candidates(reading, prefixes, chip, options, made)
+        yield from quant_matmul_dequant_candidates(reading, prefixes, chip, options, made)
     elif reading.activation.quantized:
         yield _activation_reject(reading.activation)
     yield from weight_quant_candidates(reading, prefixes, chip, options)
@@ -230,6 +234,9 @@ def _as_plan(
 def _weaker(candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...]) -> Iterator[str]:
     """Why a quantized activation is dequantized in the graph and the matmul is not an integer one."""
     if candidate.call.op is QMM:
+        return
+    if candidate.call.op is QMMD:
+        yield from (f"{QMM} is not taken: {r.rule}: {r.fact}" for r in passed_over if r.rule.startswith("qmm."))
         return
     activation = reading.activation
     if isinstance(activation, Affine) or activation.quantized:

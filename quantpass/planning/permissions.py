@@ -38,6 +38,7 @@ def plan_as_allowed(reading: Reading, chip: Chip, options: Options, writes: Writ
             return found
         more = (found,) if isinstance(found, Reject) else () if found is None else found.rejects
         own = replace(own, rejects=tuple(dict.fromkeys((*own.rejects, *more))))
+    own = replace(own, rejects=(*own.rejects, *site.vendors()))
     offers = tuple(site.offers())
     told = {r.rule for r in own.rejects}
     rejects = [r for r in map(site.offered, offers) if r.rule not in told]
@@ -88,6 +89,16 @@ class _Refused:
             weight = refit(source, thorough=refit_limit(self.options.allow) is not None)
             self._fitted.append(None if weight is None else replace(self.reading, weight=weight, rejects=()))
         return self._fitted[0]
+
+    def vendors(self) -> Iterator[Reject]:
+        """That the operators' own quantization would make the site legal, where the graph's is asked for."""
+        if self.options.numerics == "vendor":
+            return
+        options = replace(self.options, numerics="vendor")
+        found = plan_site(self.reading, self.chip, options, self.writes, self.others).plan
+        if found is not None:
+            how = f"{found.op} would take it with codes of its own"
+            yield refuse("requantize.strict", how, hint="numerics='vendor' would have it fused")
 
     def offers(self) -> Iterator[Offer]:
         """The fewest permissions, beyond those given, with which the site is legal; re-fits of any SQNR among them."""

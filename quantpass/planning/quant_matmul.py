@@ -65,6 +65,8 @@ def quant_matmul_candidates(
     activation, weight = reading.activation, reading.weight
     assert isinstance(activation, Affine)
     assert isinstance(weight, Weight)
+    if isinstance(made, Requantized) and made.refused is not None:
+        made = made.refused
     rejects = list(refusals(activation, weight))
     if rejects:
         yield from rejects

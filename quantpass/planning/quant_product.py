@@ -43,6 +43,8 @@ class Product:
     """What float32 sums may lose beside the bound that is relative to the products and the bias."""
     made: Requantized | None = None
     """Where an operator makes ``x`` by its own rule, how far that takes it from the graph's."""
+    given: Expr | None = None
+    """The graph's own scale, where it is no factor since the operator that quantizes is given it."""
 
     def with_row_scales(self) -> Product:
         """The same with a scale for each row, of ones where there was none: the form that takes a floating bias."""
@@ -105,11 +107,14 @@ def product_of(
         if of_rows is None:
             return None
         rows.append(of_rows)
-    if made is not None and made.scale is not None:
-        exchanged = _exchanged(made, made.scale, rows)
+    given = None
+    if made is not None and (scale := made.scale) is not None:
+        exchanged = _exchanged(made, rows)
         if exchanged is None:
             return None
-        made, rows, ratio = exchanged
+        i, made, ratio = exchanged
+        given = rows[i] if made.given else None
+        rows[i : i + 1] = [] if made.given else [scale]
         columns = columns if ratio == 1 else ex.mul(columns, ex.scalar(ratio))
     elif made is not None and made.ratio != 1:
         if isinstance(columns, Const):
@@ -143,16 +148,15 @@ def product_of(
         acc_addend, lost = None if ex.is_all(whole, 0) else whole, rounding_of(rest)
     reach = _reach(activation, weight)
     fixups, row_scale = tuple(notes.fixups), _row_scale(rows, x)
-    return Product(x, weight, c, columns, row_scale, acc_addend, addend, fixups, reach, lost, made)
+    return Product(x, weight, c, columns, row_scale, acc_addend, addend, fixups, reach, lost, made, given)
 
 
-def _exchanged(made: Requantized, scale: Expr, rows: list[Expr]) -> tuple[Requantized, list[Expr], float] | None:
-    """``rows`` with the operator's scale for the graph's, and the constant that the graph's had beside it."""
+def _exchanged(made: Requantized, rows: list[Expr]) -> tuple[int, Requantized, float] | None:
+    """Which of ``rows`` is the graph's scale; ``made`` with its roundings; and its multiple."""
     for i, factor in enumerate(rows):
         found = made.in_place_of(factor)
         if found is not None:
-            own, ratio = found
-            return own, [*rows[:i], scale, *rows[i + 1 :]], ratio
+            return i, *found
     return None
 
 

@@ -28,6 +28,7 @@ from quantpass.operators.dynamic_quant import DYNAMIC_QUANT
 from quantpass.operators.quantize import QUANTIZE
 from quantpass.patterns.activations import ActivationReader, NotRead, Quantization
 from quantpass.patterns.affine import Affine
+from quantpass.patterns.magnitudes import Magnitude
 from quantpass.patterns.sites import Reading
 from quantpass.planning.candidates import call_op, flattened
 from quantpass.planning.options import Options
@@ -56,6 +57,7 @@ class Requantized:
     """An activation's codes as an operator makes them.
 
     Attributes:
+        x: what is quantized.
         codes: int8, in place of the activation's.
         scale: what they have to be multiplied by, ``(M,)`` or ``(1,)`` float32; None where the graph's own scale stays.
         how: how the graph makes its codes.
@@ -65,8 +67,11 @@ class Requantized:
         steps: how far the two dequantized activations may be apart, in units of the graph's scale.
         absolute: likewise, beside that.
         ratio: what the graph's own scale is to be multiplied by, where it stays.
+        refused: why the chip does not take the call; another operator may quantize by the same rule.
+        given: the operator takes the graph's own scale.
     """
 
+    x: Expr
     codes: Expr
     scale: Expr | None
     how: Quantization
@@ -76,6 +81,8 @@ class Requantized:
     steps: float
     absolute: float = 0.0
     ratio: float = 1.0
+    refused: Reject | None = None
+    given: bool = False
 
     @property
     def why(self) -> str:
@@ -92,7 +99,7 @@ class Requantized:
     def in_place_of(self, factor: Expr) -> tuple[Requantized, float] | None:
         """Where ``factor`` is the graph's scale of the codes: this with that scale's roundings, and its multiple."""
         own, m = self.how.magnitude, self.reader.scale(factor)
-        if own is None or m is None or (m.x, m.whole) != (own.x, own.whole):
+        if own is None or m is None or (m.x, m.whole) != (own.x, own.whole) or not _same_floor(m, own):
             return None
         ratio = m.factor * self.how.divisor
         steps, absolute = self.steps + self.how.divisor * m.error, self.absolute + 1.02 * m.lost
@@ -103,7 +110,7 @@ class Requantized:
 def requantized(
     reading: Reading, chip: Chip, options: Options, int8_already: Collection[Node]
 ) -> Requantized | Reject | None:
-    """A site's activation as an operator quantizes it; why it can't, or None where that is not asked for.
+    """A site's activation as an operator quantizes it; why none does, or None where that is not asked for.
 
     Args:
         reading: the site.
@@ -127,7 +134,7 @@ def requantized(
     if isinstance(made, Reject):
         return made
     verdict = judge(made.call, chip, options.allow)
-    return made if verdict.legal else verdict.rejects[0]
+    return made if verdict.legal else replace(made, refused=verdict.rejects[0])
 
 
 def _is_given(node: Node) -> bool:
@@ -156,7 +163,7 @@ def _dynamic(q: Quantization, x: Expr, reader: ActivationReader, options: Option
     # Each is off by half a step and what rounding adds; a step of the operator is at most this one of the graph.
     graph, own = max(0.5, q.divisor - q.high) + q.error, (0.5 + _ARITHMETIC) * q.divisor / _DIVISOR
     call = OpCall(DYNAMIC_QUANT.vendor, options.mode, described)
-    return Requantized(codes, scale, q, reader, call, apart, (graph + own) * _SECOND_ORDER, 1.02 * m.lost)
+    return Requantized(x, codes, scale, q, reader, call, apart, (graph + own) * _SECOND_ORDER, 1.02 * m.lost)
 
 
 def _static(q: Quantization, x: Expr, reader: ActivationReader, options: Options) -> Requantized | Reject:
@@ -181,12 +188,17 @@ def _static(q: Quantization, x: Expr, reader: ActivationReader, options: Options
     specs = {name: TensorSpec(ex.dtype_of(e), ex.shape_of(e)) for name, e in arguments.items()}
     described = {"input": specs["x"], "scales": specs["scale"], "zero_points": specs.get("offset")}
     call = OpCall(QUANTIZE.vendor, options.mode, {**described, "dtype": "qint8", "axis": -1, "div_mode": False})
-    made = Requantized(codes, None, q, reader, call, apart, float(apart))
+    made = Requantized(x, codes, None, q, reader, call, apart, float(apart))
     if rate.numel() > 1 or moved <= 2.0**-20:
         return made
     # What the rounded rate makes of x is scaled back with it: half a step each, and the ends of int8 lie elsewhere.
     steps = 1 + q.error + (max(127 - q.zero_point, 128 + q.zero_point) + 1) * moved
     return replace(made, ratio=float(exact / rate.double()), steps=steps * _SECOND_ORDER)
+
+
+def _same_floor(a: Magnitude, b: Magnitude) -> bool:
+    """True where codes are multiplied by what x was divided by, in rows of small magnitudes as well."""
+    return all(math.isclose(x, y, rel_tol=_SAME) for x, y in ((a.floor, b.floor), (a.added, b.added)))
 
 
 def _apart(moved: float) -> int | Reject:

@@ -12,7 +12,7 @@ from quantpass.chips.tables import reasons_markdown
 
 ROOT = Path(__file__).resolve().parents[3]
 HOME = ROOT / "quantpass" / "basics" / "reasons.py"
-_ID = re.compile(r"(read|plan|rewrite|qmm|wqmm|requantize|numerics|weights|torchair|checkpoint)(\.[a-z_0-9]+)+")
+_ID = re.compile(r"(read|plan|rewrite|qmm|qmmd|wqmm|requantize|numerics|weights|torchair|checkpoint)(\.[a-z_0-9]+)+")
 FAMILIES = {"{op.family}.weight.runtime", "{op.family}.bias.saturates"}
 KERNELS = ROOT / "quantpass" / "operators"
 
