@@ -13,6 +13,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from quantpass.basics.symbolic import same_shape
 from quantpass.graph.expr import Call, Expr, Recentred, Ref
 from quantpass.graph.schema import op_name
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
@@ -267,4 +268,4 @@ def _is_float_or_codes(n: Node) -> bool:
 
 def _same_matrix(shape: Any, result: Any) -> bool:
     """True where an operand of a pointwise operator is not broadcast along the last two dimensions."""
-    return len(shape) >= 2 and all(s is r or str(s) == str(r) for s, r in zip(shape[-2:], result[-2:], strict=True))
+    return len(shape) >= 2 and same_shape(shape[-2:], result[-2:])

@@ -13,6 +13,7 @@ from quantpass.graph.expr import Ref
 from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.activations import ActivationReader, NotRead, Quantization
 from quantpass.patterns.affine import AffineReader
+from quantpass.patterns.magnitudes import MagnitudeReader
 from tests.unit.graphs import Traced
 
 decomposed = torch.ops.quantized_decomposed
@@ -59,6 +60,16 @@ def check(q, x, codes):
         meant = torch.where(top > m.steady_from, meant, int8_codes(codes) - q.zero_point)
     meant = (meant + q.zero_point).clamp(q.low, q.high)
     assert float((codes - meant).abs().max()) <= 0.5 + q.error * 1.01 + 1e-6
+
+
+def test_magnitudes_in_integers_are_none():
+    for function in (
+        lambda x: largest(x).to(torch.int32),
+        lambda x: largest(x) > 1,
+        lambda x: x.to(torch.int32).abs().amax(-1),
+    ):
+        t = Traced(function, X)
+        assert MagnitudeReader(t.reader).read(t.result) is None
 
 
 def facts(q):

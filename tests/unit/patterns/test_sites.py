@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.ao.quantization.fx._decomposed
 
 from quantpass.graph.records import Weight
 from quantpass.graph.static_values import StaticValues
@@ -165,8 +166,39 @@ def test_where_a_site_comes_from():
     node.meta["nn_module_stack"] = {"a": ("L['self']", torch.nn.Module), "b": ("L['self'].mlp.up", torch.nn.Linear)}
     node.meta["stack_trace"] = '  File "a.py", line 3, in f\n  File "b.py", line 7, in g\n'
     assert provenance(node) == ("mlp.up", "b.py:7")
+    node.meta["stack_trace"] += '  File "c.py", line 9, in h\n'
+    assert provenance(node)[1] == "c.py:9"
     node.meta["nn_module_stack"] = {"a": ("L['self']", torch.nn.Module)}
     assert provenance(node)[0] == "mm"
+
+
+def test_the_value_of_a_weight_that_has_no_form():
+    """What a re-fit would start from: only of a weight that is known, and nothing else in the way."""
+    levels = torch.tensor([-1.0, -0.5, 0.1, 0.9])
+    codes = torch.arange(64).remainder(4).reshape(8, 8).to(torch.uint8)
+    r = site(lambda x, c, t: x @ t[c.long()], X, codes, levels, known=2)
+    assert rules(r) == ["read.weight.nonlinear"]
+    assert torch.equal(r.own_value().float(), levels[codes.long()])
+    turned = site(lambda x, c, t: x @ t[c.long()].t(), X, codes, levels, known=2)
+    assert torch.equal(turned.own_value().float(), levels[codes.long()].t())
+    assert site(lambda x, c, s: x @ (c.float() * s), X, CODES, SCALE, known=2).own_value is None  # it has a form
+    assert site(lambda x, c, s: x @ (c.float() * s[:, None]), X, CODES, SCALE).own_value is None  # not known
+
+
+def test_what_the_graph_says_of_a_zero_point():
+    """Bounds of the integers in the activation's zero point, where the graph clamps them."""
+    zero = torch.tensor(3.2)
+
+    def function(x, z, c, s, bounded):
+        z = (z.round().clamp(-100, 100) if bounded else z.round()).to(torch.int32)
+        x = torch.ops.quantized_decomposed.dequantize_per_tensor.tensor(x, s[0], z, -128, 127, torch.int8)
+        return x @ (c.float() * s)
+
+    clamped = site(lambda x, z, c, s: function(x, z, c, s, True), CODES, zero, CODES, SCALE, known=2)
+    assert (-100, 100) in clamped.ranges.values()
+    free = site(lambda x, z, c, s: function(x, z, c, s, False), CODES, zero, CODES, SCALE, known=2)
+    assert (-100, 100) not in free.ranges.values()
+    assert site(lambda x, c, s: x @ (c.float() * s), X, CODES, SCALE, known=2).ranges == {}
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Const, Ref
 from quantpass.graph.records import Weight
-from quantpass.patterns.affine import NotAffine
-from quantpass.patterns.weights import _is_proved, is_weight, read_weight
+from quantpass.patterns.affine import AffineReader, NotAffine
+from quantpass.patterns.weights import _is_proved, is_weight, matrix_node, read_weight
 from quantpass.patterns.weights_by_value import Operand
 from tests.unit.graphs import Traced, evaluate
 
@@ -263,6 +263,21 @@ def test_a_reading_that_the_value_contradicts_is_no_weight():
     assert isinstance(read_weight(t.reader, t.result, transposed=False), NotAffine)
 
 
+def test_a_named_operator_says_more_than_floats_do():
+    """Why a weight can't be read: by its operator's name, unless its integers say so themselves."""
+    named = NotAffine("a tool's own operator", quantized=True, rule="read.weight.opaque")
+
+    def reason(function, *inputs):
+        t = Traced(function, *inputs, known=len(inputs))
+        reader = AffineReader(t.values, t.dialects, {t.result: named})
+        return read_weight(reader, t.result, transposed=False).rule
+
+    grid = torch.arange(4096).mul(7).remainder(15).sub(7).reshape(64, 64) * torch.linspace(0.01, 0.02, 64)
+    assert reason(lambda w: w * 1.0, torch.randn(64, 64)) == named.rule
+    assert reason(lambda w: w * 1.0, grid) == named.rule
+    assert reason(lambda c: c.float() ** 3, CODES) == "read.weight.nonlinear"
+
+
 def test_a_reading_is_proved_by_what_is_known_only():
     """Of a zero point that can't be evaluated nothing is proved; without one there is none to evaluate."""
     plain = Traced(lambda z, c, s: c.float() * s + 0 * z, ZERO, CODES, COLUMNS, known=2)
@@ -274,6 +289,14 @@ def test_a_reading_is_proved_by_what_is_known_only():
     shifted = Traced(lambda c, s, z: (c.float() - z) * s, CODES, COLUMNS, ZERO, known=3)
     w = read_weight(shifted.reader, shifted.result, transposed=False)
     assert w.zero_point is not None and _is_proved(shifted.values, Operand(shifted.result, False, None), w)
+
+
+def test_a_matrix_is_its_own():
+    """Only leading dimensions are looked behind."""
+    t = Traced(lambda c: c.unsqueeze(0).view(K, N), CODES)
+    assert matrix_node(t.result) is t.result
+    t = Traced(lambda c: c.expand(3, K, N), CODES)
+    assert matrix_node(t.result) is t.inputs[0]
 
 
 def test_only_a_matrix_is_surely_a_weight():

@@ -166,6 +166,9 @@ def test_the_graphs_own_codes_are_kept():
         t = Traced(function, codes, COLUMNS, known=2)
         w = weight_by_value(t.values, Operand(t.result, False))
         assert w.codes.origin is t.inputs[0] and w.transposed == transposed
+    for view in (torch.clone, lambda c: c.t().contiguous().t(), lambda c: c.reshape(-1).reshape(K, N)):
+        t = Traced(lambda c, s, view=view: view(c).float() * s, CODES, COLUMNS, known=2)
+        assert weight_by_value(t.values, Operand(t.result, False)).codes.origin is t.inputs[0]
     square = CODES[:N]
     t = Traced(lambda c, s: c.float() * s, square, COLUMNS, known=2)
     w = weight_by_value(t.values, Operand(t.result, False))
@@ -182,6 +185,24 @@ def test_packed_codes():
     assert torch.equal(w.codes.tensor.t(), CODES)
     w = read(lambda p, s: grouped(unpacked(p), s), packed(CODES), GROUPS)
     assert w.group_size == 4
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs"),
+    [
+        (lambda c, s: c.float() * s, (CODES, COLUMNS)),
+        (lambda c, s: (c + 1).float() * s, (CODES, COLUMNS)),
+        (lambda p, s: unpacked(p).float() * s, (packed(CODES), COLUMNS)),
+        (lambda a, b, s: torch.cat([a.float(), b.float()]) * s, (CODES[:4], CODES[4:], COLUMNS)),
+        (lambda c, s: torch.where(c > 0, s, -s), (CODES, COLUMNS)),
+        (lambda x, s: x.round() * s, (CODES.float(), COLUMNS)),
+        (lambda x, s: x * s, (CODES.float(), COLUMNS)),
+    ],
+)
+def test_no_integers_are_probed_twice_or_in_vain(function, inputs):
+    t = Traced(function, *inputs, known=len(inputs))
+    cuts = [tuple(cut) for cut in weights_by_value._integer_cuts(t.values, t.result, K * N)]
+    assert all(cuts) and len(set(cuts)) == len(cuts)
 
 
 def test_codes_put_together_from_pieces():

@@ -7,20 +7,26 @@ import torch
 import torch.nn.functional as F
 
 from quantpass.chips import chip_named
+from quantpass.chips.legality import judge
 from quantpass.chips.quant_matmul import QMM
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Const, Ref
-from quantpass.graph.records import Weight
+from quantpass.graph.records import Refit, Weight
 from quantpass.graph.writes import writes_of
 from quantpass.patterns.affine import Affine
 from quantpass.patterns.sites import find_sites
 from quantpass.planning.candidates import Candidate, flattened, rows_of, weight_layouts
-from quantpass.planning.choose import plan_site
+from quantpass.planning.choose import Others, plan_site
 from quantpass.planning.composition import compositions
 from quantpass.planning.options import Options
 from quantpass.planning.quant_matmul import quant_matmul_candidates
 from quantpass.planning.quant_product import accumulator_problem, product_of
-from quantpass.planning.weight_quant_matmul import _as_int4, weight_quant_candidates
+from quantpass.planning.weight_quant_matmul import (
+    _as_int4,
+    _bias_problem,
+    _zero_point_survives,
+    weight_quant_candidates,
+)
 from tests.unit.graphs import Traced, evaluate, node_of
 
 M, K, N = 5, 64, 32
@@ -700,6 +706,48 @@ def test_what_the_operator_has_no_term_for(x_of, w_of, more, rule):
     assert {c.call.op.name for c in site.check()} <= {"npu_weight_quant_batchmatmul"}
 
 
+def test_zero_points_of_the_run_that_a_cast_may_spoil():
+    """One that is rounded is far larger than any code; one that overflows is lost."""
+    for source, dtype, survives in (
+        (torch.uint8, torch.float16, True),
+        (torch.int16, torch.float16, True),
+        (torch.int32, torch.float16, False),
+        (torch.int64, torch.float16, False),
+        (torch.int64, torch.bfloat16, True),
+        (torch.float16, torch.bfloat16, False),
+        (torch.bfloat16, torch.float32, True),
+    ):
+        zero = Ref(node_of(torch.zeros(N, dtype=source)))
+        assert _zero_point_survives(zero, dtype) is survives, (source, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "source", "taken"),
+    [
+        (torch.float16, torch.float16, True),
+        (torch.float16, torch.float32, False),
+        (torch.float16, torch.int64, False),
+        (torch.bfloat16, torch.float32, True),
+        (torch.bfloat16, torch.int64, True),  # float32 rounds it as the graph's own sum does
+        (torch.bfloat16, torch.float64, False),
+    ],
+)
+def test_a_bias_of_the_run_is_taken_in_the_operators_dtype(dtype, source, taken):
+    """float16 beside float16, float32 beside bfloat16; what these do not hold is added behind."""
+    site = weight_only(dtype, codes=CODES)
+    (c,) = compositions(site.reading.node, dtype, ())
+    c = dataclasses.replace(c, addend=Ref(node_of(torch.zeros(N, dtype=source))))
+    problem = _bias_problem(c, dtype, chip_named("ascend910b"))
+    assert (problem is None) is taken
+    assert taken or problem.rule == "wqmm.bias.runtime"
+
+
+def test_codes_that_are_int4_already_stay_the_stored_ones():
+    for low, high in ((-8, 7), (-8, 0), (0, 7)):
+        weight = weight_only(codes=draw(K, N, low=low, high=high)).reading.weight
+        assert (weight.low, weight.high) == (low, high) and _as_int4(weight) is weight
+
+
 def test_a_bias_that_float32_can_not_hold():
     bias = torch.full((N,), 20.0)
     site = integer(lambda y, s, b: (y.float() * s + b) * 3e37, SCALE, bias)
@@ -726,6 +774,58 @@ def test_why_a_weight_stays_in_nd():
     runtime = weight_only(torch.float16, known=0, codes=CODES, scale=SCALE.half())
     plan = runtime.plan("ascend910b").plan
     assert plan.weight_format == "NZ" or plan.nd_reason
+
+
+def test_a_plan_that_waits_for_values_says_so():
+    """It may become better once the weight is known; not where the user or the chip wants ND."""
+    known, runtime = weight_only(codes=CODES), weight_only(known=0, codes=CODES, scale=SCALE.half())
+    for site, target, options, waits in (
+        (known, "ascend310p", {}, False),
+        (known, "ascend910b", {"nz": "never"}, False),
+        (runtime, "ascend910b", {"nz": "never"}, False),
+        (runtime, "ascend910b", {}, True),
+    ):
+        plan = site.plan(target, **options).plan
+        assert plan.awaits_values is waits, (target, options, plan.nd_reason)
+
+
+def test_a_refusal_names_what_the_most_nearly_legal_call_breaks():
+    """Of calls that break equally many rules the first, which is the one that planning prefers."""
+    groups = weight_only(codes=CODES, scale=(rand(K // 4, N) + 0.01).repeat_interleave(4, 0))
+    rows = integer(lambda y, r: y.float() * r, rand(32, 1))
+    for site, target in ((groups, "ascend910b"), (rows, "ascend310p")):
+        broken = [judge(c.call, chip_named(target), ()).rejects for c in site.calls(target)]
+        assert len(set(broken)) > 1
+        assert site.plan(target).rejects == min(broken, key=len)
+
+
+def test_a_tensor_that_others_quantize_stays():
+    """No plan takes in a tensor whose codes another operator makes, unless it ends there."""
+    site = weight_only(torch.float16, codes=CODES, after=rand(N) + 0.5, bias=BIAS.half())
+    product, scaled = site.reading.node, site.reading.epilogue.steps[0].node
+    writes = writes_of(site.t.graph, site.t.values.mutated)
+    for needed, output in (
+        (set(), site.t.result),
+        ({scaled}, scaled),
+        ({product}, product),
+        ({site.t.result}, site.t.result),
+    ):
+        options = Options(target="ascend910b")
+        planned = plan_site(site.reading, options.chip, options, writes, Others(needed=needed))
+        assert planned.plan.output is output
+
+
+def test_what_a_refit_adds_to_the_bound():
+    """Its largest error for each ``|x_k|``, scaled as the product is, and rounded with it."""
+    site = weight_only(codes=CODES, after=rand(N) + 0.5)
+    cost = Refit(sqnr=40.0, largest_error=0.01, largest=1.0, growth=1.5)
+    fitted = dataclasses.replace(site.reading, weight=dataclasses.replace(site.reading.weight, refit=cost))
+    writes = writes_of(site.t.graph, site.t.values.mutated)
+    options = Options(target="ascend910b")
+    plain, more = (plan_site(r, options.chip, options, writes).numerics for r in (site.reading, fitted))
+    gain = float((rand(N) + 0.5).half().max())
+    assert more.of_x == pytest.approx(plain.of_x + 0.01 * gain * (1 + plain.relative), rel=1e-9)
+    assert more.kind == "bounded" and len(more.why) == len(plain.why) + 1
 
 
 def test_nothing_fits():

@@ -1,12 +1,17 @@
 """Carrying out plans: a site is rewritten whole or not at all, and what it shares is made once."""
 
+import operator
+
 import pytest
 import torch
 
+from quantpass import rewrite
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Call, Const, Recentred, Ref, Size
 from quantpass.graph.records import Plan
+from quantpass.graph.torch_internals import contiguous_fake as fake
 from quantpass.rewrite import RewriteError, Rewriter
+from quantpass.verify_graph import _untrue_values
 from tests.unit.graphs import Traced
 
 aten = torch.ops.aten
@@ -274,3 +279,57 @@ def test_a_value_with_the_right_strides_is_not_copied():
     t = Traced(lambda x: (x * 2.0).relu(), X)
     rewritten(t, plan(t.result, ex.mul(Ref(t.inputs[0]), Const(torch.full((4,), 3.0)))))
     assert targets(t) == [aten.mul.Tensor]
+
+
+# -- what a new node looks like ----------------------------------------------------------------------------------------
+
+
+def turned(x):
+    return ex.permute(x, (1, 0))
+
+
+def row_of_ones(x):
+    """As many ones as ``x`` has rows, which only the run knows."""
+    rows = Call(aten.sym_size.int, (x, -2), {}, torch.int64, ())
+    return Call(aten.expand.default, (Const(torch.ones(1)), [rows]), {}, torch.float32, x.node.meta["val"].shape[:1])
+
+
+def scale_of(x):
+    """The second result of an operator that has two."""
+    both = Call(torch.ops.quantpass.dynamic_quant.default, (x,), {}, torch.int8, (3, 4))
+    return Call(operator.getitem, (both, 1), {}, torch.float32, (3,))
+
+
+LOOKS = [
+    # function, what replaces it, the same in PyTorch, how many of the new nodes' looks planning knows
+    (lambda x: x * 2.0, ex.neg, lambda x: -x, 1),
+    (lambda x: x.view(12) * 2.0, lambda x: ex.neg(ex.reshape(x, (12,))), lambda x: -x.view(12), 2),
+    (lambda x: x.t() * 2.0, lambda x: ex.neg(turned(x)), lambda x: -x.t(), 0),
+    (lambda x: x.half().abs().amax(-1).float(), scale_of, lambda x: x.abs().amax(-1) / 127, 0),
+]
+
+
+def test_new_nodes_look_like_what_their_operators_give(monkeypatch):
+    """Asking an operator is slow: it is asked where views, memory order or several results leave something open."""
+    believed = []
+    monkeypatch.setattr(
+        rewrite, "contiguous_fake", lambda mode, shape, *a: believed.append(shape) or fake(mode, shape, *a)
+    )
+    for function, value, same, known in LOOKS:
+        believed.clear()
+        x = X.half() if value is scale_of else X
+        t = Traced(function, x)
+        rewritten(t, plan(t.result, value(Ref(t.inputs[0]))))
+        assert list(_untrue_values(t.gm)) == []
+        assert len(believed) == known
+        torch.testing.assert_close(t.gm(x), same(x.float() if value is scale_of else x))
+
+
+def test_sizes_that_only_the_run_knows_are_asked_for():
+    t = Traced(lambda x: x[:, 0] * 2.0, X, symbolic=True)
+    rewritten(t, plan(t.result, row_of_ones(Ref(t.inputs[0]))))
+    assert list(_untrue_values(t.gm)) == []
+    assert torch.equal(t.gm(torch.randn(7, 4)), torch.ones(7))
+    t = Traced(lambda x: x * 2.0, X, symbolic=True)
+    rewritten(t, plan(t.result, ex.neg(Ref(t.inputs[0]))))
+    assert list(_untrue_values(t.gm)) == []
