@@ -8,7 +8,7 @@ what it computes, every argument of every node on the way accounted for.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,7 @@ class Quantization:
         divisor: dynamic: the largest magnitude becomes this code.
         error: how far ``x * rate`` may be off in units of codes, from rounding in the graph.
         magnitude: dynamic: what ``x`` is divided by, or multiplied by.
+        smooth: what ``x`` is multiplied by first, ``(K,)`` in its dtype; None for nothing.
     """
 
     kind: Literal["token", "tensor", "static"]
@@ -54,6 +55,7 @@ class Quantization:
     rate: Expr | None = None
     divisor: float = 0.0
     magnitude: Magnitude | None = None
+    smooth: Const | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,33 @@ class ActivationReader:
         """A factor of a dequantization, read as a multiple of a largest magnitude."""
         m = self.magnitudes.read(e)
         return m if m is not None and m.kind == MAGNITUDE and not m.inverted else None
+
+    def smoothed(self, q: Quantization) -> Quantization | None:
+        """A dynamic quantization of what a known factor along K was taken of; None where there is none."""
+        step, m = step_of(self._reader, q.x), q.magnitude
+        if not isinstance(step, Multiply) or m is None:
+            return None
+        shape, own = shape_of(q.x), torch.finfo(dtype_of(q.x))
+        for way in ways(step):
+            assert isinstance(way, Multiply)
+            rate = (
+                self._rate(way.other, shape, inverted=step.inverted)
+                if same_shape(shape_of(way.source), shape)
+                else None
+            )
+            x = self.magnitudes.origin(way.source)
+            if not isinstance(rate, Const) or rate.tensor.numel() != shape[-1] or x is None:
+                continue
+            smooth = rate.tensor.to(dtype_of(x))
+            if not dtype_of(x).is_floating_point or not bool((smooth.abs() >= torch.finfo(dtype_of(x)).tiny).all()):
+                continue
+            # The graph rounds each product, the operator takes the factor in the dtype of x: both move the scale, too.
+            moved = own.eps / 2 + float((smooth.double() / rate.tensor - 1).abs().max())
+            lost = m.lost + own.smallest_normal * own.eps / 2
+            if math.isfinite(moved):
+                error = q.error + 2 * q.divisor * moved
+                return replace(q, x=x, error=error, magnitude=replace(m, lost=lost), smooth=Const(smooth))
+        return None
 
     # -- integers ------------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ aten = torch.ops.aten
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node", "custom")
 
 
-SHARED = ("inverse_scale", "zero_point")
+SHARED = ("inverse_scale", "zero_point", "smooth_scales")
 """Constants of which equal ones are one: the parameters of a quantization."""
 
 _FEW = 1 << 16

@@ -270,6 +270,102 @@ def test_an_int8_edge_between_two_sites_stays_one():
     assert operators(gm).count("quantpass.quantize") == 1 and operators(gm).count("quantpass.quant_matmul") == 2
 
 
+# -- a factor along K in front -----------------------------------------------------------------------------------------
+
+SMOOTH = torch.rand(K, generator=G) * 2 + 0.25
+
+
+def smoothed(quantize, factor, form=integer, *, divide=False, wide=False):
+    def f(x):
+        t = x.float() if wide else x
+        return form(quantize)(t / factor if divide else t * factor).to(x.dtype)
+
+    return f
+
+
+def test_a_factor_along_k_goes_into_the_quantization():
+    gm, report = fused(smoothed(rows_127_5, SMOOTH.bfloat16()), X.bfloat16())
+    assert_expected_inline(
+        dump(gm),
+        """\
+%x_1: bf16[24, 64] = input
+%quantpass_smooth_scales: bf16[64] = constant quantpass_smooth_scales
+%quantpass_scale: f32[32] = constant quantpass_scale
+%dynamic_quant: (i8[24, 64], f32[24]) = quantpass.dynamic_quant(%x_1, smooth_scales=%quantpass_smooth_scales)
+%result_1: f32[24] = getitem(%dynamic_quant, 1)
+%result: i8[24, 64] = getitem(%dynamic_quant, 0)
+%_tensor_constant1_1: i8[32, 64] = constant _tensor_constant1_1
+%format_cast: i8[32, 64] = quantpass.format_cast(%_tensor_constant1_1, 29)
+%quant_matmul: bf16[24, 32] = quantpass.quant_matmul(%result, %format_cast, %quantpass_scale, pertoken_scale=%result_1, output_dtype=bfloat16, transpose_x2=True)
+return %quant_matmul""",
+    )
+    assert report.fused == 1
+
+
+def test_a_factor_along_k_goes_into_the_matmul_of_a_310p():
+    gm, report = fused(smoothed(rows_127_5, SMOOTH.half()), X.half(), target="ascend310p")
+    assert_expected_inline(
+        dump(gm),
+        """\
+%x_1: f16[24, 64] = input
+%quantpass_scale: f32[32] = constant quantpass_scale
+%quantpass_smooth_scales: f16[64] = constant quantpass_smooth_scales
+%_tensor_constant1_1: i8[32, 64] = constant _tensor_constant1_1
+%quant_matmul_dequant: f16[24, 32] = quantpass.quant_matmul_dequant(%x_1, %_tensor_constant1_1, %quantpass_scale, smooth_scale=%quantpass_smooth_scales, saturate=True)
+return %quant_matmul_dequant""",
+    )
+    assert report.fused == 1
+
+
+@pytest.mark.parametrize("chip", ["ascend910b", "ascend310p"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("quantize", [rows_127, rows_127_5, whole, rows_unsigned], ids=lambda f: f.__name__)
+def test_results_with_a_factor_along_k_are_within_the_stated_bound(quantize, wide, divide, dtype, chip):
+    x = (X * torch.logspace(-2, 1, M).unsqueeze(1)).to(dtype)
+    factor = SMOOTH if wide else SMOOTH.to(dtype)
+    gm, report = fused(smoothed(quantize, factor, divide=divide, wide=wide), x, target=chip)
+    if chip == "ascend310p" and dtype == torch.bfloat16:
+        assert not report.fused
+        return
+    n = report.sites[0].numerics
+    t = x.float() if wide else x
+    y, magnitude, step, weights = expected(integer, quantize, t / factor if divide else t * factor)
+    bound = (n.relative + HALF_UNIT[dtype]) * magnitude + n.absolute + (n.of_step * step + n.of_w) * weights
+    apart = gm(x).double().sub(y).abs()
+    assert bool((apart <= bound + torch.finfo(dtype).tiny).all()), float((apart / bound).max())
+    for name in ("mul", "div"):  # a scale for each row needs nothing of the factor in the graph
+        of_x = [n for n in gm.graph.nodes if n.name == name and n.meta["val"].shape == x.shape]
+        assert not of_x or quantize is whole or (dtype == torch.bfloat16 and divide)
+
+
+def two_factors(x):
+    s = largest(x.float() * SMOOTH) / 127
+    return to_int8(x.float() * SMOOTH.flip(0), s), 0, s
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        smoothed(rows_127, torch.rand(M, 1, generator=G).half() + 0.5),  # along the rows
+        smoothed(rows_127, (SMOOTH * (torch.arange(K) != 3)).half()),  # a channel that is switched off
+        smoothed(rows_127, SMOOTH.half() * 1e-7),  # below the normal numbers
+        lambda x: integer(rows_127)(x * (x[0] + 1)),  # of the run
+    ],
+)
+def test_another_factor_stays_in_the_graph(function):
+    gm, report = fused(function, X.half())
+    (made,) = gm.graph.find_nodes(op="call_function", target=torch.ops.quantpass.dynamic_quant.default)
+    assert len(made.args) == 1 and "smooth_scales" not in made.kwargs
+    assert op_name(made.args[0]) == "aten.mul.Tensor" and report.fused == 1
+
+
+def test_a_factor_that_the_scale_does_not_know_is_no_smoothing():
+    gm, _ = fused(integer(two_factors), X.half())
+    assert "quantpass.dynamic_quant" not in operators(gm)
+
+
 # -- what stays the graph's --------------------------------------------------------------------------------------------
 
 

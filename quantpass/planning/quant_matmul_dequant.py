@@ -135,6 +135,7 @@ def _candidate(
         "x": x,
         "quantized_weight": laid_out.expr,
         "weight_scale": ex.named(scale, "scale"),
+        "smooth_scale": made.smooth and _padded(made.smooth, more_k),
         "x_scale": None if p.given is None else ex.reshape(ex.cast(p.given, torch.float32), (1,)),
         "quant_mode": "pertoken" if p.given is None else "pertensor",
         "saturate": chip.saturates,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from quantpass.basics.reject import Reject
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips.calls import OpCall
 from quantpass.chips.legality import judge
+from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.rules import Chip
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Call, Const, Expr, Ref
@@ -69,6 +70,7 @@ class Requantized:
         ratio: what the graph's own scale is to be multiplied by, where it stays.
         refused: why the chip does not take the call; another operator may quantize by the same rule.
         given: the operator takes the graph's own scale.
+        smooth: what the operator multiplies ``x`` by first, ``(K,)``.
     """
 
     x: Expr
@@ -83,6 +85,7 @@ class Requantized:
     ratio: float = 1.0
     refused: Reject | None = None
     given: bool = False
+    smooth: Const | None = None
 
     @property
     def why(self) -> str:
@@ -128,13 +131,29 @@ def requantized(
     found = reader.read(activation.codes)
     if isinstance(found, NotRead):
         return refuse("requantize.spelling", f"the activation: {found.reason}")
-    x: Expr = Ref(found.x)
-    x = flattened(x) if len(ex.shape_of(weight.codes)) == 2 else ex.reshape(x, activation.shape)
-    made = (_static if found.magnitude is None else _dynamic)(found, x, reader, options)
-    if isinstance(made, Reject):
-        return made
-    verdict = judge(made.call, chip, options.allow)
-    return made if verdict.legal else replace(made, refused=verdict.rejects[0])
+    matrix = len(ex.shape_of(weight.codes)) == 2
+    refused: Requantized | Reject | None = None
+    for q in _ways(found, reader, chip):
+        x = flattened(Ref(q.x)) if matrix else ex.reshape(Ref(q.x), activation.shape)
+        made = (_static if q.magnitude is None else _dynamic)(q, x, reader, options)
+        if isinstance(made, Requantized):
+            verdict = judge(made.call, chip, options.allow)
+            if verdict.legal:
+                return made
+            made = replace(made, refused=verdict.rejects[0])
+        refused = refused if isinstance(refused, Requantized) else made
+    return refused
+
+
+def _ways(q: Quantization, reader: ActivationReader, chip: Chip) -> Iterator[Quantization]:
+    """With a factor along K that the operator takes in, if there is one, and without."""
+    smoothed, in_one = reader.smoothed(q), QMMD in chip.layouts
+    accepted = (torch.float16,) if in_one else (torch.float16, torch.bfloat16)
+    # An operator that is given the graph's scale saves nothing: the graph finds it from the product.
+    saves = not in_one or q.kind == "token" or ex.dtype_of(Ref(q.x)) not in accepted
+    if smoothed is not None and saves and ex.dtype_of(Ref(smoothed.x)) in accepted:
+        yield smoothed
+    yield q
 
 
 def _is_given(node: Node) -> bool:
@@ -156,14 +175,17 @@ def _dynamic(q: Quantization, x: Expr, reader: ActivationReader, options: Option
         return apart
     shape = ex.shape_of(x)
     mode, scales = ("pertoken", shape[:-1]) if q.kind == "token" else ("pertensor", (1,))
-    both = call_op(DYNAMIC_QUANT, {"x": x, "quant_mode": mode}, torch.int8, shape)
+    smooth = None if q.smooth is None else Const(q.smooth.tensor, label="smooth_scales")
+    both = call_op(DYNAMIC_QUANT, {"x": x, "smooth_scales": smooth, "quant_mode": mode}, torch.int8, shape)
     codes = Call(operator.getitem, (both, 0), {}, torch.int8, shape)
     scale = Call(operator.getitem, (both, 1), {}, torch.float32, scales)
-    described = {"input": TensorSpec(ex.dtype_of(x), shape), "quant_mode": mode}
+    along_k = None if smooth is None else TensorSpec(ex.dtype_of(smooth), ex.shape_of(smooth))
+    described = {"input": TensorSpec(ex.dtype_of(x), shape), "smooth_scales": along_k, "quant_mode": mode}
     # Each is off by half a step and what rounding adds; a step of the operator is at most this one of the graph.
     graph, own = max(0.5, q.divisor - q.high) + q.error, (0.5 + _ARITHMETIC) * q.divisor / _DIVISOR
     call = OpCall(DYNAMIC_QUANT.vendor, options.mode, described)
-    return Requantized(x, codes, scale, q, reader, call, apart, (graph + own) * _SECOND_ORDER, 1.02 * m.lost)
+    steps, lost = (graph + own) * _SECOND_ORDER, 1.02 * m.lost
+    return Requantized(x, codes, scale, q, reader, call, apart, steps, lost, smooth=smooth)
 
 
 def _static(q: Quantization, x: Expr, reader: ActivationReader, options: Options) -> Requantized | Reject:
