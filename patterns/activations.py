@@ -22,6 +22,7 @@ from quantpass.graph.static_values import as_dtype
 from quantpass.patterns.affine import AffineReader, reciprocal
 from quantpass.patterns.integers import Range, integer_span
 from quantpass.patterns.magnitudes import MAGNITUDE, Magnitude, MagnitudeReader, widens
+from quantpass.patterns.norms import NormReader
 from quantpass.patterns.steps import Operand, arguments, dtype_of, shape_of, step_of, view
 from quantpass.patterns.terms import Term, term_of
 
@@ -132,6 +133,7 @@ class ActivationReader:
     def __init__(self, reader: AffineReader) -> None:
         self._reader = reader
         self.magnitudes = MagnitudeReader(reader)
+        self.norms = NormReader(reader, self.magnitudes)
 
     def read(self, codes: Expr) -> Quantization | NotRead:
         """How the int8 ``codes`` are made."""

@@ -49,6 +49,22 @@ class Reciprocal:
 
 
 @dataclass(frozen=True, slots=True)
+class Power:
+    """``source ** exponent``."""
+
+    source: Operand
+    exponent: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean of ``source`` over ``dims``, added up in the dtype of the result."""
+
+    source: Operand
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Extreme:
     """The largest element of ``source``, or the smallest, over ``dims``; None for all of them."""
 
@@ -82,7 +98,7 @@ class Number:
     value: Operand
 
 
-Step: TypeAlias = Instruction | Abs | Negative | Reciprocal | Extreme | Compared | Chosen | Number
+Step: TypeAlias = Instruction | Abs | Negative | Reciprocal | Power | Mean | Extreme | Compared | Chosen | Number
 
 
 def step_of(reader: AffineReader, operand: Operand) -> Step | None:
@@ -156,6 +172,27 @@ def _reciprocal(*, self: Any) -> Step:
     return Reciprocal(self)
 
 
+def _pow(*, self: Any, exponent: Any) -> Step | None:
+    return Power(self, float(exponent)) if isinstance(exponent, int | float) else None
+
+
+def _square(*, self: Any) -> Step:
+    return Power(self, 2.0)
+
+
+def _sqrt(*, self: Any) -> Step:
+    return Power(self, 0.5)
+
+
+def _rsqrt(*, self: Any) -> Step:
+    return Power(self, -0.5)
+
+
+def _mean(*, self: Any, dim: Any, keepdim: bool, dtype: Any) -> Step | None:
+    del keepdim, dtype  # in meta["val"]
+    return Mean(self, tuple(dim)) if dim else None
+
+
 def _larger(*, self: Any, other: Any) -> Step:
     return Clamp(self, other, None, exchangeable=True)
 
@@ -210,6 +247,11 @@ def _table() -> ReaderTable[Step | None]:
             aten.abs.default: _abs,
             aten.neg.default: _neg,
             aten.reciprocal.default: _reciprocal,
+            aten.pow.Tensor_Scalar: _pow,
+            aten.square.default: _square,
+            aten.sqrt.default: _sqrt,
+            aten.rsqrt.default: _rsqrt,
+            aten.mean.dim: _mean,
             aten.max.other: _larger,
             aten.min.other: _smaller,
             aten.amax.default: _amax,

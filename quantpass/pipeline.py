@@ -25,6 +25,7 @@ from quantpass.patterns.contractions import read_contraction
 from quantpass.patterns.sites import Reading, find_sites, matmul_name, unreadable
 from quantpass.planning.already_fused import already_fused, own_calls
 from quantpass.planning.choose import Others, Planned, others_of
+from quantpass.planning.norms import PlannedNorm, plan_norms, with_norms
 from quantpass.planning.options import Options
 from quantpass.planning.permissions import plan_as_allowed
 from quantpass.planning.unknown_values import UNREAD, conditional, fed_by_unread, made_of_integers, unread_note
@@ -55,11 +56,15 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """What is to be done with each site; ``leaves`` as in :class:`Outcome`, ``mutated``: what the graph writes to."""
+    """What is to be done with each site, and with the norms in front of them.
+
+    ``leaves`` as in :class:`Outcome`, ``mutated``: what the graph writes to.
+    """
 
     planned: list[tuple[Reading, Planned]]
     leaves: frozenset[Node] = frozenset()
     mutated: frozenset[Node] = frozenset()
+    norms: tuple[PlannedNorm, ...] = ()
 
 
 def analyse(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Analysis:
@@ -86,7 +91,8 @@ def _analysed(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Opt
             planned.append((reading, found))
             if found.plan is not None and found.plan.int8_codes is not None:
                 others.int8.add(found.plan.output)
-    return Analysis(planned, frozenset(values.read_leaves), values.mutated)
+        norms = plan_norms(gm.graph, planned, options, writes, labels)
+    return Analysis(with_norms(planned, norms), frozenset(values.read_leaves), values.mutated, norms)
 
 
 def _planned(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others) -> Planned:
@@ -187,11 +193,22 @@ def fuse_graph(
             reject = failed("rewrite.failed", f"rewriting {reading.name}", error)
             sites.append(_site(reading, _refused(reject), options, keys, fused=False))
     if rewriter is not None:
+        for norm in found.norms:
+            _apply_norm(rewriter, norm)
         rewriter.finish(found.mutated)
         if is_asked_for():
             verify_graph(gm, options)
     sites.extend(called)
     return Outcome(tuple(sites), found.leaves, before, _notes(sites, unread), shown)
+
+
+def _apply_norm(rewriter: Rewriter, norm: PlannedNorm) -> None:
+    try:
+        rewriter.apply_norm(norm)
+    except RewriteError:
+        if must_raise():
+            raise
+        logger.exception("a norm could not be replaced; it stays as it was")
 
 
 def _notes(sites: Sequence[Site], unread: Mapping[Node, str] | None) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from quantpass.graph.torch_internals import (
     order_key,
     real_tensors,
 )
+from quantpass.planning.norms import PlannedNorm
 
 aten = torch.ops.aten
 
@@ -154,6 +155,28 @@ class Rewriter:
             self._int8_twins[plan.output].meta["quantpass_codes_of"] = (plan.output.name, plan.int8_shift)
         consumed = self._erase_dead(plan.output)
         return "\n".join(consumed), after
+
+    def apply_norm(self, norm: PlannedNorm) -> bool:
+        """Put a norm's operator in place of the norm; False where a site that reads it was not rewritten after all.
+
+        Raises:
+            RewriteError: a result of the operator is not what it replaces; what was replaced before it stays so.
+        """
+        made = [self._made.get(id(call)) for call in norm.quantizers]
+        nodes = [found[1] for found in made if found is not None and not is_erased(found[1])]
+        if len(nodes) < len(made):
+            return False
+        name, like = nodes[0].meta["quantpass"], norm.norm.output
+        for call, results in norm.quantizations:
+            for user in list(self._made[id(call)][1].users):
+                self._apply(user, results[user.args[1]], name, like)  # type: ignore[index]
+        for node, value in norm.outputs.items():
+            if not is_erased(node) and node.users:
+                self._apply(node, value, name, like)
+        return True
+
+    def _apply(self, output: Node, value: Expr, name: str, like: Node) -> None:
+        self.apply(Plan("", output, value, (), {}, "ND"), name, like)
 
     def finish(self, written_to: Collection[Node] = ()) -> int:
         """Merge what is quantized several times, check the graph and regenerate the module's code.

@@ -17,6 +17,7 @@ from quantpass.chips.checking import spec_of_tensor
 from quantpass.chips.companions import ANTI_QUANT, DYNAMIC_QUANT, FORMAT_CAST, INT4PACK, QUANTIZE, TQP
 from quantpass.chips.dtype_table import DtypeTable
 from quantpass.chips.legality import broken_rules, judge
+from quantpass.chips.norms import ADD_RMS_NORM, ADD_RMS_NORM_DYNAMIC_QUANT, RMS_NORM
 from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.tables import markdown
@@ -123,8 +124,17 @@ WQMM_BASES = [
     {"x": T(F32, (16, 256)), "weight": T(I8, (256, 128)), "antiquant_scale": T(F32, (128,)), "antiquant_group_size": 0},
     {"x": T(F32, (16, 256)), "weight": T(I8, (256, 128)), "antiquant_scale": T(F32, (4, 128)), "antiquant_offset": T(F32, (4, 128)), "antiquant_group_size": 64},
 ]  # fmt: skip
+GAMMA = {"gamma": T(F16, (64,)), "epsilon": 1e-6}
+SUM = {"x1": T(F16, (16, 64)), "x2": T(F16, (16, 64)), **GAMMA}
+SUM32 = {name: v if name == "epsilon" else T(F32, v.shape) for name, v in SUM.items()}
 BASES = {
     **NEIGHBOURS,
+    RMS_NORM: [
+        {"self": T(F16, (16, 64)), **GAMMA},
+        {"self": T(F32, (16, 64)), "gamma": T(F32, (64,)), "epsilon": 1e-5},
+    ],
+    ADD_RMS_NORM: [SUM, SUM32],
+    ADD_RMS_NORM_DYNAMIC_QUANT: [SUM],
     QMM: QMM_BASES,
     WQMM: WQMM_BASES,
     QMMD: [

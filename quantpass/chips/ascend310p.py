@@ -1,6 +1,6 @@
 """Atlas inference series (Ascend 310P): int8 weights in FRACTAL_NZ, float16 and int8 results, one scale a column."""
 
-from quantpass.chips import companions, grouped_matmul, quant_matmul, quant_matmul_dequant, weight_quant_matmul
+from quantpass.chips import companions, grouped_matmul, norms, quant_matmul, quant_matmul_dequant, weight_quant_matmul
 from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.rules import Chip, WeightLayout
@@ -24,6 +24,7 @@ ASCEND310P = Chip(
         *weight_quant_matmul.rules(weight_quant_matmul.ROWS_310P, "310p", weight_quant_matmul.HINT_310P),
         *weight_quant_matmul.RULES_310P,
         *companions.RULES_310P,
+        *norms.RULES_310P,
         *quant_matmul_dequant.RULES_310P,
         *grouped_matmul.rules(grouped_matmul.ROWS_310P, "310p"),
         *grouped_matmul.RULES_310P,

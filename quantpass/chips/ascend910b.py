@@ -1,6 +1,6 @@
 """Atlas A2 (Ascend 910B): bfloat16, per-token scales, int32 results, int4 weights."""
 
-from quantpass.chips import companions, grouped_matmul, quant_matmul, quant_matmul_dequant, weight_quant_matmul
+from quantpass.chips import companions, grouped_matmul, norms, quant_matmul, quant_matmul_dequant, weight_quant_matmul
 from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.rules import Chip, WeightLayout
 from quantpass.chips.weight_quant_matmul import WQMM
@@ -23,6 +23,7 @@ ASCEND910B = Chip(
         *weight_quant_matmul.rules(weight_quant_matmul.ROWS_A2, "a2", weight_quant_matmul.HINT_A2),
         *weight_quant_matmul.RULES_A2,
         *companions.RULES_A2,
+        *norms.RULES_A2,
         *quant_matmul_dequant.ELSEWHERE,
         *grouped_matmul.rules(grouped_matmul.ROWS_A2, "a2"),
         *grouped_matmul.RULES_A2,

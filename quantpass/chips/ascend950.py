@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from quantpass.chips import companions, grouped_matmul, quant_matmul, quant_matmul_dequant, weight_quant_matmul
+from quantpass.chips import companions, grouped_matmul, norms, quant_matmul, quant_matmul_dequant, weight_quant_matmul
 from quantpass.chips.ascend910b import ASCEND910B
 
 ASCEND950 = replace(
@@ -46,6 +46,7 @@ ASCEND950 = replace(
         *weight_quant_matmul.rules(weight_quant_matmul.ROWS_A2, "a2", weight_quant_matmul.HINT_A2),
         *weight_quant_matmul.RULES_A2,
         *companions.RULES_A2,
+        *norms.RULES_A2,
         *quant_matmul_dequant.ELSEWHERE,
         *grouped_matmul.rules(grouped_matmul.ROWS_A2, "a2"),
         *grouped_matmul.RULES_A2,

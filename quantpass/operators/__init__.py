@@ -23,6 +23,7 @@ from quantpass.operators.preparation import FORMAT_CAST, PACK_INT4, TRANS_QUANT_
 from quantpass.operators.quant_matmul import QUANT_MATMUL
 from quantpass.operators.quant_matmul_dequant import QUANT_MATMUL_DEQUANT
 from quantpass.operators.quantize import QUANTIZE
+from quantpass.operators.rms_norm import ADD_RMS_NORM, ADD_RMS_NORM_DYNAMIC_QUANT, RMS_NORM
 from quantpass.operators.weight_quant_matmul import WEIGHT_QUANT_MATMUL
 
 OPERATORS: tuple[Operator, ...] = (
@@ -31,6 +32,9 @@ OPERATORS: tuple[Operator, ...] = (
     QUANT_MATMUL_DEQUANT,
     DYNAMIC_QUANT,
     QUANTIZE,
+    RMS_NORM,
+    ADD_RMS_NORM,
+    ADD_RMS_NORM_DYNAMIC_QUANT,
     TRANS_QUANT_PARAM,
     FORMAT_CAST,
     PACK_INT4,
