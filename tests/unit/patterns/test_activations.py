@@ -44,6 +44,12 @@ def read(function, x=X, dtype=torch.float32, known=()):
     return found
 
 
+def read_only(function, x, *known):
+    """What is read of codes, whether or not it could be run."""
+    t = Traced(function, x, *known, known=len(known))
+    return ActivationReader(t.reader).read(Ref(t.result))
+
+
 def int8_codes(codes):
     return codes.double() - (128 if codes.dtype == torch.uint8 else 0)
 
@@ -309,6 +315,40 @@ def test_a_number_that_the_dtype_can_not_hold_may_be_rounded_once_more():
     s = torch.tensor(0.02)
     wide, own = (read(lambda x, s: to_int8(x, s), X, torch.bfloat16, (t,)).error for t in (s, s.bfloat16()))
     assert wide == pytest.approx(2 * own)
+
+
+@pytest.mark.parametrize("scale", [0.0, math.nan])
+def test_scales_that_are_no_scales(scale):
+    s = torch.tensor(scale)
+    assert isinstance(read_only(lambda x, s: to_int8(x, s), X, s), NotRead)
+    row = torch.full((K,), 0.1)
+    row[3] = scale
+    assert isinstance(read_only(lambda x, s: to_int8(x, s), X, row), NotRead)
+
+
+def test_integers_are_no_tensor_to_quantize():
+    """Codes of codes: what is scaled was never floating."""
+    x = torch.randint(-1000, 1000, (M, K), dtype=torch.int32)
+    assert isinstance(read_only(lambda x: to_int8(x, 7.0), x), NotRead)
+    assert isinstance(read_only(lambda x: to_int8(x.float(), largest(x) / 127), x), NotRead)
+
+
+@pytest.mark.parametrize(("divisor", "fits"), [(128.4, True), (128.5, False), (128.6, False)])
+def test_codes_that_are_limited_at_one_end_only(divisor, fits):
+    """Below, the largest magnitude must not become the code -129, which int8 does not hold."""
+    found = read_only(lambda x: torch.round(x / (largest(x) / divisor)).clamp(max=127).to(torch.int8), X)
+    assert isinstance(found, Quantization) == fits
+
+
+def test_codes_that_are_written_to():
+    """A quantizer's codes that change afterwards are not those that it made."""
+
+    def function(x, written):
+        codes = decomposed.quantize_per_tensor.default(x, S, 0, -128, 127, torch.int8)
+        return codes.add_(1) if written else codes
+
+    assert isinstance(read_only(lambda x: function(x, False), X), Quantization)
+    assert isinstance(read_only(lambda x: function(x, True), X), NotRead)
 
 
 def test_a_scale_for_each_channel():

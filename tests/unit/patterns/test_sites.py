@@ -185,6 +185,13 @@ def test_the_value_of_a_weight_that_has_no_form():
     assert site(lambda x, c, s: x @ (c.float() * s[:, None]), X, CODES, SCALE).own_value is None  # not known
 
 
+def test_a_float_weight_behind_which_codes_are():
+    """A sum with something of the run hides the weight: it is named, and so is what hides it."""
+    r = site(lambda x, n, c, s: x @ (c.float() * s + n), X, torch.randn(8, 8), CODES, SCALE, known=2)
+    assert rules(r) == ["read.weight.runtime"] and "adds something" in r.rejects[0].fact
+    assert sites(lambda x, n, c, s: (x * n) @ torch.ones(8, 8), X, torch.randn(8), CODES, SCALE, known=2) == []
+
+
 def test_what_the_graph_says_of_a_zero_point():
     """Bounds of the integers in the activation's zero point, where the graph clamps them."""
     zero = torch.tensor(3.2)

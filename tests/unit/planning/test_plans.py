@@ -828,6 +828,28 @@ def test_what_a_refit_adds_to_the_bound():
     assert more.kind == "bounded" and len(more.why) == len(plain.why) + 1
 
 
+def test_why_nz_is_not_legal():
+    """The rule of the call in FRACTAL_NZ, not one of another call."""
+    site = weight_only(codes=CODES, scale=(rand(2, N) + 0.01).repeat_interleave(K // 2, 0))
+    plan = site.plan("ascend910b").plan
+    assert plan.weight_format == "ND" and plan.nd_reason.startswith("wqmm.nz.int8.group")
+    assert not plan.awaits_values
+
+
+def test_a_quantize_behind_what_is_not_read():
+    """Only where one follows is it said that it stays."""
+
+    def site(rounds):
+        def function(x, w, s):
+            y = F.gelu(x @ (w.half() * s.half()))
+            return (y * 10).round().clamp(-128, 127).to(torch.int8) if rounds else (y * 10).clamp(-128, 127) + 1
+
+        return Site(function, randn(M, K).half(), CODES, SCALE, known=2)
+
+    said = [[n for n in site(r).plan("ascend910b").plan.notes if "quantize that follows" in n] for r in (True, False)]
+    assert len(said[0]) == 1 and "gelu" in said[0][0] and said[1] == []
+
+
 def test_nothing_fits():
     site = integer(lambda y: y)
     planned = site.plan("ascend310p")

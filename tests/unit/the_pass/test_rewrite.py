@@ -79,6 +79,16 @@ def test_a_node_that_is_needed_twice_goes_once():
     assert aten.add.Tensor not in targets(t) and first._erased
 
 
+def test_a_node_of_two_paths_that_goes_is_gone_for_both():
+    """Erased through one of its users, it is not looked at again through the other."""
+    t = Traced(lambda x: ((x * 2.0) + (x * 2.0).relu()) * 3.0, X)
+    first, second = t.calls(aten.mul.Tensor)[:2]
+    second.replace_all_uses_with(first)
+    t.graph.erase_node(second)
+    rewritten(t, plan(t.result, ex.neg(Ref(t.inputs[0]))))
+    assert targets(t) == [aten.neg.default]
+
+
 def test_impure_nodes_stay():
     t = Traced(lambda x: (x * 2.0 + 1.0).relu(), X)
     (mul,) = t.calls(aten.mul.Tensor)
