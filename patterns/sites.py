@@ -28,6 +28,7 @@ from quantpass.patterns.epilogues import Epilogue, read_epilogue
 from quantpass.patterns.evidence import is_evident_activation
 from quantpass.patterns.integers import Range
 from quantpass.patterns.net import Net
+from quantpass.patterns.scheme import scheme
 from quantpass.patterns.subgraphs import Body, bodies_of
 from quantpass.patterns.unread_matmuls import EXPERTS
 from quantpass.patterns.weights import matrix_node, read_weight
@@ -136,7 +137,7 @@ def _read_site(reader: AffineReader, net: Net, node: Node, found: Contraction | 
     rejects = tuple(_reading_rejects(reader, found, weight))
     own_value = _own_value(reader, found, weight) if len(rejects) == 1 else None
     epilogue = read_epilogue(reader, found) if not rejects or own_value is not None else None
-    text = f"{_describe_activation(activation)} x {_describe_weight(weight)}"
+    text = scheme(found, activation, weight, epilogue)
     ranges = _ranges(reader, activation)
     site = provenance(node)
     return Reading(*site, node, found, x, activation, weight, epilogue, text, rejects, ranges, own_value=own_value)
@@ -242,31 +243,6 @@ def provenance(node: Node) -> tuple[str, str]:
     places = re.findall(r'File "([^"]+)", line (\d+)', trace)
     source = f"{places[-1][0]}:{places[-1][1]}" if places else ""
     return name or node.name, source
-
-
-def _describe_activation(read: Affine | NotAffine) -> str:
-    if isinstance(read, NotAffine):
-        return "float activation"
-    kinds = {t.kind for t in read.factors} - {"scalar"}
-    per = "per-token" if "rows" in kinds else "per-tensor" if not kinds else "per-column"
-    if not read.factors:
-        per = "unscaled"
-    zero = "" if read.zero_point is None else " asymmetric"
-    return f"{per}{zero} activation codes in [{read.span[0]:g}, {read.span[1]:g}]"
-
-
-def _describe_weight(read: Weight | NotAffine) -> str:
-    if isinstance(read, NotAffine):
-        return "unread weight"
-    if read.group_size:
-        per = f"per-group-{read.group_size}"
-    elif ex.is_all(read.scale, 1.0):
-        per = "unscaled"
-    else:
-        per = "per-tensor" if ex.shape_of(read.scale) == (1,) else "per-channel"
-    zero = "" if read.zero_point is None else " asymmetric"
-    bits = "int4" if read.low >= -8 and read.high <= 7 else "int8"
-    return f"{per}{zero} {bits} weight ({read.k}, {read.n})"
 
 
 def matmul_name(node: Node) -> str:

@@ -15,6 +15,7 @@ from quantpass.basics.reject import Reject
 from quantpass.graph.dump import dump
 from quantpass.graph.hidden_weights import weights_behind
 from quantpass.graph.records import Plan, Site, Weight
+from quantpass.graph.removals import Removals
 from quantpass.graph.site_keys import Token, site_keys
 from quantpass.graph.static_values import StaticValues
 from quantpass.graph.torch_internals import real_tensors
@@ -28,6 +29,7 @@ from quantpass.planning.choose import Others, Planned, others_of
 from quantpass.planning.norms import PlannedNorm, plan_norms, with_norms
 from quantpass.planning.options import Options
 from quantpass.planning.permissions import plan_as_allowed
+from quantpass.planning.traffic import weight_use
 from quantpass.planning.unknown_values import UNREAD, conditional, fed_by_unread, made_of_integers, unread_note
 from quantpass.rewrite import RewriteError, Rewriter
 from quantpass.verify_graph import is_asked_for, verify_graph
@@ -134,7 +136,8 @@ def explain_graph(
     found = _with_unread(gm, analyse(gm, leaves, options), leaves, unread or {}, options)
     calls = own_calls(gm.graph)
     keys = _keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
-    sites = tuple(_site(r, p, options, keys, fused=p.plan is not None) for r, p in found.planned)
+    removed = _removals(gm, found)
+    sites = tuple(_site(r, p, options, keys, removed, fused=p.plan is not None) for r, p in found.planned)
     sites = (*sites, *already_fused(calls, options, keys))
     return Outcome(sites, found.leaves, notes=_notes(sites, unread), shown=_shown(gm, found, calls, leaves))
 
@@ -178,20 +181,21 @@ def fuse_graph(
     keys = _keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
     called = tuple(already_fused(calls, options, keys))
     shown = _shown(gm, found, calls, leaves)
+    removed = _removals(gm, found)
     rewriter = Rewriter(gm, add_constant) if any(p.plan for _, p in found.planned) else None
     for reading, p in found.planned:
         if p.plan is None or rewriter is None:
-            sites.append(_site(reading, p, options, keys, fused=False))
+            sites.append(_site(reading, p, options, keys, removed, fused=False))
             continue
         try:
             old, new = rewriter.apply(p.plan, reading.name, reading.node)
-            sites.append(_site(reading, p, options, keys, fused=True, before=old, after=new))
+            sites.append(_site(reading, p, options, keys, removed, fused=True, before=old, after=new))
         except RewriteError as error:
             if must_raise():
                 raise
             logger.exception("a plan could not be carried out; the site stays as it was")
             reject = failed("rewrite.failed", f"rewriting {reading.name}", error)
-            sites.append(_site(reading, _refused(reject), options, keys, fused=False))
+            sites.append(_site(reading, _refused(reject), options, keys, removed, fused=False))
     if rewriter is not None:
         for norm in found.norms:
             _apply_norm(rewriter, norm)
@@ -211,6 +215,12 @@ def _apply_norm(rewriter: Rewriter, norm: PlannedNorm) -> None:
         logger.exception("a norm could not be replaced; it stays as it was")
 
 
+def _removals(gm: GraphModule, found: Analysis) -> dict[Node, int]:
+    """By the matmul of each site that has a plan, how many operators the graph loses."""
+    removals = Removals(gm.graph)
+    return {r.node: removals.of(p.plan.output, p.plan.value) for r, p in found.planned if p.plan and p.plan.value}
+
+
 def _notes(sites: Sequence[Site], unread: Mapping[Node, str] | None) -> tuple[str, ...]:
     return (unread_note(unread),) if unread and sites else ()
 
@@ -220,6 +230,7 @@ def _site(
     planned: Planned,
     options: Options,
     keys: Mapping[Node, Hashable],
+    removed: Mapping[Node, int],
     *,
     fused: bool,
     before: str = "",
@@ -239,6 +250,8 @@ def _site(
         proved=isinstance(reading.weight, Weight) and reading.weight.proved,
         before=before,
         after=after,
+        weight=weight_use(reading, planned.plan if fused else None),
+        operators=removed.get(reading.node, 0) if fused else 0,
         # A body may be called several times in one graph.
         key=(key, reading.body) if (key := keys[reading.node]) is not None and reading.body else key,
     )

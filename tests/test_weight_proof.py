@@ -225,4 +225,4 @@ def test_explaining_says_the_same():
     s[5] = 900.0
     model = Spelled(nibbles, BF16, {"p": PACKED, "s": s})
     site = qp.explain(model, (torch.randn(4, K).bfloat16(),), target="ascend910b").sites[0]
-    assert "per-group-32" in site.reading
+    assert "per group of 32" in site.reading

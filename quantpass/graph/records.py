@@ -207,6 +207,25 @@ class WeightFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightUse:
+    """What a site reads of its weight each time that it runs.
+
+    Attributes:
+        k: size of the reduced dimension; -1 where only the run knows it.
+        n: size of the output dimension, likewise.
+        stored: bytes of the codes that the fused operator reads (of those that the graph has, where not fused).
+        floats: bytes of the float weight that the graph makes of its codes; 0 where it makes none.
+        float_dtype: its element type, or an empty string.
+    """
+
+    k: int
+    n: int
+    stored: int
+    floats: int
+    float_dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """One matmul with a quantized operand, and the verdict on it for one target.
 
@@ -225,6 +244,8 @@ class Site:
             nothing does.
         compilations: where several compilations are one site in a report, whether each of them was fused.
         offers: what the user could allow to have a refused site fused.
+        weight: what is read of the weight at each run; None where it is no single matrix, or not read.
+        operators: how many operators the graph has less once the site is fused.
     """
 
     name: str
@@ -242,3 +263,5 @@ class Site:
     key: Hashable = field(default=None, repr=False, compare=False)
     compilations: tuple[bool, ...] = ()
     offers: tuple[Offer, ...] = ()
+    weight: WeightUse | None = None
+    operators: int = 0

@@ -14,6 +14,7 @@ from quantpass.doors.cli.inputs import (
     PATH,
     chip_names,
     factory_argument,
+    in_colour,
     json_option,
     load_model,
     pass_options,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--dynamic", is_flag=True, help="Capture with dynamic shapes.")
 @json_option
 @click.option("--html", "html_path", type=PATH, callback=writable, help="Also write the report as an HTML page.")
+@click.option("--sites", is_flag=True, help="A row for each site, also where those of all layers are alike.")
 @click.option(
     "--require-all", is_flag=True, help="Exit with status 1 unless every quantized matmul is fused, and there is one."
 )
@@ -50,6 +52,7 @@ def explain(
     dynamic: bool,
     json_path: Path | None,
     html_path: Path | None,
+    sites: bool,
     require_all: bool,
 ) -> None:
     """Say of every quantized matmul whether it fuses, and why not."""
@@ -66,7 +69,7 @@ def explain(
             allow=allow,
             numerics=numerics,
         )
-    tell(str(report), report.to_json(), json_path)
+    tell(report.text(sites=sites, color=in_colour()), report.to_json(), json_path)
     if html_path is not None:
         report.to_html(html_path)
     if require_all and (report.fused < report.total or report.hidden or not report.total):

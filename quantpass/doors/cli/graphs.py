@@ -14,6 +14,7 @@ from quantpass.doors.cli.inputs import (
     PATH,
     chip_name,
     factory_argument,
+    in_colour,
     load_model,
     load_program,
     one_target_option,
@@ -44,7 +45,7 @@ def fuse(
     program = _program(factory)
     with explained():
         report = fused(program, target=target, mode=mode, allow=allow, numerics=numerics)
-    click.echo(str(report))
+    click.echo(report.text(color=in_colour()))
     torch.export.save(program, output)
     click.echo(f"written: {output}")
 

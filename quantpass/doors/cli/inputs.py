@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,6 +83,11 @@ def writable(context: click.Context, parameter: click.Parameter, path: Path | No
 json_option = click.option(
     "--json", "json_path", type=PATH, callback=writable, help="Also write it as JSON; - prints JSON instead."
 )
+
+
+def in_colour() -> bool:
+    """True where a terminal reads what is printed, and nobody has asked for no colour."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def tell(text: str, as_json: str, json_path: Path | None) -> None:
