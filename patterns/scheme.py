@@ -43,14 +43,14 @@ def _of_activation(c: Contraction, read: Affine | NotAffine, behind: list[Term])
     bits = "int4" if low >= -8 and high <= 7 else "uint8" if low >= 0 and high > 127 else "int8"
     behind = [] if c.product_dtype.is_floating_point else [t for t in behind if t.kind != "columns"]
     scales = [*read.factors, *behind]
+    zero = read.zero_point
+    bits = f"asymmetric {bits}" if zero is not None and not ex.is_all(zero.expr, 0) else bits
     if not scales:
         return f"{bits} codes"
     kinds = {t.kind for t in scales}
     per = "per token" if kinds & {"rows", "other"} else "per column of x" if "columns" in kinds else "per tensor"
     how = "static" if all(t.constant is not None for t in scales) else "dynamic"
-    zero = read.zero_point
-    asymmetric = zero is not None and not ex.is_all(zero.expr, 0)
-    return f"{'asymmetric ' if asymmetric else ''}{bits} {per} ({how})"
+    return f"{bits} {per} ({how})"
 
 
 def _of_weight(read: Weight | NotAffine, behind: list[Term]) -> str:

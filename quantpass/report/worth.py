@@ -44,7 +44,8 @@ class Worth:
         elif self.stored:
             yield f"weights read: {human(self.stored)}, fused or not: the graph multiplies the codes"
         if self.operators > 0:
-            yield f"operators: {self.operators} fewer in the graph for {self.sites} matmul{'s' if self.sites > 1 else ''}"
+            many = "s" if self.sites > 1 else ""
+            yield f"operators: {self.operators} fewer in the graph for {self.sites} matmul{many}"
 
 
 def worth(sites: Iterable[Site], targets: Sequence[str]) -> list[Worth]:

@@ -127,13 +127,13 @@ def test_an_activation_that_does_not_follow_a_transposition():
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda c, s: c.float() * 0.5, "per-tensor activation codes in [-128, 127]"),
-        (lambda c, s: c.float() * s[:, None], "per-token activation codes in [-128, 127]"),
-        (lambda c, s: c.float() * s, "per-column activation codes in [-128, 127]"),
-        (lambda c, s: c.float(), "unscaled activation codes in [-128, 127]"),
-        (lambda c, s: (c.float() - 3) * 0.5, "per-tensor asymmetric activation codes in [-128, 127]"),
-        (lambda c, s: c.float() - 3, "unscaled asymmetric activation codes in [-128, 127]"),
-        (lambda c, s: s * s[:, None], "float activation"),
+        (lambda c, s: c.float() * 0.5, "int8 per tensor (static)"),
+        (lambda c, s: c.float() * s[:, None], "int8 per token (dynamic)"),
+        (lambda c, s: c.float() * s, "int8 per column of x (dynamic)"),
+        (lambda c, s: c.float(), "int8 codes"),
+        (lambda c, s: (c.float() - 3) * 0.5, "asymmetric int8 per tensor (static)"),
+        (lambda c, s: c.float() - 3, "asymmetric int8 codes"),
+        (lambda c, s: s * s[:, None], "float32"),
     ],
 )
 def test_activations(function, words):
@@ -144,15 +144,15 @@ def test_activations(function, words):
 @pytest.mark.parametrize(
     ("codes", "function", "words"),
     [
-        (CODES, lambda c, s: c.float() * s, "per-channel int8 weight (8, 8)"),
-        (CODES, lambda c, s: c.float() * 0.5, "per-tensor int8 weight (8, 8)"),
-        (CODES, lambda c, s: c.float(), "unscaled int8 weight (8, 8)"),
-        (CODES, lambda c, s: (c.float() - 3) * s, "per-channel asymmetric int8 weight (8, 8)"),
-        (CODES.clamp(-8, 7), lambda c, s: c.float() * s, "per-channel int4 weight (8, 8)"),
-        (CODES.clamp(-9, 7), lambda c, s: c.float() * s, "per-channel int8 weight (8, 8)"),
-        (CODES.clamp(-8, 8), lambda c, s: c.float() * s, "per-channel int8 weight (8, 8)"),
-        (CODES, lambda c, s: c.float() * s[:2].repeat_interleave(4)[:, None], "per-group-4 int8 weight (8, 8)"),
-        (CODES, lambda c, s: c.float().exp(), "unread weight"),
+        (CODES, lambda c, s: c.float() * s, "int8 per channel"),
+        (CODES, lambda c, s: c.float() * 0.5, "int8 per tensor"),
+        (CODES, lambda c, s: c.float(), "int8 codes"),
+        (CODES, lambda c, s: (c.float() - 3) * s, "asymmetric int8 per channel"),
+        (CODES.clamp(-8, 7), lambda c, s: c.float() * s, "int4 per channel"),
+        (CODES.clamp(-9, 7), lambda c, s: c.float() * s, "int8 per channel"),
+        (CODES.clamp(-8, 8), lambda c, s: c.float() * s, "int8 per channel"),
+        (CODES, lambda c, s: c.float() * s[:2].repeat_interleave(4)[:, None], "int8 per group of 4"),
+        (CODES, lambda c, s: c.float().exp(), "a weight that is not read"),
     ],
 )
 def test_weights(codes, function, words):
