@@ -7,6 +7,7 @@ zero point alone: neither a larger column, row or group nor an outlier elsewhere
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -25,9 +26,9 @@ FLOAT32 = 1e-6
 _ELEMENTS = 1 << 20
 
 
-def rows_at_a_time(k: int, n: int) -> Iterator[slice]:
-    """Slices of ``range(k)`` that keep temporaries of ``(rows, n)`` small."""
-    step = max(1, _ELEMENTS // max(1, n))
+def rows_at_a_time(k: int, n: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of ``range(k)`` that keep temporaries of ``(rows, n)`` small, of a ``multiple`` of rows each."""
+    step = max(1, _ELEMENTS // max(1, n) // multiple) * multiple
     for start in range(0, k, step):
         yield slice(start, min(start + step, k))
 
@@ -42,6 +43,7 @@ def is_rebuilt(
     same: float,
     slope: torch.Tensor | None = None,
     rounding: torch.dtype | None = None,
+    columns: slice | None = None,
 ) -> bool:
     """True where ``weight``, put together as the operator will, equals ``actual`` in every element.
 
@@ -54,28 +56,36 @@ def is_rebuilt(
         same: :data:`FLOAT64` or :data:`FLOAT32`, relative to the magnitudes that an element was made from.
         slope: the graph's own step of each element, ``(K, N)``; where given, no looser than that.
         rounding: the dtype that the graph rounded each element to, where ``actual`` holds the rounded values.
+        columns: those of N that ``actual`` and ``slope`` hold; None for all.
     """
-    if tuple(actual.shape) != (weight.k, weight.n):
-        return False
     stored = codes.t() if weight.transposed else codes
+    if columns is not None:
+        stored = stored[:, columns]
+        scale = _of_columns(scale, weight.n, columns)
+        zero_point = None if zero_point is None else _of_columns(zero_point, weight.n, columns)
+    if actual.shape != stored.shape or (columns is None and tuple(actual.shape) != (weight.k, weight.n)):
+        return False
     own, least = 0.0, 0.0
     if rounding is not None and rounding.is_floating_point:
         limits = torch.finfo(rounding)
         own, least = limits.eps / 2, limits.tiny * limits.eps / 2
-    for rows in rows_at_a_time(weight.k, weight.n):
+    group = max(1, weight.group_size)
+    for rows in rows_at_a_time(weight.k, stored.shape[1], group):
         which = rows if weight.k_order is None else weight.k_order[rows]
-        step = _for_rows(scale, weight.group_size, rows).double()
+        step = _for_rows(scale, group, rows).double()
+        whole, wanted = _in_groups(stored[rows].double(), group), _in_groups(actual[which].double(), group)
         if weight.k_scale is not None:
-            step = step * weight.k_scale[rows, None]
-        whole, wanted = stored[rows].double(), actual[which].double()
+            step = step * _in_groups(weight.k_scale[rows, None], group)
+        zero = None if zero_point is None else _for_rows(zero_point, group, rows).double()
+        rebuilt = (whole if zero is None else whole - zero) * step
+        if slope is None and torch.equal(rebuilt, wanted) and math.isfinite(float(rebuilt.sum())):
+            continue
         magnitude = whole.abs() + 1
-        rebuilt = whole
-        if zero_point is not None:
-            zero = _for_rows(zero_point, weight.group_size, rows).double()
+        if zero is not None:
             magnitude = magnitude + zero.abs()
-            rebuilt = rebuilt - zero
-        rebuilt = rebuilt * step
-        least_step = step.abs() if slope is None else torch.minimum(step.abs(), slope[which].abs())
+        least_step = step.abs()
+        if slope is not None:
+            least_step = torch.minimum(least_step, _in_groups(slope[which].abs(), group))
         slack = least_step * (magnitude * same).clamp(max=TOLERANCE)
         if rounding is not None:
             slack = slack + own * wanted.abs() + least
@@ -84,8 +94,16 @@ def is_rebuilt(
     return True
 
 
+def _of_columns(parameter: torch.Tensor, n: int, columns: slice) -> torch.Tensor:
+    return parameter if parameter.shape[-1] != n else parameter[..., columns]
+
+
+def _in_groups(matrix: torch.Tensor, group: int) -> torch.Tensor:
+    """``(rows, N)`` as ``(groups, group, N)``."""
+    found: torch.Tensor = matrix.unflatten(0, (-1, group))
+    return found
+
+
 def _for_rows(parameter: torch.Tensor, group: int, rows: slice) -> torch.Tensor:
-    """The parameter that belongs to each of ``rows`` of K, broadcasting against ``(rows, N)``."""
-    if parameter.dim() < 2:
-        return parameter
-    return parameter[torch.arange(rows.start, rows.stop) // group]
+    """The parameter that belongs to each of ``rows`` of K, broadcasting against ``(groups, group, N)``."""
+    return parameter if parameter.dim() < 2 else parameter[rows.start // group : rows.stop // group, None]

@@ -28,11 +28,11 @@ from quantpass.patterns.epilogues import Epilogue, read_epilogue
 from quantpass.patterns.evidence import is_evident_activation
 from quantpass.patterns.integers import Range
 from quantpass.patterns.net import Net
+from quantpass.patterns.operands import Operand
 from quantpass.patterns.scheme import scheme
 from quantpass.patterns.subgraphs import Body, bodies_of
 from quantpass.patterns.unread_matmuls import EXPERTS
 from quantpass.patterns.weights import matrix_node, read_weight
-from quantpass.patterns.weights_by_value import Operand
 
 _FORMLESS = ("read.weight.along_k", "read.weight.bits", "read.weight.nonlinear")
 """Why a quantized weight may have a value, and no form."""

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from quantpass.basics.symbolic import is_one, same_size
+from quantpass.graph.row_blocks import Needs
 from quantpass.graph.schema import op_name
 from quantpass.patterns.activations import Quantizer
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
@@ -26,6 +27,7 @@ def dialect() -> Dialect:
         dequantizers={"torchao::dequantize_affine": _dequantize_affine},
         quantizers={"torchao::quantize_affine": _quantize_affine},
         scales={"torchao::choose_qparams_affine": _choose_qparams_affine},
+        rows={"torchao::dequantize_affine": _rows},
     )
 
 
@@ -56,6 +58,32 @@ def _dequantize_affine(
             continue
         value = combine(value, Term(reader.values.expr(operand), aligned))
     return value
+
+
+def _rows(
+    node: Node,
+    dim: int,
+    *,
+    input_: Node,
+    block_size: Any,
+    scale: Node,
+    zero_point: Any,
+    input_dtype: Any,
+    quant_min: Any,
+    quant_max: Any,
+    output_dtype: Any,
+) -> Needs | None:
+    """Rows stay apart where a block lies within one: the parameters then have a row for each."""
+    del input_dtype, quant_min, quant_max, output_dtype
+    shape = node.meta["val"].shape
+    given = [p for p in (scale, zero_point) if p is not None]
+    aligned = all(isinstance(p, Node) and _has_rows(p, shape, dim) for p in given)
+    return dict.fromkeys((input_, *given), dim) if is_one(block_size[dim]) and aligned else None
+
+
+def _has_rows(parameter: Node, shape: Any, dim: int) -> bool:
+    fake = parameter.meta["val"]
+    return fake.dim() == len(shape) and same_size(fake.shape[dim], shape[dim])
 
 
 def _quantize_affine(

@@ -7,6 +7,7 @@ computes from the real tensors, so for this weight it is proved, not inferred.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -18,12 +19,14 @@ from quantpass.graph.decode import decode
 from quantpass.graph.expr import Call, Const, Expr, Recentred, Ref
 from quantpass.graph.instructions import Move
 from quantpass.graph.records import Weight
+from quantpass.graph.row_blocks import RowRules
 from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.evidence import Evidence, evidence, is_readable, judged
+from quantpass.patterns.operands import Operand, blocks_of
 from quantpass.patterns.proof import FLOAT32, is_rebuilt
 from quantpass.patterns.terms import Term
-from quantpass.patterns.weights_by_value import Operand, weight_by_value
+from quantpass.patterns.weights_by_value import weight_by_value
 
 aten = torch.ops.aten
 
@@ -71,19 +74,19 @@ def _read(reader: AffineReader, operand: Operand) -> Weight | NotAffine:
     weight = affine if isinstance(affine, NotAffine) else _from_affine(reader.values, affine, operand)
     if not reader.values.is_static(operand.node):
         return weight
-    if isinstance(weight, Weight) and _is_proved(reader.values, operand, weight):
+    if isinstance(weight, Weight) and _is_proved(reader.values, operand, weight, reader.dialects.rows):
         low, high = _known_span(weight)
         return replace(weight, low=low, high=high, proved=True)
-    by_value = _by_value(reader.values, operand)
+    by_value = _by_value(reader, operand)
     float_values = isinstance(by_value, NotAffine) and (not by_value.quantized or by_value.rule == "read.weight.folded")
     if isinstance(weight, NotAffine) and weight.quantized and float_values:
         return weight  # a named operator says more than its values do
     return by_value if isinstance(weight, NotAffine) or isinstance(by_value, Weight) else _unproved(operand.node)
 
 
-def _by_value(values: StaticValues, operand: Operand) -> Weight | NotAffine:
+def _by_value(reader: AffineReader, operand: Operand) -> Weight | NotAffine:
     try:
-        return weight_by_value(values, operand)
+        return weight_by_value(reader.values, operand, reader.dialects.rows)
     except Exception as error:  # whatever some operator of the graph raises when it is run by itself
         return NotAffine(f"its value can't be computed: {type(error).__name__}: {error}", quantized=True)
 
@@ -194,20 +197,22 @@ def _storage(codes: Expr, transposed: bool) -> tuple[Expr, bool]:
 # -- proof ---------------------------------------------------------------------------------------------------------
 
 
-def _is_proved(values: StaticValues, operand: Operand, weight: Weight) -> bool:
+def _is_proved(values: StaticValues, operand: Operand, weight: Weight, rules: RowRules | None = None) -> bool:
     """True where the graph's value, computed in float64, equals ``scale * (codes - zero_point)``."""
     codes, scale, zero = (_evaluated(values, e) for e in (weight.codes, weight.scale, weight.zero_point))
     if codes is None or scale is None or (zero is None) != (weight.zero_point is None):
         return False
-    actual = operand.kn(values.widened(operand.node).double())
-    if not bool(torch.isfinite(actual).all()):
-        return False
-    if is_rebuilt(weight, codes, scale, zero, actual, same=FLOAT32):
-        return True
+    rebuilt = True
+    for columns, actual in blocks_of(values, operand, rules):
+        if not math.isfinite(float(actual.sum())) and not bool(torch.isfinite(actual).all()):
+            return False
+        rebuilt = rebuilt and is_rebuilt(weight, codes, scale, zero, actual, same=FLOAT32, columns=columns)
     # An operator that rounds to codes by itself may round otherwise in float64: then what the graph computes counts,
     # up to the rounding of its dtype.
-    computed = operand.kn(values.value(operand.node))
-    return is_rebuilt(weight, codes, scale, zero, computed, same=FLOAT32, rounding=computed.dtype)
+    return rebuilt or all(
+        is_rebuilt(weight, codes, scale, zero, computed, same=FLOAT32, rounding=computed.dtype, columns=columns)
+        for columns, computed in blocks_of(values, operand, rules, wide=False)
+    )
 
 
 def _evaluated(values: StaticValues, e: Expr | None) -> torch.Tensor | None:

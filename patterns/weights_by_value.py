@@ -6,9 +6,7 @@ the line through the three. The line has to explain every element of the operand
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
@@ -16,41 +14,37 @@ from torch.fx import Node
 from quantpass.graph.expr import Const
 from quantpass.graph.instructions import Round
 from quantpass.graph.records import Weight
+from quantpass.graph.row_blocks import NotByRows, RowRules
 from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import NotAffine
+from quantpass.patterns.code_lines import (
+    Line,
+    act_order,
+    group_size,
+    line_through,
+    nonlinear,
+    per_group,
+    source_of,
+    symmetric,
+)
 from quantpass.patterns.folded import looks_dequantized
-from quantpass.patterns.proof import FLOAT32, FLOAT64, TOLERANCE, is_rebuilt, rows_at_a_time
+from quantpass.patterns.operands import Operand, OperandBlocks
+from quantpass.patterns.proof import FLOAT32, FLOAT64, is_rebuilt
+from quantpass.patterns.weights_in_blocks import read_in_blocks
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _SAME = (FLOAT64, FLOAT32)
 """What two scales may differ by and still be one, the strictest first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """A right operand and how it lies: ``(..., N, K)`` where ``transposed``; seen as ``matrix`` where that is given."""
+def weight_by_value(values: StaticValues, operand: Operand, rules: RowRules | None = None) -> Weight | NotAffine:
+    """Read a static operand by evaluating it: in blocks where it is large, and its operators keep rows apart.
 
-    node: Node
-    transposed: bool
-    matrix: tuple[int, int] | None = None
-
-    def kn(self, value: torch.Tensor) -> torch.Tensor:
-        """The operand's value as ``(K, N)``; the first of equal matrices."""
-        value = value.reshape(self.matrix) if self.matrix else value.reshape(-1, *value.shape[-2:])[0]
-        return value.t() if self.transposed else value
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """``value = slope * codes + intercept``, elementwise, all ``(K, N)`` in float64."""
-
-    codes: torch.Tensor
-    slope: torch.Tensor
-    intercept: torch.Tensor
-
-
-def weight_by_value(values: StaticValues, operand: Operand) -> Weight | NotAffine:
-    """Read a static operand by evaluating it."""
+    Args:
+        values: the graph's static values.
+        operand: what to read.
+        rules: what tools' operators do to rows.
+    """
     node = operand.node
     if not _holds_codes(values, node):
         if looks_dequantized(operand.kn(values.value(node))):
@@ -60,6 +54,34 @@ def weight_by_value(values: StaticValues, operand: Operand) -> Weight | NotAffin
                 rule="read.weight.folded",
             )
         return NotAffine("it is a plain floating-point weight")
+    found = _in_blocks(values, operand, rules) if operand.is_large else None
+    return found or _whole(values, operand)
+
+
+def _in_blocks(values: StaticValues, operand: Operand, rules: RowRules | None) -> Weight | NotAffine | None:
+    """As :func:`_whole` would read it; None where it has to."""
+    node = operand.node
+    if not node.meta["val"].dtype.is_floating_point:
+        return None
+    problem, size = nonlinear(), node.meta["val"].shape
+    shape = (size[1], size[0]) if operand.transposed else (size[0], size[1])
+    blocks = None
+    for same in _SAME:
+        for cuts in _integer_cuts(values, node, node.meta["val"].numel()):
+            try:
+                blocks = OperandBlocks(values, operand, rules, cuts)
+            except NotByRows:
+                return None
+            found = read_in_blocks(values, blocks, cuts, shape, same)
+            if not isinstance(found, NotAffine):
+                return found
+            problem = found
+    finite = blocks is not None and all(bool(torch.isfinite(blocks.value(columns)).all()) for columns in blocks)
+    return problem if finite else None
+
+
+def _whole(values: StaticValues, operand: Operand) -> Weight | NotAffine:
+    node = operand.node
     full = values.widened(node)
     if full.dim() > 2 and operand.matrix is None:
         matrices = full.reshape(-1, *full.shape[-2:])
@@ -73,9 +95,9 @@ def weight_by_value(values: StaticValues, operand: Operand) -> Weight | NotAffin
     if not actual.numel() or not bool(torch.isfinite(actual).all()):
         return NotAffine("it is empty or holds values that are not finite", quantized=True)
     if not node.meta["val"].dtype.is_floating_point:
-        plain = _Line(actual, torch.ones_like(actual), torch.zeros_like(actual))
+        plain = Line(actual, torch.ones_like(actual), torch.zeros_like(actual))
         return _from_line(values, [node], plain, actual, FLOAT64)
-    problem = NotAffine("its value is not a linear function of its codes", quantized=True, rule="read.weight.nonlinear")
+    problem = nonlinear()
     for same in _SAME:
         for cuts in _integer_cuts(values, node, full.numel()):
             line = _probe(values, operand, cuts, actual, same)
@@ -145,7 +167,7 @@ def _holds_codes(values: StaticValues, node: Node) -> bool:
     )
 
 
-def _probe(values: StaticValues, operand: Operand, cuts: list[Node], actual: torch.Tensor, same: float) -> _Line | None:
+def _probe(values: StaticValues, operand: Operand, cuts: list[Node], actual: torch.Tensor, same: float) -> Line | None:
     """The line through the values at codes 0, 1 and 2, if it explains every element of the actual value."""
     at, two_levels = [], any(cut.meta["val"].dtype == torch.bool for cut in cuts)
     for code in (0, 1) if two_levels else (0, 1, 2):
@@ -156,19 +178,7 @@ def _probe(values: StaticValues, operand: Operand, cuts: list[Node], actual: tor
             return None
     if two_levels:
         at.append(2 * at[1] - at[0])
-    intercept = at[0]
-    slope, codes = torch.empty_like(actual), torch.empty_like(actual)
-    for rows in rows_at_a_time(*actual.shape):
-        start, step = intercept[rows], at[1][rows] - intercept[rows]
-        flat = step == 0
-        straight = (at[2][rows] - start - 2 * step).abs() <= same * (step.abs() + start.abs())
-        exact = torch.where(flat, 0.0, (actual[rows] - start) / torch.where(flat, 1.0, step))
-        whole = exact.round()
-        near = ((exact - whole).abs() <= TOLERANCE) & (~flat | (actual[rows] == start))
-        if not bool((straight & near).all()):
-            return None
-        slope[rows], codes[rows] = step, whole
-    return None if not bool(slope.any()) else _Line(codes, slope, intercept)
+    return line_through(at, actual, same)
 
 
 def _filled(cut: Node, code: int) -> torch.Tensor:
@@ -180,28 +190,28 @@ def _filled(cut: Node, code: int) -> torch.Tensor:
 
 
 def _from_line(
-    values: StaticValues, cuts: list[Node], line: _Line, actual: torch.Tensor, same: float
+    values: StaticValues, cuts: list[Node], line: Line, actual: torch.Tensor, same: float
 ) -> Weight | NotAffine:
     """The weight that the operators take, put together again and compared with the operand: the last step."""
     k, n = line.codes.shape
-    line = _symmetric(line)
+    line = symmetric(line)
     flat = line.slope == 0
     zero = torch.where(flat, 0.0, -line.intercept / torch.where(flat, 1.0, line.slope))
     if bool((line.intercept != 0)[flat].any()):
         return NotAffine("a column has the scale 0 but not the value 0", quantized=True)
     codes, slope = line.codes, line.slope
     order = k_scale = None
-    group = _group_size(slope, zero, same)
+    group = group_size(slope, zero, same)
     if group is None:
-        order, group = _act_order(slope, zero)
+        order, group = act_order(slope, zero)
         if order is not None:
             codes, slope, zero = codes[order], slope[order], zero[order]
     if group is None:
         k_scale, slope = _split_off_k(slope)
-        group = _group_size(slope, zero, same) if k_scale is not None else None
+        group = group_size(slope, zero, same) if k_scale is not None else None
     if group is None:
         return _varies_along_k()
-    scale, zero = (_per_group(t, group) for t in (slope, zero))
+    scale, zero = (per_group(t, group) for t in (slope, zero))
     shifted = _into_int8(codes, zero, group)
     if shifted is None:
         return NotAffine("its codes span more than 8 bits", quantized=True, rule="read.weight.bits")
@@ -221,48 +231,12 @@ def _from_line(
     return weight if proved else _varies_along_k()
 
 
-def _symmetric(line: _Line) -> _Line:
-    """Binary weights ``-s, s`` with the codes -1 and 1: as 0 and 1 they would need the zero point one half."""
-    binary = bool((2 * line.intercept[:1] == -line.slope[:1]).all()) and bool((2 * line.intercept == -line.slope).all())
-    binary = binary and bool(((line.codes == 0) | (line.codes == 1)).all())
-    return _Line(2 * line.codes - 1, line.slope / 2, torch.zeros_like(line.slope)) if binary else line
-
-
 def _varies_along_k() -> NotAffine:
     return NotAffine(
         "its scale or zero point varies along K without regular groups",
         quantized=True,
         rule="read.weight.along_k",
     )
-
-
-def _group_size(slope: torch.Tensor, zero: torch.Tensor, same: float) -> int | None:
-    """The largest group of rows within which nothing changes; None where every row would be its own group."""
-    k, n = slope.shape
-    changed = torch.zeros(k, dtype=torch.bool)
-    for rows in rows_at_a_time(k - 1, n):
-        after = slice(rows.start + 1, rows.stop + 1)
-        offsets = torch.maximum(zero[after].abs(), zero[rows].abs()) + 1
-        steps = torch.maximum(slope[after].abs(), slope[rows].abs())
-        # A step is the difference of two values that hold the offset as well.
-        kept = (slope[after] - slope[rows]).abs() <= same * steps * offsets
-        kept &= (zero[after] - zero[rows]).abs() <= same * offsets
-        changed[rows] = ~kept.all(dim=1)
-    group = math.gcd(k, *(changed.nonzero().flatten() + 1).tolist())
-    return group if group > 1 or k == 1 else None
-
-
-def _act_order(slope: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
-    """The order of rows that makes groups regular, and their size: quantization in order of activation size."""
-    k = slope.shape[0]
-    rows = torch.cat([slope, zero], dim=1)
-    _, which, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
-    group = math.gcd(*counts.tolist())
-    if group <= 1 or group == k:
-        return None, None
-    # Groups in the order of their first rows, so that the order stays as close to the graph's as it can.
-    first = torch.full((len(counts),), k, dtype=torch.int64).scatter_reduce(0, which, torch.arange(k), "amin")
-    return torch.argsort(first[which], stable=True), group
 
 
 def _split_off_k(slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -275,17 +249,6 @@ def _split_off_k(slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor
     of_k = slope[:, column] / slope[pivot, column]
     rest = slope[pivot].expand_as(slope)
     return of_k, rest
-
-
-def _per_group(parameter: torch.Tensor, group: int) -> torch.Tensor:
-    """``(K, N)`` to ``(K / group, N)``, to ``(N,)`` where there is one group, to ``(1,)`` where all are equal."""
-    rows = parameter[::group]
-    if rows.shape[0] > 1:
-        return rows.contiguous()
-    row = rows[0]
-    if bool(((row - row[0]).abs() <= 1e-12 * row[0].abs()).all()):
-        return row[:1].clone()
-    return row.contiguous()
 
 
 def _into_int8(codes: torch.Tensor, zero: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -321,9 +284,7 @@ def shifted_by_group(
 
 def _stored_codes(values: StaticValues, cuts: list[Node], codes: torch.Tensor) -> tuple[Const, bool]:
     """The graph's own int8 tensor where it holds exactly these codes, else a new one stored ``(N, K)``."""
-    leaf = cuts[0]
-    while leaf.op == "call_function" and len(leaf.all_input_nodes) == 1:
-        leaf = leaf.all_input_nodes[0]
+    leaf = source_of(cuts)
     fake = leaf.meta.get("val")
     if leaf.op != "call_function" and isinstance(fake, torch.Tensor) and fake.dtype == torch.int8 and fake.dim() == 2:
         value = values.value(leaf)

@@ -6,7 +6,7 @@ on deterministic operators. Its value is found by running it: that is how any sp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ from quantpass.graph.writes import written_arguments
 
 aten = torch.ops.aten
 
-_SMALL = 1 << 16
+SMALL = 1 << 16
 """Values up to this many elements are kept once evaluated; larger ones are evaluated anew."""
 
 
-_PARAMETER_SHARE = 16
+PARAMETER_SHARE = 16
 """Tensors with less than this share of a weight's elements are its parameters, not the weight itself."""
 
 
@@ -105,19 +105,28 @@ class StaticValues:
         """
         values = dict(replaced or {})
         todo, seen = [node], {node}
-        least = node.meta["val"].numel() // _PARAMETER_SHARE
-        carriers = self._carriers_of_codes(node, least)
+        taken = self.taken_as_it_is(node)
         while todo:
             n = todo.pop()
             if n in values:
                 continue
-            if n is not node and (self._makes_integers(n) or _is_smaller(n, least) or n not in carriers):
+            if taken(n):
                 values[n] = _as(self.value(n), torch.float64)
                 continue
             todo.extend(i for i in n.all_input_nodes if i not in seen)
             seen.update(n.all_input_nodes)
         result: torch.Tensor = self._evaluate(node, values, torch.float64)
         return result
+
+    def taken_as_it_is(self, node: Node) -> Callable[[Node], bool]:
+        """Tells of what ``node`` is computed from: is it taken as the graph computes it, not widened?"""
+        least = node.meta["val"].numel() // PARAMETER_SHARE
+        carriers = self._carriers_of_codes(node, least)
+
+        def taken(n: Node) -> bool:
+            return n is not node and (self._makes_integers(n) or _is_smaller(n, least) or n not in carriers)
+
+        return taken
 
     def _makes_integers(self, n: Node) -> bool:
         """True for a cast or rounding of floats to integers."""
@@ -197,7 +206,7 @@ class StaticValues:
                 return as_dtype(fill, node.meta["val"].dtype)
         if self.is_static(node):
             value = self.value(node)
-            if isinstance(value, torch.Tensor) and 0 < value.numel() <= _SMALL and value.dtype != torch.bool:
+            if isinstance(value, torch.Tensor) and 0 < value.numel() <= SMALL and value.dtype != torch.bool:
                 first = value.reshape(-1)[0]
                 if bool((value == first).all()):
                     return first.item()
@@ -215,7 +224,7 @@ class StaticValues:
                 if not uses[i]:
                     del env[i]
         result = env[node]
-        if wide is None and (not isinstance(result, torch.Tensor) or result.numel() <= _SMALL):
+        if wide is None and (not isinstance(result, torch.Tensor) or result.numel() <= SMALL):
             self._kept[node] = result
         return result
 
@@ -244,15 +253,24 @@ class StaticValues:
         if n in replaced:
             return replaced[n]
         if n.op in ("placeholder", "get_attr"):
-            self.read_leaves.add(n)
-            value = self._leaves[n].detach().cpu()  # an NPU has no float64
-            if type(value) is not torch.Tensor:
-                value = value.as_subclass(torch.Tensor)  # a tool's own parameter class: only its data matters
+            value = self.leaf_value(n)
             return value.to(wide) if wide and value.is_floating_point() else value
-        args, kwargs = map_aggregate((n.args, dict(n.kwargs)), lambda a: _on_cpu(env[a] if isinstance(a, Node) else a))
-        if wide is None or not isinstance(n.target, OpOverload):
-            return n.target(*args, **kwargs)  # type: ignore[operator]
-        return _run_wide(n, args, kwargs, wide)
+        return call(n, env, wide)
+
+    def leaf_value(self, leaf: Node) -> torch.Tensor:
+        """The plain tensor behind a static placeholder or attribute, from now on one that decisions rest on."""
+        self.read_leaves.add(leaf)
+        value = self._leaves[leaf].detach().cpu()  # an NPU has no float64
+        # Of a tool's own parameter class only the data matters.
+        return value if type(value) is torch.Tensor else value.as_subclass(torch.Tensor)
+
+
+def call(n: Node, env: Mapping[Node, Any], wide: torch.dtype | None) -> Any:
+    """What the operator of ``n`` makes of the values in ``env``, on a CPU; floating numbers in ``wide`` if given."""
+    args, kwargs = map_aggregate((n.args, dict(n.kwargs)), lambda a: _on_cpu(env[a] if isinstance(a, Node) else a))
+    if wide is None or not isinstance(n.target, OpOverload):
+        return n.target(*args, **kwargs)  # type: ignore[operator]
+    return _run_wide(n, args, kwargs, wide)
 
 
 def _holds_numbers(fake: torch.Tensor) -> bool:

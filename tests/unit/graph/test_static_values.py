@@ -148,10 +148,10 @@ def test_values_are_computed_once_where_small(monkeypatch):
     values, nodes = graph_of((aten.neg.default, 0))
     assert torch.equal(values.value(nodes[2]), -W)
     assert values.value(nodes[2]) is values.value(nodes[2])
-    monkeypatch.setattr(static_values, "_SMALL", 4)
+    monkeypatch.setattr(static_values, "SMALL", 4)
     values, nodes = graph_of((aten.neg.default, 0))
     assert values.value(nodes[2]) is values.value(nodes[2])
-    monkeypatch.setattr(static_values, "_SMALL", 3)
+    monkeypatch.setattr(static_values, "SMALL", 3)
     values, nodes = graph_of((aten.neg.default, 0))
     assert values.value(nodes[2]) is not values.value(nodes[2])
 
@@ -252,9 +252,9 @@ def test_a_part_of_several_tensors():
 
 def test_large_tensors_are_not_looked_through(monkeypatch):
     t = Traced(lambda w: w.neg(), torch.full((4,), 2.0), known=1)
-    monkeypatch.setattr(static_values, "_SMALL", 3)
+    monkeypatch.setattr(static_values, "SMALL", 3)
     assert t.values.uniform(t.result) is None
-    monkeypatch.setattr(static_values, "_SMALL", 4)
+    monkeypatch.setattr(static_values, "SMALL", 4)
     t = Traced(lambda w: w.neg(), torch.full((4,), 2.0), known=1)
     assert t.values.uniform(t.result) == -2
 

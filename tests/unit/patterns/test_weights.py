@@ -9,8 +9,8 @@ from quantpass.graph import expr as ex
 from quantpass.graph.expr import Const, Ref
 from quantpass.graph.records import Weight
 from quantpass.patterns.affine import AffineReader, NotAffine
+from quantpass.patterns.operands import Operand
 from quantpass.patterns.weights import _is_proved, is_weight, matrix_node, read_weight
-from quantpass.patterns.weights_by_value import Operand
 from tests.unit.graphs import Traced, evaluate
 
 aten = torch.ops.aten

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantpass.graph.records import Weight
-from quantpass.patterns import weights_by_value
+from quantpass.patterns import code_lines, weights_by_value
 from quantpass.patterns.affine import NotAffine
-from quantpass.patterns.weights_by_value import Operand, looks_dequantized, shifted_by_group, weight_by_value
+from quantpass.patterns.operands import Operand
+from quantpass.patterns.weights_by_value import looks_dequantized, shifted_by_group, weight_by_value
 from tests.unit.graphs import Traced
 from tests.unit.patterns.test_weights import meaning
 
@@ -75,7 +76,7 @@ def test_groups():
 
 def test_where_a_group_ends():
     """Neighbours are one where they differ by no more than the tolerance, of their size and that of their offsets."""
-    group_size = weights_by_value._group_size
+    group_size = code_lines.group_size
 
     def column(*numbers):
         return torch.tensor(numbers).double()[:, None]

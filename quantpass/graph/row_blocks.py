@@ -1,0 +1,418 @@
+"""Static values a block of rows at a time.
+
+Most operators that a weight is computed by keep its rows apart: row i of the result is made of row i of the operand,
+or of a fixed number of its rows. Where every operator between the stored tensors and a value is known to, the value
+is computed in blocks that stay in the processor's cache, and nothing of its size is ever in memory. Along a row,
+parameters stay as small as they are (:mod:`quantpass.graph.grids`).
+
+What an operator does to rows is known of movements and elementwise operators, and by the table below; of anything
+else nothing is assumed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from quantpass.graph.grids import Grid, constant, dense, pointwise
+from quantpass.graph.instructions import Cast, Move
+from quantpass.graph.schema import ReaderTable, bind, call_reader
+from quantpass.graph.static_values import PARAMETER_SHARE, SMALL, StaticValues, call
+
+aten = torch.ops.aten
+
+_WIDE = torch.float64
+
+_UNTAGGED = frozenset(f"aten::__{name}__" for name in ("and", "or", "xor", "lshift", "rshift"))
+"""Elementwise operators that PyTorch does not tag as such."""
+
+ELEMENTS = 1 << 17
+"""How many elements a block has: one megabyte in float64."""
+
+_MOST_BLOCKS = 64
+
+_MOST = 1 << 21
+"""A block whose rows can't be told apart any finer is computed up to this size."""
+
+Needs: TypeAlias = "dict[Node, int | None]"
+"""For each operand, along which of its dimensions the rows lie; None for an operand that is needed whole."""
+
+RowRules: TypeAlias = "ReaderTable[Needs | None]"
+"""Readers take ``(node, dim, **arguments)``, with ``dim`` of the result along which rows lie."""
+
+
+class NotByRows(Exception):
+    """A value can't be computed by rows."""
+
+
+_Key: TypeAlias = tuple[Node, bool, int | None]
+"""A node, whether it is computed in float64, and along which dimension its rows lie (None: it is needed whole)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """How one node is computed: from which, and how its size along the rows' dimension relates to the rows."""
+
+    node: Node
+    kind: str
+    ratio: Fraction
+    inputs: dict[Node, _Key]
+
+
+class RowBlocks:
+    """The widened value of a static node (:meth:`StaticValues.widened`), some rows at a time.
+
+    Args:
+        values: the graph's static values.
+        node: what to compute.
+        dim: the dimension of which a block is a part.
+        rules: what tools' operators do to rows.
+        cuts: nodes that can be given another value (:meth:`with_codes`).
+
+    Raises:
+        NotByRows: some operator is not known to keep rows apart.
+    """
+
+    def __init__(
+        self,
+        values: StaticValues,
+        node: Node,
+        dim: int,
+        rules: RowRules | None = None,
+        cuts: Sequence[Node] = (),
+        *,
+        wide: bool = True,
+    ) -> None:
+        fake = node.meta["val"]
+        if not all(isinstance(s, int) and s for s in fake.shape):
+            raise NotByRows(f"{node.name} is of unknown size")
+        self._values, self._rules = values, rules
+        self._taken_as_it_is = values.taken_as_it_is(node)
+        self.rows: int = fake.shape[dim]
+        self._width = fake.numel() // self.rows
+        self._unit = 1
+        self._cuts = frozenset(cuts)
+        self._result: _Key = (node, wide, dim)
+        self._steps: dict[_Key, _Step] = {}
+        self._order = self._planned(self._result)
+        self._whole: dict[_Key, Any] = {}
+        self._held: float | None = None
+        self._probed = self._needed(stop=self._cuts)
+
+    def __iter__(self) -> Iterator[slice]:
+        """The blocks, in order."""
+        for start in range(0, self.rows, self._step_size):
+            yield slice(start, min(start + self._step_size, self.rows))
+
+    @property
+    def _step_size(self) -> int:
+        size: int = max(self._unit, ELEMENTS // self._width // self._unit * self._unit)
+        return size
+
+    def ahead(self, rows: slice) -> slice:
+        """``rows`` and as many blocks behind them as :meth:`with_codes` can give at once: it may be far smaller."""
+        if self._held is None:
+            found = self.with_codes(rows, 0)
+            self._held = found.tensor.numel() / ((rows.stop - rows.start) * self._width)
+        blocks = max(1, min(_MOST_BLOCKS, int(1 / self._held)))
+        return slice(rows.start, min(rows.start + blocks * self._step_size, self.rows))
+
+    def value(self, rows: slice) -> torch.Tensor:
+        """The value's part ``rows``."""
+        return self._run(rows, self._order, None).dense()
+
+    def with_codes(self, rows: slice, code: int) -> Grid:
+        """The same with ``code`` in place of every element of the cuts."""
+        return self._run(rows, self._probed, code)
+
+    # -- planning ------------------------------------------------------------------------------------------------------
+
+    def _planned(self, result: _Key) -> list[_Key]:
+        order: list[_Key] = []
+        stack = [(result, False)]
+        while stack:
+            key, ready = stack.pop()
+            if ready:
+                order.append(key)
+            elif key not in self._steps:
+                self._steps[key] = step = self._step(key)
+                stack.append((key, True))
+                stack.extend((i, False) for i in step.inputs.values())
+        return order
+
+    def _needed(self, stop: frozenset[Node]) -> list[_Key]:
+        """What the result needs where nodes of ``stop`` are given."""
+        seen, todo = {self._result}, [self._result]
+        while todo:
+            key = todo.pop()
+            if key[0] in stop and key[1]:
+                continue
+            for i in self._steps[key].inputs.values():
+                if i not in seen:
+                    seen.add(i)
+                    todo.append(i)
+        return [key for key in self._order if key in seen]
+
+    def _step(self, key: _Key) -> _Step:
+        node, wide, dim = key
+        fake = node.meta.get("val")
+        if not isinstance(fake, torch.Tensor) or fake.layout != torch.strided:
+            raise NotByRows(f"{node.name} is no dense tensor")
+        if dim is None:
+            if fake.numel() > max(SMALL, self.rows * self._width // PARAMETER_SHARE):
+                raise NotByRows(f"{node.name} is needed whole")
+            return _Step(node, "whole", Fraction(0), {})
+        ratio = Fraction(fake.shape[dim], self.rows)
+        self._align(ratio.denominator)
+        if wide and self._taken_as_it_is(node):
+            return _Step(node, "cast", ratio, {node: (node, False, dim)})
+        if node.op in ("placeholder", "get_attr"):
+            return _Step(node, "leaf", ratio, {})
+        move = self._values.decode(node)
+        if isinstance(move, Move):
+            source = _source_dim(move, fake.shape, dim)
+            return _Step(node, move.kind, ratio, {move.source: (move.source, wide, source)})
+        if not isinstance(node.target, OpOverload):
+            raise NotByRows(f"{node.name} is no operator")
+        shuffled = self._shuffled(node, dim)
+        if shuffled is not None:
+            given, index, unit = shuffled
+            self._align((ratio / unit).denominator)
+            return _Step(node, "shuffle", ratio, {given: (given, wide, dim), index: (index, False, 0)})
+        by_element = isinstance(move, Cast) or _is_pointwise(node.target)
+        needs = _of_elements(node, dim) if by_element else self._by_rule(node, dim)
+        if wide and any(d is None and self._is_widened(i) for i, d in needs.items()):
+            raise NotByRows(f"{node.name} needs a part of the weight whole")
+        inputs = {i: (i, wide and d is not None, d) for i, d in needs.items()}
+        return _Step(node, "pointwise" if by_element else "call", ratio, inputs)
+
+    def _is_widened(self, node: Node) -> bool:
+        fake = node.meta["val"]
+        return bool(fake.is_floating_point()) and not self._taken_as_it_is(node)
+
+    def _by_rule(self, node: Node, dim: int) -> Needs:
+        for table in (_rules(), self._rules):
+            reader = None if table is None else table.get(node.target)
+            needs = None if reader is None else call_reader(reader, node, node, dim)
+            if needs is not None:
+                return needs
+        raise NotByRows(f"{node.target} may mix rows")
+
+    def _shuffled(self, node: Node, dim: int) -> tuple[Node, Node, int] | None:
+        """Operand and index of rows put into another order, and the least number of rows that stay together."""
+        if node.target is not aten.index.Tensor:
+            return None
+        bound = bind(node)
+        source, indices = bound["self"], bound["indices"]
+        if [d for d, i in enumerate(indices) if i is not None] != [dim]:
+            return None
+        index, rows = indices[dim], source.meta["val"].shape[dim]
+        fake = index.meta["val"]
+        if fake.dtype not in (torch.int32, torch.int64) or fake.dim() != 1 or len(fake) != rows or len(fake) > _MOST:
+            return None
+        order = self._values.value(index)
+        own = torch.arange(rows)
+        units = (2**i for i in range(1, 11) if rows % 2**i == 0)
+        return next(((source, index, u) for u in units if bool((order // u == own // u).all())), None)
+
+    def _align(self, unit: int) -> None:
+        self._unit = math.lcm(self._unit, unit)
+        if self._unit * self._width > _MOST:
+            raise NotByRows("blocks would be too large")
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def _run(self, rows: slice, order: list[_Key], code: int | None) -> Grid:
+        env: dict[_Key, Any] = {}
+        last = {i: key for key in order for i in self._steps[key].inputs.values()}
+        for key in order:
+            step = self._steps[key]
+            if code is not None and key[1] and key[0] in self._cuts:
+                env[key] = _filled(step.node, _shape(step, key[2], rows), code)
+                continue
+            env[key] = self._compute(key, step, rows, env)
+            for i in step.inputs.values():
+                if last[i] == key:
+                    env.pop(i, None)
+        found = env[self._result]
+        return found if isinstance(found, Grid) else dense(found)
+
+    def _compute(self, key: _Key, step: _Step, rows: slice, env: Mapping[_Key, Any]) -> Any:
+        node, wide, dim = key
+        if step.kind == "whole":
+            if key not in self._whole:
+                self._whole[key] = dense(self._values.value(node))
+            return self._whole[key]
+        assert dim is not None
+        if step.kind == "leaf":
+            at = _scaled(step.ratio, rows)
+            part = self._values.leaf_value(node).narrow(dim, at.start, at.stop - at.start)
+            return dense(part.double() if wide and part.is_floating_point() else part)
+        given = {i: env[k] for i, k in step.inputs.items()}
+        if step.kind == "cast":
+            (found,) = given.values()
+            floating = found.tensor.is_floating_point()
+            return Grid(found.tensor.double(), found.parts) if floating else found
+        if step.kind in ("same", "reshape", "permute", "expand"):
+            (found,) = given.values()
+            return self._moved(step, found, _shape(step, dim, rows))
+        if step.kind == "shuffle":
+            (source, index) = given
+            whole = {source: given[source].dense(), index: given[index].dense() - _scaled(step.ratio, rows).start}
+            return dense(call(node, whole, _WIDE if wide else None))
+        if step.kind == "pointwise":
+            names = [*given]
+
+            def compute(tensors: list[torch.Tensor]) -> torch.Tensor:
+                found: torch.Tensor = call(node, dict(zip(names, tensors, strict=True)), _WIDE if wide else None)
+                return found
+
+            return pointwise(compute, [*given.values()])
+        return dense(call(node, {i: g.dense() for i, g in given.items()}, _WIDE if wide else None))
+
+    def _moved(self, step: _Step, found: Grid, shape: Sequence[int]) -> Grid:
+        if step.kind == "same":
+            return found
+        if step.kind == "permute":
+            move = self._values.decode(step.node)
+            assert isinstance(move, Move)
+            return found.permuted(move.order)
+        return found.expanded(shape) if step.kind == "expand" else found.reshaped(shape)
+
+
+def _scaled(ratio: Fraction, rows: slice) -> slice:
+    n, d = ratio.numerator, ratio.denominator
+    return slice(rows.start * n // d, rows.stop * n // d)
+
+
+def _shape(step: _Step, dim: int | None, rows: slice) -> list[int]:
+    at = _scaled(step.ratio, rows)
+    shape = [*step.node.meta["val"].shape]
+    assert dim is not None
+    shape[dim] = at.stop - at.start
+    return shape
+
+
+def _filled(node: Node, shape: Sequence[int], code: int) -> Grid:
+    dtype = node.meta["val"].dtype
+    return constant(torch.tensor(code, dtype=torch.float64 if dtype.is_floating_point else dtype), shape)
+
+
+def _is_pointwise(target: OpOverload) -> bool:
+    return torch.Tag.pointwise in target.tags or target._schema.name in _UNTAGGED
+
+
+# -- where an operand's rows lie ---------------------------------------------------------------------------------------
+
+
+def _source_dim(move: Move, shape: Sequence[int], dim: int) -> int:
+    before = move.source.meta["val"].shape
+    if move.kind == "same":
+        return dim
+    if move.kind == "permute":
+        return move.order[dim]
+    if move.kind == "expand":
+        source = dim - (len(shape) - len(before))
+        if source < 0 or before[source] != shape[dim]:
+            raise NotByRows("rows are copies of each other")
+        return source
+    outside = math.prod(shape[:dim])
+    for e in reversed(range(len(before))):
+        if math.prod(before[:e]) == outside:
+            return e
+    raise NotByRows("a view mixes rows with what lies outside of them")
+
+
+def _of_elements(node: Node, dim: int) -> Needs:
+    shape = node.meta["val"].shape
+    needs: Needs = {}
+    for i in node.all_input_nodes:
+        fake = i.meta.get("val")
+        if not isinstance(fake, torch.Tensor):
+            raise NotByRows(f"{i.name} is no tensor")
+        own = dim - (len(shape) - fake.dim())
+        needs[i] = own if own >= 0 and fake.shape[own] == shape[dim] and shape[dim] > 1 else None
+    return needs
+
+
+def _stack(node: Node, at: int, *, tensors: Sequence[Node], dim: int) -> Needs | None:
+    dim %= node.meta["val"].dim()
+    return None if at == dim else dict.fromkeys(tensors, at - (at > dim))
+
+
+def _cat(node: Node, at: int, *, tensors: Sequence[Node], dim: int) -> Needs | None:
+    return None if at == dim % node.meta["val"].dim() else dict.fromkeys(tensors, at)
+
+
+def _select(node: Node, at: int, *, self: Node, dim: int, index: Any) -> Needs | None:
+    del index  # along another dimension
+    dim %= self.meta["val"].dim()
+    return {self: at + (at >= dim)} if node.meta["val"].dim() else None
+
+
+def _slice(node: Node, at: int, *, self: Node, dim: int, start: Any, end: Any, step: Any) -> Needs | None:
+    del start, end, step  # along another dimension, or all of it
+    whole = node.meta["val"].shape == self.meta["val"].shape
+    return {self: at} if at != dim % self.meta["val"].dim() or whole else None
+
+
+def _index(node: Node, at: int, *, self: Node, indices: Sequence[Any]) -> Needs | None:
+    del node
+    return _indexed(at, self, indices)
+
+
+def _indexed(at: int, self: Node, indices: Sequence[Any]) -> Needs | None:
+    """One index: rows along what is left of the operand's dimensions, or along those of the index."""
+    where = [d for d, i in enumerate(indices) if i is not None]
+    if len(where) != 1 or not isinstance(indices[where[0]], Node):
+        return None
+    (first,), index = where, indices[where[0]]
+    fake = index.meta["val"]
+    if index is self or fake.dtype == torch.bool or fake.dtype == torch.uint8:
+        return None
+    if at < first:
+        return {self: at, index: None}
+    if at < first + fake.dim():
+        return {self: None, index: at - first}
+    return {self: at - fake.dim() + 1, index: None}
+
+
+def _index_select(node: Node, at: int, *, self: Node, dim: int, index: Node) -> Needs | None:
+    indices = [None] * (dim % node.meta["val"].dim()) + [index]
+    return _indexed(at, self, indices)
+
+
+def _repeat_interleave(node: Node, at: int, *, self: Node, repeats: Any, dim: Any, output_size: Any) -> Needs | None:
+    """Each of a dimension's elements several times, side by side."""
+    fixed = output_size is not None and at == dim % node.meta["val"].dim() if dim is not None else True
+    return {self: at} if isinstance(repeats, int) and not fixed else None
+
+
+def _bit_cast(node: Node, at: int, *, self: Node, dtype: torch.dtype) -> Needs | None:
+    same = dtype.itemsize == self.meta["val"].dtype.itemsize
+    return {self: at} if same or at != node.meta["val"].dim() - 1 else None
+
+
+@cache
+def _rules() -> RowRules:
+    return ReaderTable(
+        {
+            aten.stack.default: _stack,
+            aten.cat.default: _cat,
+            aten.select.int: _select,
+            aten.slice.Tensor: _slice,
+            aten.index.Tensor: _index,
+            aten.index_select.default: _index_select,
+            aten.repeat_interleave.self_int: _repeat_interleave,
+            aten.view.dtype: _bit_cast,
+        },
+        leading=2,
+    )
