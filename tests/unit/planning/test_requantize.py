@@ -70,6 +70,17 @@ def test_the_largest_magnitude(dim, mode):
     assert "at most one" in m.why and "magnitudes above" not in m.why
 
 
+def test_rows_below_the_graphs_floor_are_told_of():
+    """There the operator's scale is smaller than the graph's."""
+
+    def floored(x):
+        scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-3) / 127
+        codes = (x.float() / scale).round().clamp(-128, 127).to(torch.int8)
+        return codes, codes.float() * scale
+
+    assert "in rows with magnitudes above 0.001" in made(floored).why
+
+
 @pytest.mark.parametrize(("divisor", "rule"), [(127.5, ""), (126.5, ""), (126.0, "divisor"), (128.0, "divisor")])
 def test_divisors_near_the_operators_own(divisor, rule):
     m = made(dynamic(divisor))
