@@ -29,6 +29,7 @@ ASCEND310P = Chip(
         *grouped_matmul.rules(grouped_matmul.ROWS_310P, "310p"),
         *grouped_matmul.RULES_310P,
     ),
+    costs=(*quant_matmul.COSTS_310P, *quant_matmul_dequant.COSTS_310P),
     layouts={QMM: (_NZ,), WQMM: (_NZ,), QMMD: (_ROWS,)},
     saturates=True,
     eager_layouts={

@@ -83,6 +83,7 @@ class Verdict:
         rejects: every rule that is broken.
         assumptions: what must hold of symbolic sizes for the call to be legal.
         nearest: the arguments of the nearest legal call, where one was found.
+        costs: what a legal call makes the vendor's library do beside the operator, each time that it runs.
     """
 
     legal: bool
@@ -90,6 +91,7 @@ class Verdict:
     rejects: tuple[Reject, ...]
     assumptions: tuple[str, ...] = ()
     nearest: dict[str, Any] | None = None
+    costs: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self.legal
@@ -97,7 +99,7 @@ class Verdict:
     def __str__(self) -> str:
         if self.legal:
             given = f", assuming {'; '.join(self.assumptions)}" if self.assumptions else ""
-            return f"legal{given}"
+            return "\n  ".join((f"legal{given}", *self.costs))
         head = "contradicted (documents and code disagree)" if self.contradicted else "illegal"
         lines = [head, *(f"  {r}" + (f" [{r.doc}]" if r.doc else "") for r in self.rejects)]
         if self.nearest:
@@ -153,7 +155,8 @@ def judge(call: OpCall, chip: Chip, allow: Collection[str] = ()) -> Verdict:
     """Evaluate every rule of ``chip`` on ``call``; all broken ones are returned, not the first."""
     broken, assumptions = broken_rules(call, chip, allow)
     if not broken:
-        return Verdict(True, False, (), tuple(assumptions))
+        costs = tuple(str(cost) for cost in chip.costs if cost.is_of(call))
+        return Verdict(True, False, (), tuple(assumptions), costs=costs)
     rejects = tuple(dict.fromkeys(b.reject() for b in broken))
     nearest = _nearest(call, chip, allow, broken)
     return Verdict(False, all(b.contradicted for b in broken), rejects, tuple(assumptions), nearest)

@@ -23,7 +23,7 @@ from quantpass.chips.requirements import (
     Size,
     Value,
 )
-from quantpass.chips.rules import Rule, When, both, dtype_is, in_nz, transposed
+from quantpass.chips.rules import Cost, Rule, When, both, dtype_is, given, in_nz, transposed
 
 
 def _sizes(call: OpCall) -> dict[str, Any]:
@@ -207,4 +207,16 @@ LAYOUT_310P = (
          modes=("graph",), hint="store the weight as (n, k), cast it to FRACTAL_NZ, then transpose the view"),
     Rule("qmm.310p.nz.eager", QMM, Layout("x2", transposed=True), "npu_quant_matmul.md, constraints: transpose before the cast", "documented, code",
          when=in_nz("x2"), modes=EAGER, hint="store the weight as (n, k), cast it to FRACTAL_NZ, then transpose the view"),
+)  # fmt: skip
+
+_V5 = "aclnn_quant_matmul_v5.cpp"
+_IN_ND = When("x2 in ND", lambda call: not in_nz("x2").test(call))
+_ONCE = "a weight stored as (n, k) that is cast to FRACTAL_NZ once (npu_format_cast) costs nothing here"
+
+COSTS_310P = (
+    Cost(QMM, "TransData of the whole weight to FRACTAL_NZ", f"{_V5}:903", _IN_ND, EAGER, _ONCE),
+    Cost(QMM, "Transpose of the whole weight", f"{_V5}:897-902", both(_IN_ND, transposed("x2", False)), EAGER,
+         "store the weight as (n, k)"),
+    Cost(QMM, "TransData of x1 and of the result", f"{_V5}:1118-1122, 1175-1179", given("pertoken_scale"), EAGER,
+         "one static scale for x1 costs nothing here"),
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantpass.basics.symbolic import statically_true
 from quantpass.basics.torch_types import F16, F32, I8
 from quantpass.chips.calls import OpCall, VendorOp, matrix_sizes
 from quantpass.chips.companions import Unavailable
@@ -19,7 +20,7 @@ from quantpass.chips.requirements import (
     Size,
     Value,
 )
-from quantpass.chips.rules import Rule, When, both, given
+from quantpass.chips.rules import Cost, Rule, When, both, given
 
 
 def _sizes(call: OpCall) -> dict[str, Any]:
@@ -79,4 +80,12 @@ RULES_310P = (
 
 ELSEWHERE = (
     Rule("qmmd.unavailable", QMMD, Unavailable("npu_dynamic_quant and npu_quant_matmul"), f"{_DOC}: supported products"),
+)  # fmt: skip
+
+_UNPADDED = When("k no multiple of 32", lambda call: statically_true(call.sizes.get("k", 0) % 32 == 0) is False)
+
+COSTS_310P = (
+    Cost(QMMD, "Transpose of the whole weight to FRACTAL_NZ", f"{_CODE}:196-203", None, ("eager",),
+         "torch_npu's shape function takes no weight that is in FRACTAL_NZ already"),
+    Cost(QMMD, "PadV3 of the whole weight", f"{_CODE}:187-195", _UNPADDED, ("eager",), "pad k to a multiple of 32 once"),
 )  # fmt: skip

@@ -46,6 +46,33 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Cost:
+    """What a legal call makes the vendor's library do, beside the operator, each time that it runs.
+
+    Attributes:
+        op: the operator.
+        what: what is done.
+        source: the file that does it.
+        when: the calls that it is done for; None for all.
+        modes: the execution modes.
+        instead: what avoids it.
+    """
+
+    op: VendorOp
+    what: str
+    source: str
+    when: When | None = None
+    modes: tuple[str, ...] = ("graph", "eager")
+    instead: str = ""
+
+    def is_of(self, call: OpCall) -> bool:
+        return self.op == call.op and call.mode in self.modes and (self.when is None or self.when.test(call))
+
+    def __str__(self) -> str:
+        return f"at every call: {self.what} ({self.source})" + (f"; {self.instead}" if self.instead else "")
+
+
+@dataclass(frozen=True, slots=True)
 class WeightLayout:
     """A way to lay a static weight out; planning tries a chip's layouts in order and takes the first legal one.
 
@@ -72,6 +99,7 @@ class Chip:
         rules: its legality rows.
         layouts: operator to the weight layouts worth trying in graph mode, best first.
         eager_layouts: the same for eager mode.
+        costs: what legal calls cost beside the operator.
         saturates: a float16 overflow gives the largest finite number, not infinity.
     """
 
@@ -82,6 +110,7 @@ class Chip:
     layouts: dict[VendorOp, tuple[WeightLayout, ...]] = field(default_factory=dict)
     eager_layouts: dict[VendorOp, tuple[WeightLayout, ...]] = field(default_factory=dict)
     saturates: bool = False
+    costs: tuple[Cost, ...] = ()
     soc_names: tuple[str, ...] = ()
     typical_soc: str = ""
     documented: bool = False

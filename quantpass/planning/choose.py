@@ -18,7 +18,7 @@ from quantpass.basics.boundary import guarded
 from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.chips.calls import VendorOp
-from quantpass.chips.legality import judge
+from quantpass.chips.legality import Verdict, judge
 from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.rules import Chip
@@ -117,7 +117,7 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes, ot
             continue
         verdict = judge(candidate.call, chip, options.allow)
         if verdict.legal:
-            plan = _as_plan(candidate, reading, _why_not(rejects, nearest), verdict.assumptions)
+            plan = _as_plan(candidate, reading, _why_not(rejects, nearest), verdict)
             written = written_before(plan.value, plan.output, writes)
             if written is not None:
                 rejects.append(_written(written))
@@ -204,10 +204,8 @@ def _nothing_fits(reading: Reading) -> Reject:
     return refuse("plan.none", f"no fused operator takes a {ex.dtype_of(reading.x)} activation here")
 
 
-def _as_plan(
-    candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...], assumptions: tuple[str, ...]
-) -> Plan:
-    notes = [*candidate.notes, *(f"assumes {a}" for a in assumptions)]
+def _as_plan(candidate: Candidate, reading: Reading, passed_over: tuple[Reject, ...], verdict: Verdict) -> Plan:
+    notes = [*candidate.notes, *(f"assumes {a}" for a in verdict.assumptions), *verdict.costs]
     fixups = candidate.fixups
     refit = reading.weight.refit if isinstance(reading.weight, Weight) else None
     if refit is not None:
