@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -157,6 +158,65 @@ def counted(
             yield Counted(case, chip, *(Counter(op for op in p.ops if op not in NOT_COUNTED) for p in previews))
 
 
+@dataclass(frozen=True)
+class LayerCount:
+    """The operators of a decoder layer in one form, ``Reshape`` among them."""
+
+    name: str
+    ops: Counter[str]
+
+    @property
+    def row(self) -> str:
+        names = ("RmsNorm", "AddRmsNorm", "DynamicQuant", "AddRmsNormDynamicQuant", "QuantBatchMatmulV3")
+        fused = ", ".join(f"{name} {self.ops[name]}" for name in names if self.ops[name])
+        return f"| {self.name} | {self.ops.total()} | {self.ops['Reshape']} | {fused} |"
+
+
+def decoder_layer() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """A decoder layer of transformers' Llama in bfloat16, and inputs."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = LlamaDecoderLayer(config, 0)
+
+        def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.layer(x, position_embeddings=(cos, sin))
+            return found
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        vocab_size=128,
+        attn_implementation="sdpa",
+    )
+    x = torch.randn(1, M, 128).to(torch.bfloat16)
+    return Layer().to(torch.bfloat16).eval(), (x, *LlamaRotaryEmbedding(config)(x, torch.arange(M)[None]))
+
+
+def layer_counts(process: TorchairProcess | None = None) -> Iterator[LayerCount]:
+    """A decoder layer in float, quantized, and fused with both numerics."""
+    model, args = decoder_layer()
+
+    def count(name: str, **options: Any) -> LayerCount:
+        return LayerCount(
+            name, Counter(qp.preview_ge(model, args, target="ascend910b", process=process, **options).ops)
+        )
+
+    with torch.no_grad():
+        yield count("float", fuse=False)
+        dynamic(model)
+        yield count("quantized", fuse=False)
+        yield count('fused, `numerics="strict"`', numerics="strict")
+        yield count('fused, `numerics="vendor"`')
+
+
 HEAD = """# Operators of a quantized block
 
 How many GE operators torchair compiles for a quantized block: as its tool spells it, fused by `qp.preview_ge` with
@@ -170,6 +230,17 @@ and takes no bias, which is added behind it.
 |---|---|---|---|---|---|---|---|"""
 
 
+LAYER = """
+## A decoder layer
+
+A layer of transformers' Llama, bfloat16, quantized by torchao as W8A8 with a scale for each token, on an `ascend910b`.
+Every operator counts here, Reshape too. Its norms become operators where those may round as they do; the norm of the
+residual sum takes in the sum and the quantization.
+
+| form | operators | of them Reshape | norms, quantizations, matmuls |
+|---|---|---|---|"""
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     logging.getLogger("torchao").setLevel(logging.ERROR)
@@ -177,6 +248,9 @@ def main() -> None:
     with TorchairProcess() as process:
         for found in counted(process=process):
             print(found.row)
+        print(LAYER)
+        for form in layer_counts(process):
+            print(form.row)
 
 
 if __name__ == "__main__":

@@ -543,6 +543,18 @@ def test_as_few_operators_as_by_hand(operator_counts, torchair):
 
 
 @pytest.mark.slow
+def test_a_decoder_layer_has_fewer_operators_than_in_float(operator_counts, torchair):
+    """On the real torchair: transformers' Llama, its norms taken in."""
+    for name in ("torchao", "transformers"):
+        pytest.importorskip(name, reason=f"{name} is not installed (pip install 'quantpass[test]')")
+    page = (Path(__file__).parents[1] / "docs" / "operators.md").read_text()
+    found = list(operator_counts.layer_counts(torchair))
+    assert all(form.row in page for form in found), "python benchmarks/operators.py > docs/operators.md"
+    plain, quantized, strict, vendor = (form.ops.total() for form in found)
+    assert vendor < plain < strict < quantized
+
+
+@pytest.mark.slow
 def test_the_fused_ge_graph_computes_what_the_fused_graph_does(operator_counts, torchair):
     pytest.importorskip("torchao", reason="torchao is not installed (pip install 'quantpass[test]')")
     for quantize in (operator_counts.dynamic, operator_counts.static):
