@@ -61,9 +61,10 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class NotRead:
-    """Why a quantization can't be given to an operator."""
+    """Why a quantization can't be given to an operator: an id of :mod:`quantpass.basics.reasons`, and the fact."""
 
     reason: str
+    rule: str = "requantize.spelling"
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +412,7 @@ def _is_whole(reader: AffineReader, e: Operand) -> bool:
 
 
 def _asymmetric(e: Operand) -> NotRead:
-    return NotRead(f"its zero point ({_name(e)}) is known only at run time: the operator has none")
+    return NotRead(f"its zero point ({_name(e)}) is known only at run time", "requantize.asymmetric")
 
 
 def _name(e: Any) -> str:

@@ -425,6 +425,18 @@ def test_another_quantization_stays_in_the_graph(quantize, rule):
         assert any(rule in text for text in said) or not site.fused
 
 
+def test_a_zero_point_for_each_row_stays_in_the_graph_with_its_correction():
+    def f(x):
+        q, z, s = asymmetric_rows(x.float())
+        acc = torch._int_mm(q, CODES.t()).float() - z * CODES.sum(1, dtype=torch.int32)
+        return (acc * s * SCALES.squeeze(1)).to(x.dtype)
+
+    gm, report = fused(f, X.half())
+    assert "quantpass.quant_matmul" in operators(gm) and "quantpass.dynamic_quant" not in operators(gm)
+    assert any("requantize.asymmetric" in note for note in report.sites[0].plan.notes)
+    assert float((gm(X.half()) - f(X.half())).abs().max()) < 1e-2
+
+
 def test_float32_is_quantized_by_the_graph():
     """The operator takes 16 bits only."""
     gm, report = fused(integer(rows_127), X)

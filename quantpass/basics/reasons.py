@@ -183,6 +183,11 @@ PLANNING = (
     Reason("requantize.zero_point", "the activation's zero point is none that the operator has",
            "a symmetric scale for each row, or a zero point in [-128, 127] known when compiling",
            _SYMMETRIC, _QUANT),
+    Reason("requantize.asymmetric", "the graph finds a zero point of the activation when it runs",
+           "a symmetric scale: npu_dynamic_quant has no zero point; npu_dynamic_quant_asymmetric finds a fractional "
+           "one for each row, and npu_quant_matmul has no argument for one of x: times the column sums of the weight "
+           "it is a number for each element, which neither a bias nor a scale holds", _SYMMETRIC,
+           "_op_plugin_docs.py: npu_dynamic_quant_asymmetric; docs/semantics.md, 1 (npu_quant_matmul)"),
     Reason("requantize.rounding", "the graph quantizes in so few bits that codes differ by more than two",
            "a quantization in float32, or with fewer operations in bfloat16", "quantize in float32", _QUANT),
     Reason("requantize.scale", "the inverse of the activation's scale is not a normal float32 number",

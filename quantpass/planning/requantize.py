@@ -130,7 +130,7 @@ def requantized(
         return None
     found = reader.read(activation.codes)
     if isinstance(found, NotRead):
-        return refuse("requantize.spelling", f"the activation: {found.reason}")
+        return refuse(found.rule, f"the activation: {found.reason}")
     matrix = len(ex.shape_of(weight.codes)) == 2
     refused: Requantized | Reject | None = None
     for q in _ways(found, reader, chip):
