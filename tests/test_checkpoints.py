@@ -8,6 +8,7 @@ own modules gave (``tests/coverage/captures``), written under the names of the t
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import quantpass as qp
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips.legality import HALF_OPT_IN, REFIT_OPT_IN
 from quantpass.doors.compiled import copied
-from tests.checkpoints import write_folder
+from tests.checkpoints import write_folder, write_headers
 from tests.coverage import captured
 from tests.coverage.here import schemes
 from tests.coverage.scheme import K, N
@@ -222,3 +223,203 @@ def test_tensors_of_a_tools_own_module(name, tmp_path):
     tensors = rename(list(dict(c.graph.named_buffers()).values()))
     report = qp.explain(copied(c.graph), target=TARGETS, numerics="vendor")
     assert_same(report, write_folder(tmp_path, tensors, config, **files))
+
+
+# -- layouts that are documented, written out ----------------------------------------------------------------------
+
+
+class WrittenOut(nn.Module):
+    """A Linear of compressed-tensors' arithmetic: x quantized and dequantized, the weight dequantized."""
+
+    def __init__(self, dtype, x="none", zero=0, weight_zero=False, bias=True):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        of = {"requires_grad": False}
+        self.codes = nn.Parameter(torch.randint(-127, 128, (N, K), dtype=torch.int8, generator=g), **of)
+        self.scale = nn.Parameter((torch.rand(N, 1, generator=g) * 0.01 + 1e-3).to(dtype), **of)
+        self.zeros = (
+            nn.Parameter(torch.randint(1, 5, (N, 1), generator=g).to(torch.int8), **of) if weight_zero else None
+        )
+        self.bias = nn.Parameter(torch.randn(N, generator=g).to(dtype), **of) if bias else None
+        self.x, self.zero, self.step = x, zero, 0.03
+
+    def forward(self, x):
+        if self.x == "static":
+            codes = torch.clamp(torch.round(x / self.step) + self.zero, -128, 127).to(torch.int8)
+            x = (codes.to(x.dtype) - self.zero) * self.step
+        elif self.x == "dynamic":
+            s = x.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
+            x = torch.clamp(torch.round(x / s), -128, 127).to(torch.int8).to(x.dtype) * s
+        codes = self.codes.to(x.dtype) if self.zeros is None else self.codes.to(x.dtype) - self.zeros.to(x.dtype)
+        return nn.functional.linear(x, codes * self.scale, self.bias)
+
+
+def written(dtype, x, zero=0, weight_zero=False):
+    """Tensors and configuration of ``WrittenOut`` as compressed-tensors' int-quantized format has them."""
+    model = WrittenOut(getattr(torch, dtype), x, zero, weight_zero).eval()
+    tensors = {"up.weight": model.codes, "up.weight_scale": model.scale, "up.bias": model.bias}
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": not weight_zero}
+    activations = None
+    if weight_zero:
+        tensors["up.weight_zero_point"] = model.zeros
+    if x == "static":
+        activations = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": not zero}
+        tensors |= {"up.input_scale": torch.tensor([model.step]), "up.input_zero_point": torch.tensor([zero])}
+    elif x == "dynamic":
+        activations = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return (
+        model,
+        tensors,
+        config_of("compressed-tensors", dtype, format="int-quantized", config_groups={"group_0": group}),
+    )
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16])
+@pytest.mark.parametrize(
+    ("x", "zero", "weight_zero"),
+    [
+        ("none", 0, False),
+        ("none", 0, True),
+        ("static", 0, False),
+        ("static", 5, False),
+        ("dynamic", 0, False),
+        ("dynamic", 0, True),
+    ],
+)
+def test_int8_of_compressed_tensors(x, zero, weight_zero, dtype, tmp_path):
+    model, tensors, config = written(dtype, x, zero, weight_zero)
+    folder = write_folder(tmp_path, tensors, config)
+    assert_same(explained(model, (torch.randn(4, K).to(getattr(torch, dtype)),)), folder)
+
+
+def test_weight_only_of_ascends_own(tmp_path):
+    model = WrittenOut(torch.float16).eval()
+    offset = torch.zeros(N, 1).half()
+    tensors = {
+        "up.weight": model.codes,
+        "up.weight_scale": model.scale,
+        "up.weight_offset": offset,
+        "up.bias": model.bias,
+    }
+    kinds = dict.fromkeys((f"{n}" for n in tensors), "W8A16")
+    folder = write_folder(
+        tmp_path, tensors, {"torch_dtype": HALF}, quant_model_description={"version": "1.0.0", **kinds}
+    )
+    assert_same(explained(model, (torch.randn(4, K).half(),)), folder)
+
+
+# -- models, settings, the command line ----------------------------------------------------------------------------
+
+
+def test_a_model_on_the_meta_device():
+    model, x = WrittenOut(torch.float16).to("meta"), torch.randn(4, K, device="meta").half()
+    report = qp.check_checkpoint(model, args=(x,), targets=["ascend310p", "ascend910b"])
+    assert (report.fused, report.total) == (2, 2)
+    with pytest.raises(TypeError, match="needs its inputs"):
+        qp.check_checkpoint(model)
+    with pytest.raises(ValueError, match="judged as it is"):
+        qp.check_checkpoint(model, args=(x,), tp=2)
+    with pytest.raises(TypeError, match="neither the path of a folder nor a model"):
+        qp.check_checkpoint(3)
+
+
+def layer(folder, groups=0, k=4096, n=11008, **more):
+    """A GPTQ checkpoint of two layers: a column-parallel and a row-parallel linear each, headers alone."""
+    g = groups or k
+    tensors = {}
+    for i in range(2):
+        for name, rows, columns in (("up_proj", k, n), ("down_proj", n, k)):
+            of = g if groups else rows
+            tensors[f"model.layers.{i}.mlp.{name}.qweight"] = ("I32", (rows // 8, columns))
+            tensors[f"model.layers.{i}.mlp.{name}.qzeros"] = ("I32", (-(-rows // of), columns // 8))
+            tensors[f"model.layers.{i}.mlp.{name}.scales"] = ("F16", (-(-rows // of), columns))
+    folder.mkdir(exist_ok=True)
+    write_headers(folder / "model.safetensors", tensors)
+    config = config_of("gptq", bits=4, group_size=groups or -1, desc_act=False)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def lines_of(report):
+    return {line.name.rpartition(".")[2]: line for line in report.lines}
+
+
+def test_each_rank_has_its_part(tmp_path):
+    lines = lines_of(qp.check_checkpoint(layer(tmp_path / "x", 128), targets="ascend910b", tp=2))
+    up, down = lines["up_proj"], lines["down_proj"]
+    assert (up.name, up.count, up.place, up.k, up.n) == (
+        "model.layers.{0,1}.mlp.up_proj", 2, "column-parallel", 4096, 5504,
+    )  # fmt: skip
+    assert (down.place, down.k, down.n) == ("row-parallel", 5504, 4096)
+    assert up.verdicts["ascend910b"].fused and down.verdicts["ascend910b"].fused
+    assert up.bytes_on("ascend910b") == 4096 * 5504 // 2
+
+
+def test_a_shard_that_cuts_a_group(tmp_path):
+    lines = lines_of(qp.check_checkpoint(layer(tmp_path / "x", 128), targets="ascend910b", tp=8))
+    assert [r.rule for r in lines["down_proj"].verdicts["ascend910b"].rejects] == ["checkpoint.shard.group"]
+    assert "1376 rows, in groups of 128" in lines["down_proj"].verdicts["ascend910b"].rejects[0].fact
+    assert lines["up_proj"].verdicts["ascend910b"].fused  # N has no groups
+
+
+def test_a_size_that_ranks_do_not_divide(tmp_path):
+    lines = lines_of(qp.check_checkpoint(layer(tmp_path / "x", 128), targets="ascend910b", tp=3))
+    assert [r.rule for r in lines["up_proj"].verdicts["ascend910b"].rejects] == ["checkpoint.shard.size"]
+
+
+def test_a_shard_that_cuts_a_word(tmp_path):
+    lines = lines_of(qp.check_checkpoint(layer(tmp_path / "x", 0, n=11008 + 8), targets="ascend910b", tp=2))
+    assert [r.rule for r in lines["down_proj"].verdicts["ascend910b"].rejects] == ["checkpoint.shard.packed"]
+
+
+def test_a_projection_wider_than_the_operators_take_fits_in_shards(tmp_path):
+    wide = layer(tmp_path / "x", 0, n=73728)
+    whole = lines_of(qp.check_checkpoint(wide, targets="ascend910b"))["up_proj"].verdicts["ascend910b"]
+    assert [r.rule for r in whole.rejects] == ["wqmm.n.range"]
+    assert lines_of(qp.check_checkpoint(wide, targets="ascend910b", tp=2))["up_proj"].verdicts["ascend910b"].fused
+
+
+def test_what_another_dtype_would_gain(tmp_path):
+    report = qp.check_checkpoint(layer(tmp_path / "x"), targets="ascend310p", dtype="bfloat16")
+    assert report.fused("ascend310p") == 0
+    assert report.gains["ascend310p"][0] == "4 of 4 in a model of float16 (dtype)"
+    assert qp.check_checkpoint(layer(tmp_path / "x"), targets="ascend310p", dtype=torch.float16).all_fused
+
+
+def test_a_bias_as_an_engine_gives_it(tmp_path):
+    """Static W8A8 on the 310P with a float16 bias: the layers with a bias fail, the others do not."""
+    _, tensors, config = written(HALF, "static")
+    tensors |= {f"down.{n.partition('.')[2]}": t.clone() for n, t in tensors.items() if not n.endswith("bias")}
+    folder = write_folder(tmp_path, tensors, config)
+    assert qp.check_checkpoint(folder, targets="ascend310p").all_fused
+    given = qp.check_checkpoint(folder, targets="ascend310p", bias_dtype="float16")
+    ops = {line.name: line.verdicts["ascend310p"].op for line in given.lines}
+    assert ops == {"up": "npu_weight_quant_batchmatmul", "down": "npu_quant_matmul"}
+    assert "qmm.310p.dtypes.bias: bias is float16" in str(given)
+
+
+@pytest.mark.parametrize(("target", "status"), [("ascend910b", 0), ("ascend310p", 1), ("ascend999", 2)])
+def test_the_command_line(target, status, tmp_path):
+    from click.testing import CliRunner
+
+    from quantpass.doors.cli import main
+
+    folder, page = layer(tmp_path / "x", 128), tmp_path / "p.html"
+    done = CliRunner().invoke(main, ["check-checkpoint", str(folder), "-t", target, "--html", str(page), "--json", "-"])
+    assert done.exit_code == status, done.output
+    if status < 2:
+        report = json.loads(done.stdout)
+        assert report["version"] == 1
+        assert report["targets"][target] == {"fused": 4 if status == 0 else 0, "uncovered": 0}
+        assert "mlp.up_proj" in page.read_text()
+
+
+def test_the_command_line_on_bad_input(tmp_path):
+    from click.testing import CliRunner
+
+    from quantpass.doors.cli import main
+
+    done = CliRunner().invoke(main, ["check-checkpoint", str(tmp_path / "gone")])
+    assert done.exit_code == 2
+    assert "nothing is fetched" in done.output

@@ -78,13 +78,15 @@ def _text(form: Form, ranges: tuple[Numbers, ...]) -> str:
 
 
 def _range(numbers: Numbers) -> str:
-    """``(0, 1, 2, 5)`` as ``{0..2,5}``; one number as it is."""
-    if len(numbers) == 1:
-        return str(numbers[0])
+    return str(numbers[0]) if len(numbers) == 1 else f"{{{ranges(numbers)}}}"
+
+
+def ranges(numbers: Numbers) -> str:
+    """``(0, 1, 2, 5)``, in their order, as ``0..2,5``."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][-1] + 1:
             runs[-1].append(n)
         else:
             runs.append([n])
-    return "{" + ",".join(f"{r[0]}..{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in runs) + "}"
+    return ",".join(f"{r[0]}..{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in runs)

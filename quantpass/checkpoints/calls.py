@@ -21,11 +21,16 @@ from quantpass.chips import NPUS
 from quantpass.chips.calls import INT4_PER_INT32, OpCall, VendorOp
 from quantpass.chips.legality import HALF_OPT_IN
 from quantpass.chips.quant_matmul import QMM
+from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.rules import Chip
 from quantpass.chips.weight_quant_matmul import WQMM
 
 ROWS = 16
 """How many rows of x a call is judged with; no rule of these calls tells one number from another."""
+
+
+_BLOCK, _MOST = 16, 2.0
+"""To which multiples ``npu_quant_matmul_dequant`` has its weight padded, and how much larger that may make it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,8 @@ def calls_of(q: Quantized, chip: Chip, engine: Engine) -> Iterator[Call | Reject
     x = q.activation
     if x is not None:
         yield from _integer_calls(q, q.weight, x, chip, engine)
+        if QMMD in chip.layouts:
+            yield from _dequantizing_calls(q, q.weight, x, engine)
     if x is None or not x.codes:
         yield from _weight_only_calls(q, q.weight, chip, engine)
     if x is not None and HALF_OPT_IN in engine.allow and chip.name in NPUS:
@@ -83,7 +90,7 @@ def _weight_only_calls(q: Quantized, w: WeightScheme, chip: Chip, engine: Engine
     scales = (-(-q.k // group), q.n) if group else (q.n,)
     for dtype in dtypes:
         own = TensorSpec(engine.bias or (F16 if dtype == F16 else F32), (q.n,))
-        for bias, weight in product((own, None) if q.bias else (None,), layouts):
+        for bias, weight in product(_biases(q, own, engine), layouts):
             arguments = {
                 "x": TensorSpec(dtype, (ROWS, q.k)),
                 "weight": weight,
@@ -95,6 +102,13 @@ def _weight_only_calls(q: Quantized, w: WeightScheme, chip: Chip, engine: Engine
             yield Call(OpCall(WQMM, engine.mode, arguments), weight.format)
     if dtypes == [F32] and chip.rules:
         yield refuse(HALF_OPT_IN, "the activation is float32")
+
+
+def _biases(q: Quantized, bias: TensorSpec, engine: Engine) -> tuple[TensorSpec | None, ...]:
+    """The bias, and none: it can be added behind the operator, unless an engine is said to hand it over."""
+    if not q.bias:
+        return (None,)
+    return (bias,) if engine.bias is not None else (bias, None)
 
 
 def regular_group(w: WeightScheme, k: int) -> int:
@@ -120,12 +134,12 @@ def _integer_calls(
     if corrected_in_graph(x):
         parts: tuple[Quantized, ...] = (plain,)
     else:
-        parts = (q, plain) if q.bias and not q.whole else (q,)
+        parts = (q, plain) if q.bias and not q.whole and engine.bias is None else (q,)
     for part, weight in product(parts, layouts):
         yield _integer_call(part, x, weight, engine, engine.dtype)
         if in_half:
             yield _integer_call(part, x, weight, engine, F16)
-    if x.codes and not q.whole:
+    if x.codes and not q.whole and engine.bias is None:
         for weight in layouts:
             yield _integer_call(plain, x, weight, engine, I32)
 
@@ -196,6 +210,27 @@ def _product_in_half(q: Quantized, w: WeightScheme, x: ActivationScheme, chip: C
             "output_dtype": F16,
         }
         yield Call(OpCall(QMM, engine.mode, arguments), weight.format)
+
+
+# -- npu_quant_matmul_dequant --------------------------------------------------------------------------------------
+
+
+def _dequantizing_calls(q: Quantized, w: WeightScheme, x: ActivationScheme, engine: Engine) -> Iterator[Call]:
+    """The operator that quantizes rows of x itself; the bias is added behind it."""
+    fits = x.dynamic and x.bits == w.bits == 8 and not x.zero_point and not any(refusals(w, x, q.k))
+    if not fits or x.opaque or (engine.dtype != F16 and HALF_OPT_IN not in engine.allow):
+        return
+    n, k = -(-q.n // _BLOCK) * _BLOCK, -(-q.k // _BLOCK) * _BLOCK
+    if n * k > _MOST * q.n * q.k:
+        n, k = q.n, q.k
+    arguments = {
+        "x": TensorSpec(F16, (ROWS, k)),
+        "quantized_weight": TensorSpec(I8, (n, k)),
+        "weight_scale": TensorSpec(F32, (n,)),
+        "x_scale": TensorSpec(F32, (1,)) if x.per == "tensor" else None,
+        "quant_mode": "pertensor" if x.per == "tensor" else "pertoken",
+    }
+    yield Call(OpCall(QMMD, engine.mode, arguments), "ND")
 
 
 # -- weights -------------------------------------------------------------------------------------------------------

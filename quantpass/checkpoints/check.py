@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -15,7 +16,7 @@ from quantpass.checkpoints.formats import format_of
 from quantpass.checkpoints.headers import CheckpointError
 from quantpass.checkpoints.report import CheckpointReport, Line
 from quantpass.checkpoints.shards import Shard, shard_of
-from quantpass.checkpoints.verdicts import Verdict, on_experts, verdict_on
+from quantpass.checkpoints.verdicts import Verdict, verdict_on, verdict_on_experts
 from quantpass.chips import chip_named
 from quantpass.chips.legality import REFIT_OPT_IN, checked_allow
 from quantpass.chips.rules import Chip
@@ -67,7 +68,7 @@ class _Found:
     """Modules of one scheme, size and split."""
 
     shard: Shard
-    experts: bool
+    experts: int
     stored: int
     names: list[str] = field(default_factory=list)
 
@@ -82,6 +83,8 @@ def check_folder(path: str | Path, settings: Settings) -> CheckpointReport:
     tool = format_of(checkpoint)
     kv_heads = checkpoint.setting("num_key_value_heads", "num_attention_heads")
     kv_heads = kv_heads if isinstance(kv_heads, int) and kv_heads > 0 else None
+    of_layer = Counter(map(_before_expert, checkpoint.modules))
+    del of_layer[""]
     found: dict[object, _Found] = {}
     floats: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for module in checkpoint.modules.values():
@@ -89,7 +92,7 @@ def check_folder(path: str | Path, settings: Settings) -> CheckpointReport:
         if q is None:
             _note_float(module, floats)
             continue
-        experts = is_expert(module.name) or q.experts > 0
+        experts = q.experts or of_layer.get(_before_expert(module.name), 0)
         shard = shard_of(q, module.name, settings.ranks, kv_heads)
         key = (module.name.rpartition(".")[2], shard, experts, module.nbytes)
         found.setdefault(key, _Found(shard, experts, module.nbytes)).names.append(module.name)
@@ -112,10 +115,11 @@ def check_folder(path: str | Path, settings: Settings) -> CheckpointReport:
     )
 
 
-def is_expert(name: str) -> bool:
-    """True for one of the routed experts of a layer."""
+def _before_expert(name: str) -> str:
+    """The layer and the projection of a routed expert, without its number; empty for other modules."""
     parts = name.split(".")
-    return any(a in ("experts", "expert") and b.isdigit() for a, b in pairwise(parts))
+    at = next((i for i, (a, b) in enumerate(pairwise(parts)) if a in ("experts", "expert") and b.isdigit()), None)
+    return "" if at is None else ".".join((*parts[: at + 1], *parts[at + 2 :]))
 
 
 def _own_dtype(checkpoint: Checkpoint) -> str:
@@ -155,7 +159,7 @@ def _lines(found: _Found, chips: Mapping[str, Chip], engine: Engine) -> Iterable
             fold.text,
             fold.count * each,
             found.experts,
-            f"{q.scheme}, experts" if found.experts else q.scheme,
+            f"{q.scheme}; {found.experts} experts" if found.experts else q.scheme,
             q.k,
             q.n,
             found.shard.place if parts > 1 else "",
@@ -167,8 +171,9 @@ def _lines(found: _Found, chips: Mapping[str, Chip], engine: Engine) -> Iterable
 
 
 def _verdict(found: _Found, chip: Chip, engine: Engine) -> Verdict:
-    verdict = verdict_on(found.shard, chip, engine)
-    return on_experts(verdict) if found.experts else verdict
+    if found.experts:
+        return verdict_on_experts(found.shard, found.experts, chip, engine)
+    return verdict_on(found.shard, chip, engine)
 
 
 def _assumed(settings: Settings, dtype: str, kv_heads: int | None) -> Iterable[str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from quantpass.basics.folding import ranges
 from quantpass.basics.reject import Reject
+from quantpass.basics.tensor_spec import TensorSpec
+from quantpass.basics.torch_types import I32
 from quantpass.checkpoints.page import PAGE
 from quantpass.checkpoints.verdicts import Verdict
 from quantpass.version import __version__
@@ -25,7 +28,7 @@ class Line:
     Attributes:
         name: of the modules, folded.
         count: how many modules it stands for.
-        experts: they are a stack, which a grouped matmul multiplies.
+        experts: how many a layer has, which one grouped matmul multiplies; 0 for plain linears.
         scheme: how they are quantized, in words.
         k: rows of the weight that a rank holds.
         n: its columns.
@@ -38,7 +41,7 @@ class Line:
 
     name: str
     count: int
-    experts: bool
+    experts: int
     scheme: str
     k: int
     n: int
@@ -51,18 +54,21 @@ class Line:
     def bytes_on(self, target: str) -> int | None:
         """Of one on one rank, as the chip's operator takes it, padding included; None where there is none."""
         weight = self.verdicts[target].weight
-        return None if weight is None else weight_bytes(weight.dtype_name, self.k, self.n, weight.format)
+        return None if weight is None else weight_bytes(weight)
 
 
-def weight_bytes(dtype: str, k: int, n: int, format: str) -> int:
-    """Bytes of a weight that an operator takes, stored ``(N, K)``: FRACTAL_NZ has tiles of 16 rows and 32 bytes.
+def weight_bytes(weight: TensorSpec) -> int:
+    """Bytes of one matrix as an operator takes it: FRACTAL_NZ has tiles of 16 rows and 32 bytes.
 
     Source: quantpass/lowering/fractal_nz.py.
     """
-    rows, row = n, k if dtype == "int8" else -(-k // 8) * 4
-    if format == "NZ":
+    rows, row = weight.shape[-2:]
+    if weight.transposed:
+        rows, row = row, rows
+    row *= 4 if weight.dtype_name == I32 else 1
+    if weight.format == "NZ":
         rows, row = -(-rows // 16) * 16, -(-row // 32) * 32
-    return rows * row
+    return int(rows * row)
 
 
 @dataclass(frozen=True)
@@ -244,8 +250,7 @@ def _table(rows: list[list[str]], headers: list[str]) -> str:
 
 
 def _numbers(lines: list[int]) -> str:
-    shown = ", ".join(f"#{i}" for i in lines[:8])
-    return shown if len(lines) <= 8 else f"{shown} and {len(lines) - 8} more"
+    return f"#{lines[0]}" if len(lines) == 1 else f"#{ranges(tuple(lines))}"
 
 
 def _section(title: str, texts: tuple[str, ...]) -> Iterator[str]:
@@ -280,7 +285,7 @@ def _verdict_dict(line: Line, target: str) -> dict[str, Any]:
         "call": {} if v.call is None else {k: str(a) for k, a in v.call.args.items() if a is not None},
         "weight_format": v.format or None,
         "bytes": line.bytes_on(target),
-        "rejects": [{"rule": r.rule, "fact": r.fact, "want": r.want, "hint": r.hint, "doc": r.doc} for r in v.rejects],
+        "rejects": [asdict(r) for r in v.rejects if not v.fused],
         "nearest": {k: str(a) for k, a in (v.nearest or {}).items()},
         "offers": [list(allow) for allow in v.offers],
         "notes": list(v.notes),

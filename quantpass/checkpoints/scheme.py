@@ -43,6 +43,7 @@ class ActivationScheme:
         per: ``"token"``, ``"tensor"`` or ``"group"``.
         zero_point: it has one.
         codes: the tool's forward multiplies codes; it dequantizes x before the matmul otherwise.
+        opaque: an operator of the tool's own quantizes x: the vendor's do not stand in for it.
     """
 
     bits: int = 8
@@ -50,6 +51,7 @@ class ActivationScheme:
     per: str = "token"
     zero_point: bool = False
     codes: bool = False
+    opaque: bool = False
 
     def __str__(self) -> str:
         kind = "dynamic" if self.dynamic else "static"
@@ -69,7 +71,7 @@ class Quantized:
         packed_k: how many rows of K one stored element holds: no shard can cut it.
         packed_n: likewise, of columns.
         experts: how many matrices one tensor holds; 0 for a plain one.
-        whole: the tool's operator adds the bias itself: there is no matmul without it.
+        whole: one operator multiplies, scales and adds the bias: there is no matmul without these.
         words: the scheme, where ``weight`` can't say it.
         rejects: what no fused operator takes, whatever the chip.
         notes: what else is to be said.

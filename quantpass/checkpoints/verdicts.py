@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.basics.tensor_spec import TensorSpec
-from quantpass.checkpoints.calls import Engine, calls_of, corrected_in_graph, refitted
+from quantpass.checkpoints.calls import Call, Engine, calls_of, corrected_in_graph, refitted
+from quantpass.checkpoints.grouped import grouped_calls
 from quantpass.checkpoints.shards import Shard
 from quantpass.chips import NPUS
 from quantpass.chips.calls import OpCall
+from quantpass.chips.grouped_matmul import GMM
 from quantpass.chips.legality import HALF_OPT_IN, REFIT_OPT_IN, judge, refit_limit
 from quantpass.chips.quant_matmul import QMM
+from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.rules import Chip
 from quantpass.chips.weight_quant_matmul import WQMM
 
@@ -27,7 +31,7 @@ class Verdict:
         covered: False for experts whose operator no rule speaks of.
         call: the call, described.
         format: of its weight, ``"NZ"`` or ``"ND"``.
-        rejects: why not.
+        rejects: why not; of a fused one, what stands against better calls.
         nearest: the arguments of the nearest legal call.
         offers: what could be named in ``allow`` to have it fused.
         notes: what else is to be said.
@@ -56,7 +60,9 @@ class Verdict:
         if not self.covered:
             return "not covered"
         if self.call is None:
-            return "not fused: " + ", ".join(dict.fromkeys(r.rule for r in self.rejects))
+            rules = list(dict.fromkeys(r.rule for r in self.rejects))
+            more = f" and {len(rules) - 2} more" if len(rules) > 3 else ""
+            return f"not fused: {', '.join(rules[:2] if more else rules)}{more}"
         result = self.call.value("output_dtype")
         return f"{self.call.op.family.upper()}{f' -> {result}' if result else ''} {self.format}"
 
@@ -78,25 +84,37 @@ def verdict_on(shard: Shard, chip: Chip, engine: Engine) -> Verdict:
     return replace(own, offers=tuple(_offers(shard, chip, engine)))
 
 
-def on_experts(each: Verdict) -> Verdict:
-    """The verdict on a stack of experts of which one by itself has the verdict ``each``."""
-    said = refuse("checkpoint.experts", f"experts; a matmul for one of them by itself: {each}")
-    return Verdict(False, covered=False, rejects=(said,))
+def verdict_on_experts(shard: Shard, experts: int, chip: Chip, engine: Engine) -> Verdict:
+    """The verdict on a rank's part of all ``experts`` of a layer, which a grouped matmul multiplies."""
+    each = verdict_on(shard, chip, engine)
+    by_itself = f"one of the experts by itself: {each}"
+    q = shard.quantized
+    if shard.problem is not None or q.rejects or q.weight is None:
+        return each
+    if not chip.rules_of(GMM):
+        return Verdict(False, covered=False, rejects=(refuse("checkpoint.experts", by_itself),))
+    found = _first_legal(grouped_calls(q, experts, engine), [], chip, engine)
+    return replace(found, notes=() if found.fused else (by_itself,), offers=())
 
 
 def _chosen(shard: Shard, chip: Chip, engine: Engine) -> Verdict:
-    rejects = [*shard.quantized.rejects]
+    q = shard.quantized
+    found = _first_legal(() if q.rejects else calls_of(q, chip, engine), [*q.rejects], chip, engine)
+    return replace(found, notes=tuple(_weaker(shard, found)))
+
+
+def _first_legal(candidates: Iterable[Call | Reject], rejects: list[Reject], chip: Chip, engine: Engine) -> Verdict:
+    """The first legal of several calls; where none is, what the most nearly legal one of each operator breaks."""
     broken: dict[str, tuple[Reject, ...]] = {}
     edits: dict[str, dict[str, Any] | None] = {}
-    for candidate in () if rejects else calls_of(shard.quantized, chip, engine):
+    for candidate in candidates:
         if isinstance(candidate, Reject):
             rejects.append(candidate)
             continue
         call = candidate.call
         verdict = judge(call, chip, engine.allow)
         if verdict.legal:
-            why = _why_not(rejects, broken)
-            return Verdict(True, call=call, format=candidate.format, notes=tuple(_weaker(shard, call, why)))
+            return Verdict(True, call=call, format=candidate.format, rejects=_why_not(rejects, broken))
         family = call.op.family
         if family not in broken or len(verdict.rejects) < len(broken[family]):
             broken[family], edits[family] = verdict.rejects, verdict.nearest
@@ -110,13 +128,16 @@ def _why_not(rejects: list[Reject], broken: dict[str, tuple[Reject, ...]]) -> tu
     return tuple(dict.fromkeys((*rejects, *(r for f, found in broken.items() if f not in told for r in found))))
 
 
-def _weaker(shard: Shard, call: OpCall, why: tuple[Reject, ...]) -> list[str]:
-    x = shard.quantized.activation
-    if x is not None and call.op is QMM and corrected_in_graph(x):
-        return ["the graph takes x's zero points from the product, and adds the bias"]
-    if call.op is QMM or x is None:
+def _weaker(shard: Shard, found: Verdict) -> list[str]:
+    """What a fused call leaves in the graph."""
+    x, call = shard.quantized.activation, found.call
+    if call is None or x is None:
         return []
-    against = [r for r in why if not r.rule.startswith(f"{WQMM.family}.")]
+    if call.op is QMMD:
+        return ["the operator quantizes x itself" + (", and the graph adds the bias" if shard.quantized.bias else "")]
+    if call.op is QMM:
+        return ["the graph takes x's zero points from the product, and adds the bias"] if corrected_in_graph(x) else []
+    against = [r for r in found.rejects if not r.rule.startswith(f"{WQMM.family}.")]
     return [f"x's quantization stays in the graph: {r.rule}: {r.fact}" for r in against[:1]]
 
 

@@ -86,7 +86,7 @@ class Ascend:
         weight = WeightScheme(bits, self._groups(module, k), zero_point=not all_zero(offset))
         experts = stored.shape[0] if len(stored.shape) == 3 else 0
         notes = (_NOTES[kind],) if kind in _NOTES else ()
-        return Quantized(k, n, weight, x, bias, packed_k, packed_n, experts, notes=notes)
+        return Quantized(k, n, weight, x, bias, packed_k, packed_n, experts, whole=True, notes=notes)
 
     def _groups(self, module: Module, k: int) -> int:
         second = module.tensors.get("weight_scale_second")

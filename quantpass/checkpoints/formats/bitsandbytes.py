@@ -52,7 +52,7 @@ class BitsAndBytes:
         n, k = weight.shape
         if tensor(module, "SCB", (1, 2)).shape[-1] not in (n, 1):
             raise CheckpointError(f"{module.name}: SCB has shape {module.tensors['SCB'].shape}, and N is {n}")
-        return Quantized(k, n, WeightScheme(8), ActivationScheme(codes=True), bias, whole=True)
+        return Quantized(k, n, WeightScheme(8), ActivationScheme(codes=True, opaque=True), bias, whole=True)
 
 
 def _shape(module: Module, state: str) -> tuple[int, int]:

@@ -121,11 +121,11 @@ def _plain(args: Mapping[str, Any]) -> str:
 
 def _read(module: Module, group: _Group) -> Quantized:
     w = group.weights
-    bits = positive(w.get("num_bits"), f"{module.name}: num_bits", "1 to 8")
+    bits = _bits(module, w)
     packed = module.tensors.get("weight_packed")
     bias = "bias" in module.tensors
     if w.get("type", "int") != "int" or (packed is not None and packed.dtype == "uint8"):
-        stored = packed or tensor(module, "weight", (2, 3))
+        stored = tensor(module, "weight" if packed is None else "weight_packed", (2, 3))
         n, k = stored.shape[-2], stored.shape[-1] * (2 if packed else 1)
         return no_integers(k, n, f"{_plain(w)} weight", f"the weight is {_plain(w)}: floats, not integers", bias=bias)
     if packed is not None:
@@ -153,6 +153,13 @@ def _read(module: Module, group: _Group) -> Quantized:
     return Quantized(k, n, ordered, _activation(module, group), bias, packed_k=per, experts=experts, rejects=rejects)
 
 
+def _bits(module: Module, args: Mapping[str, Any]) -> int:
+    bits = args.get("num_bits")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise CheckpointError(f"{module.name}: num_bits is {bits!r}; accepted: 1 to 8")
+    return bits
+
+
 def _packed_sizes(module: Module, bits: int) -> tuple[int, int, int]:
     packed = tensor(module, "weight_packed", (2, 3), ("int32",))
     per = 32 // bits
@@ -177,7 +184,7 @@ def _activation(module: Module, group: _Group) -> ActivationScheme | None:
         return None
     if a.get("type", "int") != "int":
         raise CheckpointError(f"{module.name}: {_plain(a)} activations beside integer weights")
-    bits = positive(a.get("num_bits"), f"{module.name}: num_bits of input_activations", "1 to 8")
+    bits = _bits(module, a)
     dynamic = a.get("dynamic") is True or a.get("dynamic") == "local"
     per = {"token": "token", "tensor": "tensor"}.get(str(a.get("strategy")), "group")
     symmetric = a.get("symmetric", True)
