@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from quantpass.chips.checking import check_op
     from quantpass.doors.backend import backend
     from quantpass.doors.checkpoint import check_checkpoint
+    from quantpass.doors.differences import Difference
     from quantpass.doors.explain import diff, explain, fuse
     from quantpass.doors.npu import npu_backend, npugraph_ex_options, register
     from quantpass.doors.preview import GePreview, preview_ge
-    from quantpass.doors.verification import Difference, Verification, verify
+    from quantpass.doors.verification import Verification, verify
     from quantpass.graph.records import Numerics, Plan, Site, WeightFormat
     from quantpass.lowering.emulation import emulate_npu
     from quantpass.report import Report
@@ -65,7 +66,8 @@ _NAMES = {
     "doors.explain": ("diff", "explain", "fuse"),
     "doors.npu": ("npu_backend", "npugraph_ex_options", "register"),
     "doors.preview": ("GePreview", "preview_ge"),
-    "doors.verification": ("Difference", "Verification", "verify"),
+    "doors.differences": ("Difference",),
+    "doors.verification": ("Verification", "verify"),
     "graph.records": ("Numerics", "Plan", "Site", "WeightFormat"),
     "lowering.emulation": ("emulate_npu",),
     "report": ("Report",),

@@ -1,10 +1,14 @@
 """``qp.verify``: each fused site beside the graph's own arithmetic."""
 
+import json
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import quantpass as qp
+from quantpass.doors.differences import difference
 from tests.helpers import IntegerW8A8, StaticW8A8, WeightOnly
 from tests.schemes import all_schemes
 
@@ -293,3 +297,53 @@ def test_codes_that_one_site_hands_to_the_next_are_compared_too(site, monkeypatc
     monkeypatch.setattr(plan_quant_matmul, "scale_word", wrong)
     off = qp.verify(model, (x(),), target="ascend310p")
     assert [d.relative > 0.1 for d in off.sites] == [i == site for i in range(3)]
+
+
+# -- how far, and from what --------------------------------------------------------------------------------------------
+
+
+def test_a_difference_is_told_in_units_of_the_last_place():
+    graph = torch.tensor([1.0, 2.0, 4.0, -3.0]).half()
+    ulp = torch.tensor([1 / 1024, 2 / 1024, 4 / 1024, 2 / 1024]).half()
+    d = difference("s", None, graph + ulp * torch.tensor([0, 1, 0, -2]).half(), graph)
+    assert d.units == 2
+    assert d.mean_units == 0.75
+    assert d.histogram == (2, 0, 1, 1, 0, 0, 0)
+    assert sum(d.histogram) == 4
+
+
+def test_codes_differ_in_codes_and_saturate():
+    graph = torch.tensor([-128, 5, 127, 0], dtype=torch.int8)
+    d = difference("s", None, torch.tensor([-128, 6, 127, 127], dtype=torch.int8), graph)
+    assert (d.units, d.largest, d.saturated) == (127, 127, 0.75)
+    assert difference("s", None, graph, graph).sqnr == float("inf")
+    noise = difference("s", None, torch.tensor([1.1, 1.0]), torch.tensor([1.0, 1.0])).sqnr
+    assert noise == pytest.approx(10 * math.log10(2 / 0.01), abs=1e-4)
+
+
+def test_several_batches_leave_the_largest_difference():
+    small, large = x(), x() * 100
+    one = qp.verify(two(), (small,), target="ascend310p")
+    both = qp.verify(two(), (small,), target="ascend310p", batches=[(large,)])
+    assert [d.name for d in both.sites] == [d.name for d in one.sites]
+    assert all(b.relative >= a.relative for a, b in zip(one.sites, both.sites, strict=True))
+    assert len(both.outputs) == 2
+
+
+def test_the_layer_that_breaks_the_accuracy_shows_beside_the_float_model():
+    """Half of one layer's codes are lost; the others follow the float model."""
+    model = nn.Sequential(WeightOnly(64, 64), WeightOnly(64, 64), WeightOnly(64, 64))
+    floats = nn.Sequential(*(nn.Linear(64, 64) for _ in model))
+    for plain, quantized in zip(floats, model, strict=True):
+        plain.weight.data = quantized.codes.float() * quantized.scale.float().reshape(-1, 1)
+        plain.bias.data = quantized.bias.float()
+    model[1].codes[::2] = 0
+    given = torch.randn(4, 64, generator=torch.Generator().manual_seed(3)).half()
+    found = qp.verify(model, (given,), target="ascend910b", reference=floats)
+    by_name = {d.name: d.sqnr for d in found.reference}
+    assert list(by_name) == ["0", "1", "2", "output 0"]
+    assert by_name["0"] > 40
+    assert by_name["1"] < 10
+    found.require()  # fused and unfused are alike: the model itself is broken
+    assert "against the float model" in str(found)
+    assert json.loads(found.to_json())["reference"][1]["name"] == "1"

@@ -2,51 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import json
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from tabulate import tabulate
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from typing_extensions import Unpack
 
 from quantpass.doors.backend import compile_graph
 from quantpass.doors.compiled import CompiledGraph, copied
+from quantpass.doors.differences import EDGES, Difference, difference
 from quantpass.doors.explain import check_call
+from quantpass.doors.float_reference import from_reference, worst_of_each
 from quantpass.doors.lower import carry_out
 from quantpass.doors.settings import CaptureOptions, make_options
 from quantpass.graph.constants import ModuleConstants
 from quantpass.graph.exported import flat_inputs, program_values
 from quantpass.graph.hidden_weights import Watch
-from quantpass.graph.records import Numerics, Site
+from quantpass.graph.records import Site
 from quantpass.graph.torch_internals import attribute_values, compile_isolated, fill_in_values, without_function_modes
 from quantpass.pipeline import Outcome, fuse_graph
 from quantpass.planning.already_fused import is_own_call
 from quantpass.planning.options import Options
 from quantpass.planning.unknown_values import require_data
 from quantpass.report import Report
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How far a fused value is from the graph's.
-
-    Attributes:
-        name: the site, or ``output 0`` for a result of the model.
-        numerics: the site's contract; None for a result.
-        largest: largest absolute difference; for integer values in steps of one code.
-        relative: ``largest`` over the largest magnitude of the graph's value.
-        cosine: cosine similarity of the two values, flattened.
-    """
-
-    name: str
-    numerics: Numerics | None
-    largest: float
-    relative: float
-    cosine: float
+from quantpass.report.data import SCHEMA
+from quantpass.report.text import as_text, table_of
 
 
 @dataclass(frozen=True)
@@ -59,31 +47,55 @@ class Verification:
             its graph ran several times.
         outputs: the results of the whole model, differences of all sites included.
         missed: fused sites that no run compared, by name.
+        reference: how far the quantized model, unfused, is from the float model that was given: the values of sites, in
+            order, then the results. What differs at a site comes from that site and from all before it.
     """
 
     report: Report
     sites: tuple[Difference, ...]
     outputs: tuple[Difference, ...]
     missed: tuple[str, ...] = ()
+    reference: tuple[Difference, ...] = ()
 
     def __str__(self) -> str:
-        rows = [
-            [d.name, str(d.numerics or ""), f"{d.largest:.3g}", f"{d.relative:.2g}", f"{d.cosine:.6f}"]
-            for d in (*self.sites, *self.outputs)
-        ]
-        headers = ["value", "numerics", "largest difference", "relative", "cosine"]
-        head = (
+        return as_text(Group(*self._parts()))
+
+    def text(self, *, width: int | None = None, color: bool = False) -> str:
+        """What was measured, worst site first; arguments as for :meth:`quantpass.Report.text`."""
+        return as_text(Group(*self._parts()), width, color)
+
+    def _parts(self) -> Iterator[Any]:
+        yield Text(
             f"{self.report.fused} of {self.report.total} quantized matmuls fused for {', '.join(self.report.targets)}"
         )
-        lines = [head, "", tabulate(rows, headers, tablefmt="simple", disable_numparse=True)]
-        lines += [f"not compared: {name}" for name in self.missed]
+        yield Text("\nFused against the graph's own arithmetic, worst first (* the results of the whole model):")
+        yield _table([*sorted(self.sites, key=lambda d: -d.relative), *self.outputs], self.outputs)
+        if self.reference:
+            yield Text("\nQuantized (unfused) against the float model, in order:")
+            yield _table(self.reference, ())
+        yield from (Text(f"not compared: {name}") for name in self.missed)
         refused = [s for s in self.report.sites if not s.fused]
         if refused:
-            lines += ["", "Not fused, so not compared:"]
+            yield Text("\nNot fused, so not compared:")
         for site in refused:
-            lines += [f"  {site.name} ({site.op})", *(f"    {reject}" for reject in site.rejects)]
-        lines += [f"not seen: {sign}" for sign in self.report.hidden]
-        return "\n".join(lines)
+            yield Text("\n".join([f"  {site.name} ({site.op})", *(f"    {reject}" for reject in site.rejects)]))
+        yield from (Text(f"not seen: {sign}") for sign in self.report.hidden)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The measurements as plain data; ``schema`` as in :meth:`quantpass.Report.as_dict`."""
+        return {
+            "schema": SCHEMA,
+            "report": self.report.as_dict(),
+            "sites": [d.as_dict() for d in self.sites],
+            "outputs": [d.as_dict() for d in self.outputs],
+            "missed": list(self.missed),
+            "reference": [d.as_dict() for d in self.reference],
+            "histogram_edges": list(EDGES),
+        }
+
+    def to_json(self) -> str:
+        """The measurements as JSON."""
+        return json.dumps(self.as_dict(), indent=2)
 
     def require(self, relative: float = 0.02) -> None:
         """Raise ``AssertionError`` unless every fused site was compared and is right.
@@ -116,6 +128,27 @@ class Verification:
         return f"{len(self.missed)} fused sites did not run"
 
 
+def _table(rows: Sequence[Difference], results: Sequence[Difference]) -> Table:
+    headers = (
+        "value",
+        "numerics",
+        "largest difference",
+        "relative",
+        "units: mean",
+        "max",
+        "over 1",
+        "SQNR dB",
+        "saturated",
+    )
+    table = table_of(*headers)
+    for d in rows:
+        over = sum(d.histogram[EDGES.index(1.0) + 1 :]) / max(sum(d.histogram), 1)
+        measured = (f"{d.largest:.3g}", f"{d.relative:.2g}", f"{d.mean_units:.2g}", f"{d.units:.3g}", f"{over:.1%}")
+        name = f"{d.name} *" if d in results else d.name
+        table.add_row(name, str(d.numerics or ""), *measured, f"{d.sqnr:.1f}", f"{d.saturated:.1%}")
+    return table
+
+
 @dataclass(slots=True)
 class _Graph:
     """One graph as it was fused, and what its runs measured: by the node that a site replaces, the worst difference."""
@@ -131,9 +164,12 @@ class _Graph:
 
 @dataclass(slots=True)
 class _Measured:
+    """What runs measured; ``kept`` are the values of the unfused graph's sites, where a float model is given."""
+
     reports: list[Report] = field(default_factory=list)
     graphs: list[_Graph] = field(default_factory=list)
     outputs: list[Difference] = field(default_factory=list)
+    kept: dict[str, list[torch.Tensor]] | None = None
 
 
 def verify(
@@ -142,6 +178,8 @@ def verify(
     kwargs: dict[str, Any] | None = None,
     *,
     target: str | None = None,
+    batches: Sequence[Sequence[Any]] = (),
+    reference: torch.nn.Module | None = None,
     **options: Unpack[CaptureOptions],
 ) -> Verification:
     """Run a model unfused and fused for ``target`` on a CPU, and compare every fused site and every result.
@@ -155,6 +193,9 @@ def verify(
         args: positional inputs.
         kwargs: keyword inputs.
         target: as for :func:`quantpass.backend`.
+        batches: more positional inputs to run; each site keeps its largest difference.
+        reference: the float model that ``model`` was quantized from, with modules of the same names: says at which
+            module the quantized model leaves it. Its inputs are cast to its own dtype.
         options: as for :func:`quantpass.backend`, without ``inner`` and ``on_report``.
 
     Raises:
@@ -165,15 +206,23 @@ def verify(
     check_call("verify", model, args)
     require_data("verify", model, args, kwargs)
     settings = make_options({"target": target, **options}, "verify")
-    measured = _Measured()
+    measured = _Measured(kept=None if reference is None else {})
+    runs = [tuple(args), *map(tuple, batches)]
+    from_float: list[Difference] = []
     with torch.no_grad():
         if isinstance(model, ExportedProgram):
-            _verify_program(model, args, kwargs or {}, settings, measured)
+            run = _program_run(model, kwargs or {}, settings, measured)
         else:
-            _verify_model(model, args, kwargs or {}, settings, measured)
+            run = _model_run(model, kwargs or {}, settings, measured)
+        for inputs in runs:
+            result = run(inputs)
+            if reference is not None and measured.kept is not None:
+                from_float += from_reference(reference, inputs, kwargs or {}, measured.kept, result)
+    if not isinstance(model, ExportedProgram):
+        measured.reports.append(_hidden(model, settings, measured))
     report = sum(measured.reports, Report((), (settings.chip.name,), settings.mode))
     sites, missed = _by_site(measured.graphs)
-    return Verification(report, sites, tuple(measured.outputs), missed)
+    return Verification(report, sites, tuple(measured.outputs), missed, worst_of_each(from_float))
 
 
 def _by_site(graphs: Sequence[_Graph]) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
@@ -195,17 +244,24 @@ def _worse(a: Difference | None, b: Difference | None) -> Difference | None:
     return a if b.relative <= a.relative else b
 
 
-def _verify_model(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], settings: Options, measured: _Measured
-) -> None:
+_Run = Callable[[Sequence[Any]], Any]
+"""Runs the model on inputs, compares, and returns what the unfused model does."""
+
+
+def _model_run(model: Callable[..., Any], kwargs: dict[str, Any], settings: Options, measured: _Measured) -> _Run:
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         return compile_graph(gm, example_inputs, settings, measured.reports.append, partial(_Compared, measured))
 
+    compiled = compile_isolated(model, backend, None)
+    return lambda args: compiled(*args, **kwargs)
+
+
+def _hidden(model: Callable[..., Any], settings: Options, measured: _Measured) -> Report:
+    """What the model has quantized that no graph showed."""
     watch = Watch()
-    compile_isolated(model, backend, None)(*args, **kwargs)
     for graph in measured.graphs:
         watch.add(graph.outcome.shown)
-    measured.reports.append(Report((), (settings.chip.name,), settings.mode, hidden=watch.signs(model)))
+    return Report((), (settings.chip.name,), settings.mode, hidden=watch.signs(model))
 
 
 class _Compared(CompiledGraph):
@@ -229,9 +285,7 @@ class _Compared(CompiledGraph):
         return lambda inputs: compare(self._pristine, gm, inputs[: len(inputs) - own], inputs, graph, self._measured)
 
 
-def _verify_program(
-    program: ExportedProgram, args: Sequence[Any], kwargs: dict[str, Any], options: Options, measured: _Measured
-) -> None:
+def _program_run(program: ExportedProgram, kwargs: dict[str, Any], options: Options, measured: _Measured) -> _Run:
     if options.decompositions != "none":
         raise TypeError("decompositions are for what is captured here: call run_decompositions() on the program first")
     plain, fused = copied(program.graph_module), copied(program.graph_module)
@@ -243,9 +297,13 @@ def _verify_program(
     carry_out(fused, outcome, options, constants, casts=not options.lowerer.keeps_casts)
     measured.reports.append(Report(outcome.sites, (options.chip.name,), options.mode, notes=outcome.notes))
     measured.graphs.append(_Graph(outcome))
-    # A program's run writes to nothing of the caller's.
-    inputs = _cloned(flat_inputs(program, args, kwargs))
-    _compare(plain, fused, inputs, inputs, measured.graphs[-1], measured)
+
+    def run(args: Sequence[Any]) -> Any:
+        # A program's run writes to nothing of the caller's.
+        inputs = _cloned(flat_inputs(program, args, kwargs))
+        return _compare(plain, fused, inputs, inputs, measured.graphs[-1], measured)
+
+    return run
 
 
 def _compare(
@@ -267,14 +325,16 @@ def _compare(
     forced.run(*for_sites)
     for replaced, value in forced.found.items():
         site = contracts[replaced]
-        found = _difference(site.name, site.numerics, value, recorded.values[replaced])
+        found = difference(site.name, site.numerics, value, recorded.values[replaced])
         graph.found[replaced] = _worse(graph.found.get(replaced), found) or found
+        if measured.kept is not None:
+            measured.kept.setdefault(site.name, []).append(recorded.values[replaced].clone())
     torch.random.set_rng_state(random)
     ours = fused(*for_results)
     torch.random.set_rng_state(after)
     for a, b in zip(ours, results, strict=True):
         if isinstance(b, torch.Tensor):
-            measured.outputs.append(_difference(f"output {len(measured.outputs)}", None, a, b))
+            measured.outputs.append(difference(f"output {len(measured.outputs)}", None, a, b))
     return results
 
 
@@ -315,15 +375,3 @@ class _Forced(Interpreter):
             return value
         self.found.setdefault(replaced, value)
         return self._expected[replaced]
-
-
-def _difference(name: str, numerics: Numerics | None, ours: torch.Tensor, theirs: torch.Tensor) -> Difference:
-    a, b = ours.double().flatten(), theirs.double().flatten()
-    if not a.numel():
-        return Difference(name, numerics, 0.0, 0.0, 1.0)
-    same = (a == b) | (a.isnan() & b.isnan())  # equal infinities are no difference
-    apart = torch.where(same, 0.0, (a - b).abs())
-    largest, scale = float(apart.max()), float(b[b.isfinite()].abs().max()) if bool(b.isfinite().any()) else 0.0
-    relative = 0.0 if largest == 0 else largest / scale if scale else float("inf")
-    cosine = float(torch.nn.functional.cosine_similarity(a, b, dim=0)) if largest else 1.0
-    return Difference(name, numerics, largest, relative, cosine)

@@ -102,7 +102,8 @@ def times(sites: Sequence[Site]) -> str:
     return f", in {often} compilations" if often > 1 else ""
 
 
-def _table(*headers: str) -> Table:
+def table_of(*headers: str) -> Table:
+    """A table without lines but the one below its headers."""
     table = Table(box=_RULED, show_edge=False, pad_edge=False, header_style="bold", collapse_padding=True)
     for header in headers:
         table.add_column(header, overflow="fold")
@@ -132,7 +133,7 @@ def _site_table(report: Report, whole: bool, numbers: dict[Any, int]) -> Table:
         columns.setdefault(cells, []).append(target)
     first = [next(iter(row.values())) for row in rows]
     alike = [(first[i].reading, *(cells[i] for cells in columns)) for i in range(len(rows))]
-    table = _table("site", "quantized as", "K x N", *(", ".join(targets) for targets in columns.values()))
+    table = table_of("site", "quantized as", "K x N", *(", ".join(targets) for targets in columns.values()))
     groups = fold(
         range(len(rows)),
         lambda i: first[i].name,
@@ -272,7 +273,7 @@ def _formats(formats: Sequence[WeightFormat], whole: bool) -> Iterator[Any]:
     if not formats:
         return
     yield Text("\nWeights:", style="bold")
-    table = _table(*FORMAT_HEADERS)
+    table = table_of(*FORMAT_HEADERS)
     rows = [format_row(f) for f in formats]
     for group in fold(range(len(rows)), lambda i: rows[i][0], lambda i: (i if whole else None, tuple(rows[i][1:]))):
         table.add_row(f"{group.name}{group.times}", *rows[group.members[0]][1:])

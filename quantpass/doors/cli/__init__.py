@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from quantpass.doors.cli import checkpoint, explain, graphs, preview, rules, verify
+from quantpass.doors.cli import checkpoint, doctor, explain, graphs, preview, rules, verify
 from quantpass.doors.cli.failures import Failing
 from quantpass.version import __version__
 
@@ -25,6 +25,7 @@ COMMANDS: tuple[click.Command, ...] = (
     rules.check_op,
     rules.chips,
     rules.reasons,
+    doctor.doctor,
 )
 """Every command, in the order of ``--help``; a command of another file is a line here."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,9 +11,12 @@ from quantpass.doors.cli.failures import NO, explained, running
 from quantpass.doors.cli.inputs import (
     MODEL_HELP,
     factory_argument,
+    in_colour,
+    json_option,
     load_model,
     one_target_option,
     pass_options,
+    tell,
 )
 
 if TYPE_CHECKING:
@@ -23,11 +27,20 @@ if TYPE_CHECKING:
 @factory_argument
 @one_target_option
 @pass_options
+@json_option
+@click.option("--reference", metavar="FACTORY", help="The float model that this one was quantized from.")
 @click.option(
     "--within", type=click.FloatRange(0), default=0.02, show_default=True, help="The largest relative difference."
 )
 def verify(
-    factory: str, target: str, mode: Mode, allow: tuple[str, ...], numerics: NumericsContract, within: float
+    factory: str,
+    target: str,
+    mode: Mode,
+    allow: tuple[str, ...],
+    numerics: NumericsContract,
+    json_path: Path | None,
+    reference: str | None,
+    within: float,
 ) -> None:
     """Compare each fused site with the graph's own arithmetic.
 
@@ -36,9 +49,10 @@ def verify(
     from quantpass.doors.verification import verify as verified
 
     model, args = load_model(factory)
+    plain = load_model(reference)[0] if reference is not None else None
     with explained(), running(model, args):
-        found = verified(model, args, target=target, mode=mode, allow=allow, numerics=numerics)
-    click.echo(str(found))
+        found = verified(model, args, target=target, mode=mode, allow=allow, numerics=numerics, reference=plain)
+    tell(found.text(color=in_colour()), found.to_json(), json_path)
     try:
         found.require(within)
     except AssertionError as error:

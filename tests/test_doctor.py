@@ -1,0 +1,86 @@
+"""``quantpass doctor``: what is installed, and what each door lacks."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from quantpass.doors import doctor
+from quantpass.doors.cli import main
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine of which every part can be taken away; nothing is started on it."""
+    packages = {"torch": "2.13.0", "torch_npu": "2.13.0"}
+    monkeypatch.setattr(doctor, "find_spec", lambda name: object() if name in packages else None)
+    monkeypatch.setattr(doctor, "_version", lambda name: packages.get(name, ""))
+    monkeypatch.setattr(doctor, "_imported", lambda name, say: doctor.Finding(name, packages[name]))
+    monkeypatch.setattr(doctor, "_torchair", lambda npu: doctor.Finding("torchair", "generation F"))
+    monkeypatch.setattr(doctor, "_run", lambda *command: f"{command[0]} 1.0\n")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor, "_device", lambda: doctor.Finding("NPU", "davinci0"))
+    for name in ("QUANTPASS_TORCH_NPU", "ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    toolkit = tmp_path / "toolkit"
+    toolkit.mkdir()
+    (toolkit / "version.cfg").write_text("# CANN\nversion=8.5.0\n")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(toolkit))
+    (tmp_path / "version.info").write_text("Version=25.2.0\n")
+    monkeypatch.setattr(doctor, "_DRIVER", tmp_path / "version.info")
+    return packages
+
+
+def doors():
+    return {d.name.partition(",")[0]: d for d in doctor.examine().doors}
+
+
+def test_where_everything_is_there_everything_works(machine):
+    found = doctor.examine()
+    assert {d.found for d in found.doors} == {"works"}
+    parts = {p.name: p.found for p in found.parts}
+    assert parts["CANN"].startswith("8.5.0 in ")
+    assert parts["driver"] == "25.2.0"
+
+
+@pytest.mark.parametrize(
+    ("taken", "lacking", "needs"),
+    [
+        ("torch_npu", ("preview", "npu_backend"), "torch_npu: its wheel"),
+        ("CANN", ("npu_backend",), "source set_env.sh"),
+        ("gcc", ("preview",), "apt-get install gcc"),
+        ("driver", ("npu_backend",), "the NPU's driver"),
+    ],
+)
+def test_each_missing_part_is_named_by_the_doors_that_need_it(machine, monkeypatch, taken, lacking, needs):
+    if taken == "torch_npu":
+        del machine["torch_npu"]
+    elif taken == "CANN":
+        monkeypatch.delenv("ASCEND_HOME_PATH")
+    elif taken == "gcc":
+        monkeypatch.setattr(doctor.shutil, "which", lambda name: None if name == "gcc" else name)
+    else:
+        monkeypatch.setattr(doctor, "_DRIVER", Path("/no/such/file"))
+    found = doors()
+    assert {name for name, d in found.items() if not d.found} == set(lacking)
+    assert all(any(needs in need for need in found[name].needs) for name in lacking)
+
+
+def test_a_broken_package_says_how_it_breaks(tmp_path, monkeypatch):
+    (tmp_path / "brokenpackage.py").write_text("raise OSError('libascendcl.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = doctor._imported("brokenpackage", "pass")
+    assert "import fails" in found.found
+    assert found.needs == "OSError: libascendcl.so: cannot open shared object file"
+
+
+def test_text_and_json_on_this_machine():
+    """The one that the tests run on: PyTorch works, and there is no NPU."""
+    run = CliRunner().invoke(main, ["doctor", "--json", "-"])
+    assert run.exit_code == 0, run.output
+    found = json.loads(run.output)
+    assert next(p for p in found["parts"] if p["name"] == "torch")["found"]
+    assert next(d for d in found["doors"] if d["name"].startswith("explain"))["found"] == "works"
