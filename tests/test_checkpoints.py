@@ -9,6 +9,10 @@ own modules gave (``tests/coverage/captures``), written under the names of the t
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -423,3 +427,123 @@ def test_the_command_line_on_bad_input(tmp_path):
     done = CliRunner().invoke(main, ["check-checkpoint", str(tmp_path / "gone")])
     assert done.exit_code == 2
     assert "nothing is fetched" in done.output
+
+
+def test_the_output_in_the_documentation_is_the_real_one(tmp_path):
+    """The page's Python block makes the checkpoint; the command on the page prints what the page says."""
+    from quantpass.version import __version__
+
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "checkpoints.md").read_text()
+    (shown,) = re.findall(r"^```text\n\$ quantpass (.*?)\n(.*?)^```", page, flags=re.M | re.S)
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S)
+    code = f"{block}\nprint('-- now the command')\nfrom quantpass.doors.cli import main\nmain({shown[0].split()!r})"
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr  # not all fused
+    assert done.stdout.partition("-- now the command\n")[2] == shown[1].replace(
+        "quantpass 0.1.0", f"quantpass {__version__}"
+    )
+
+
+# -- experts, and what users ask -----------------------------------------------------------------------------------
+
+
+def experts(folder, inner, kind="W8A8_DYNAMIC", hidden=2048, dtype="bfloat16", count=4):
+    """AscendV1's checkpoint of one layer of experts, headers alone."""
+    tensors = {}
+    for e in range(count):
+        for name, n, k in (("gate_proj", inner, hidden), ("down_proj", hidden, inner)):
+            at = f"model.layers.0.mlp.experts.{e}.{name}"
+            tensors |= {f"{at}.weight": ("I8", (n, k)), f"{at}.weight_scale": ("F32", (n, 1))}
+    folder.mkdir(exist_ok=True)
+    write_headers(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps({"torch_dtype": dtype}))
+    (folder / "quant_model_description.json").write_text(json.dumps(dict.fromkeys(tensors, kind)))
+    return folder
+
+
+def test_experts_are_one_grouped_matmul(tmp_path):
+    (gate, down) = qp.check_checkpoint(experts(tmp_path / "x", 1536), targets="ascend910b").lines
+    verdict = gate.verdicts["ascend910b"]
+    assert (gate.count, gate.experts, verdict.op, verdict.format) == (4, 4, "npu_grouped_matmul", "NZ")
+    assert str(verdict.weight) == "int8(4, 2048, 1536) NZ"
+    assert gate.bytes_on("ascend910b") == down.bytes_on("ascend910b") == 2048 * 1536
+
+
+def test_shards_of_experts_that_fractal_nz_does_not_take(tmp_path):
+    """1000 / 8 columns are no multiple of 16: the weight stays in ND."""
+    lines = lines_of(qp.check_checkpoint(experts(tmp_path / "x", 1000), targets="ascend910b", tp=8))
+    assert lines["gate_proj"].verdicts["ascend910b"].format == "ND"
+
+
+def test_experts_where_no_rule_speaks_of_them(tmp_path):
+    report = qp.check_checkpoint(experts(tmp_path / "x", 1536), targets="cpu")
+    assert not report.all_fused
+    assert report.uncovered("cpu") == 8
+    assert "checkpoint.experts on cpu" in str(report)
+
+
+def test_quantized_experts_on_the_310p(tmp_path):
+    report = qp.check_checkpoint(experts(tmp_path / "x", 1536, dtype="float16"), targets="ascend310p")
+    assert report.fused("ascend310p") == 0
+    assert "gmm.310p.dtypes.x" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "on_310p", "on_a2"), [("W4A4_DYNAMIC", 0, 1), ("W8A8_DYNAMIC", 1, 1), ("W8A8S", 0, 0)]
+)
+def test_which_of_ascends_types_a_chip_runs(kind, on_310p, on_a2, tmp_path):
+    """One linear of Qwen3-14B's sizes, float16: does the 310P run W4A4?"""
+    tensors = {"q_proj.weight": ("I8", (5120, 5120)), "q_proj.weight_scale": ("F16", (5120, 1))}
+    write_headers(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": HALF}))
+    (tmp_path / "quant_model_description.json").write_text(json.dumps({"q_proj.weight": kind}))
+    report = qp.check_checkpoint(tmp_path, targets=["ascend310p", "ascend910b"])
+    assert [report.fused(t) for t in report.targets] == [on_310p, on_a2]
+
+
+def test_int4_experts_of_compressed_tensors(tmp_path):
+    """Groups of 32 in bfloat16, packed along K, as large open models come."""
+    tensors = {}
+    for e in range(4):
+        at = f"model.layers.0.mlp.experts.{e}.up_proj"
+        tensors[f"{at}.weight_packed"] = ("I32", (2048, 7168 // 8))
+        tensors[f"{at}.weight_scale"] = ("BF16", (2048, 7168 // 32))
+    write_headers(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps(packed_config("group", group_size=32)))
+    (line,) = qp.check_checkpoint(tmp_path, targets=["ascend910b", "ascend310p"]).lines
+    assert line.scheme == "int4 weight, groups of 32; float activation; 4 experts"
+    assert str(line.verdicts["ascend910b"].weight) == "int32(4, 7168, 256) NZ"
+    assert not line.verdicts["ascend310p"].fused
+
+
+def test_a_quantized_embedding_is_no_matmul(tmp_path):
+    _, tensors, config = written(HALF, "none")
+    tensors |= {f"model.embed_tokens.{n.partition('.')[2]}": t.clone() for n, t in tensors.items() if n[-4:] != "bias"}
+    assert qp.check_checkpoint(write_folder(tmp_path, tensors, config), targets="ascend310p").total == 1
+
+
+def test_weights_that_a_tool_has_not_compressed(tmp_path):
+    _, tensors, config = written(HALF, "none")
+    tensors["up.weight"] = tensors["up.weight"].half()
+    report = qp.check_checkpoint(write_folder(tmp_path, tensors, config), targets="ascend310p")
+    assert "the checkpoint is not compressed" in str(report)
+    assert not report.all_fused
+
+
+def test_formats_of_floats_are_named(tmp_path):
+    write_headers(tmp_path / "model.safetensors", {"up.weight": ("F8_E4M3", (96, 64)), "norm.weight": ("BF16", (64,))})
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
+    report = qp.check_checkpoint(tmp_path, targets="ascend910b")
+    assert [r.rule for r in report.lines[0].verdicts["ascend910b"].rejects] == ["checkpoint.scheme"]
+    assert "float8_e4m3fn" in str(report)
+
+
+def test_a_float_checkpoint_has_nothing_to_fuse(tmp_path):
+    write_headers(tmp_path / "model.safetensors", {"up.weight": ("BF16", (96, 64)), "norm.weight": ("BF16", (64,))})
+    (tmp_path / "config.json").write_text("{}")
+    report = qp.check_checkpoint(tmp_path)
+    assert not report.all_fused
+    assert "No quantized linear was found." in str(report)
+    assert report.floats == ("up: bfloat16 64 x 96",)

@@ -88,7 +88,7 @@ def check_folder(path: str | Path, settings: Settings) -> CheckpointReport:
     found: dict[object, _Found] = {}
     floats: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for module in checkpoint.modules.values():
-        q = tool.read(module)
+        q = None if _is_embedding(module.name) else tool.read(module)
         if q is None:
             _note_float(module, floats)
             continue
@@ -141,12 +141,16 @@ def _own_dtype(checkpoint: Checkpoint) -> str:
 
 def _note_float(module: Module, floats: dict[tuple[str, tuple[int, ...]], list[str]]) -> None:
     weight = module.tensors.get("weight")
-    last = module.name.rpartition(".")[2]
-    if weight is None or len(weight.shape) != 2 or weight.dtype not in _FLOATS:
+    if weight is None or len(weight.shape) != 2 or weight.dtype not in _FLOATS or _is_embedding(module.name):
         return
-    if "embed" not in last and last not in _EMBEDDINGS:
-        n, k = weight.shape
-        floats.setdefault((weight.dtype, (k, n)), []).append(module.name)
+    n, k = weight.shape
+    floats.setdefault((weight.dtype, (k, n)), []).append(module.name)
+
+
+def _is_embedding(name: str) -> bool:
+    """True for a table of rows, which nothing multiplies."""
+    last = name.rpartition(".")[2]
+    return "embed" in last or last in _EMBEDDINGS
 
 
 def _lines(found: _Found, chips: Mapping[str, Chip], engine: Engine) -> Iterable[Line]:

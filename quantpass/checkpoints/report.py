@@ -218,6 +218,7 @@ class CheckpointReport:
             "dtype": self.dtype,
             "total": self.total,
             "targets": {t: {"fused": self.fused(t), "uncovered": self.uncovered(t)} for t in self.targets},
+            "gains": {t: list(gains) for t, gains in (self.gains or {}).items()},
             "linears": [_line_dict(line) for line in self.lines],
             "floats": list(self.floats),
             "assumed": list(self.assumed),

@@ -78,7 +78,8 @@ def shard_of(q: Quantized, name: str, ranks: int, kv_heads: int | None) -> Shard
 
 def _cut(size: int, parts: int, what: str, packed: int) -> Reject | None:
     if size % parts:
-        return refuse("checkpoint.shard.size", f"{what} is {size}, for {parts} ranks")
+        hint = f"use {_fewer(size, parts)} ranks, which divide it"
+        return refuse("checkpoint.shard.size", f"{what} is {size}, for {parts} ranks", hint=hint)
     if size // parts % packed and not size % packed:
         fact = f"a shard of {size // parts} of {what}, and a stored element holds {packed}"
         return refuse("checkpoint.shard.packed", fact)
@@ -91,5 +92,17 @@ def _groups(q: Quantized, ranks: int) -> Reject | None:
     if q.weight.ordered:
         return refuse("checkpoint.shard.order", f"groups of {q.weight.group} rows, for {ranks} ranks")
     if q.k // ranks % q.weight.group:
-        return refuse("checkpoint.shard.group", f"a shard of {q.k // ranks} rows, in groups of {q.weight.group}")
+        groups = -(-q.k // q.weight.group)
+        padded = -(-groups // ranks) * ranks * q.weight.group
+        hint = (
+            f"use {_fewer(groups, ranks)} ranks, which divide its {groups} groups, or quantize per channel, or pad K "
+            f"with zeros to {padded} before quantizing"
+        )
+        fact = f"a shard of {q.k // ranks} rows, in groups of {q.weight.group}"
+        return refuse("checkpoint.shard.group", fact, hint=hint)
     return None
+
+
+def _fewer(size: int, ranks: int) -> int:
+    """The most ranks, of no more than there are, that divide ``size``."""
+    return next(r for r in range(min(size, ranks), 0, -1) if size % r == 0)

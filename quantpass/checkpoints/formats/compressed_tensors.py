@@ -128,6 +128,10 @@ def _read(module: Module, group: _Group) -> Quantized:
         stored = tensor(module, "weight" if packed is None else "weight_packed", (2, 3))
         n, k = stored.shape[-2], stored.shape[-1] * (2 if packed else 1)
         return no_integers(k, n, f"{_plain(w)} weight", f"the weight is {_plain(w)}: floats, not integers", bias=bias)
+    if packed is None and tensor(module, "weight", (2, 3)).dtype.startswith(("float", "bfloat")):
+        n, k = module.tensors["weight"].shape[-2:]
+        fact = "the weight is kept as floats beside its scale: the checkpoint is not compressed"
+        return no_integers(k, n, f"{_plain(w)} weight, not compressed", fact, bias=bias)
     if packed is not None:
         n, k, per = _packed_sizes(module, bits)
         experts = packed.shape[0] if len(packed.shape) == 3 else 0
