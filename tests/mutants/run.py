@@ -143,6 +143,7 @@ class Stage:
         now = {"files": self.files} | ({} if stale else {"state": state_of_the_tree()})
         if any(stored[name] != value for name, value in now.items()):
             print(f"recording which of the {self.name} executes what ...", flush=True)
+            jobs = min(jobs, len(self.files))
             parts = [CACHE / f"{self.name}.{i}.json" for i in range(jobs)]
             runs = [Forked(_record, (str(p), self.files[i::jobs]), seconds=7200) for i, p in enumerate(parts)]
             if {run.result() for run in runs} != {0}:
@@ -177,7 +178,7 @@ def _record(path: str, files: list[str]) -> int:
     cov = coverage.Coverage(data_file=None, config_file=False, include=[str(ROOT / f) for f in FILES])
     recorder = Recorder(cov)
     cov.start()
-    pytest.main([*files, *FAST, *QUIET], plugins=[recorder])
+    status = pytest.main([*files, *FAST, *QUIET], plugins=[recorder])
     cov.stop()
     touched: dict[str, Any] = {}
     for file in FILES:
@@ -191,7 +192,7 @@ def _record(path: str, files: list[str]) -> int:
         print("\n".join(f"  {t}" for t in sorted(recorder.bad)))
     seconds = {t: round(s, 3) for t, s in recorder.tests.items() if t not in recorder.bad}
     Path(path).write_text(json.dumps({"seconds": seconds, "touched": touched}))
-    return 0
+    return 0 if status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) else BROKEN
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

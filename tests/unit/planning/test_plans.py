@@ -834,6 +834,7 @@ def test_why_nz_is_not_legal():
     plan = site.plan("ascend910b").plan
     assert plan.weight_format == "ND" and plan.nd_reason.startswith("wqmm.nz.int8.group")
     assert not plan.awaits_values
+    assert not [n for n in plan.notes if "what comes next" in n]  # nothing does
 
 
 def test_a_quantize_behind_what_is_not_read():

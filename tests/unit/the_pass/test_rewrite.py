@@ -143,6 +143,28 @@ def test_a_constant_that_two_sites_share_is_stored_once():
     assert torch.equal(a, X * stored.tensor) and torch.equal(b, X - stored.tensor)
 
 
+@pytest.mark.parametrize(
+    ("label", "other", "size", "stored"),
+    [
+        ("inverse_scale", torch.float32, 4, 1),
+        ("zero_point", torch.float32, 4, 1),
+        ("scale", torch.float32, 4, 2),
+        ("zero_point", torch.float32, 1 << 17, 2),
+    ],
+)
+def test_equal_parameters_of_a_quantization_are_stored_once(label, other, size, stored):
+    """So that what reads them can be merged; not other constants, nor those that take long to compare."""
+    x = torch.randn(2, size)
+    t = Traced(lambda x: (x * 2.0, x * 3.0), x)
+    a, b = (Const(torch.full((size,), 0.5, dtype=dtype), label=label) for dtype in (torch.float32, other))
+    rewritten(
+        t,
+        *(plan(r, ex.cast(ex.mul(Ref(t.inputs[0]), c), torch.float32)) for r, c in zip(t.results, (a, b), strict=True)),
+    )
+    assert len(list(t.gm.buffers())) == stored
+    assert all(torch.equal(y, x * 0.5) for y in t.gm(x))
+
+
 def test_a_tensor_of_the_graph_is_used_as_it_is():
     t = Traced(lambda x, w: x * 2.0 + w, X, torch.ones(4))
     (mul,) = t.calls(aten.mul.Tensor)
