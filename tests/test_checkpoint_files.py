@@ -327,4 +327,4 @@ def test_a_checkpoint_of_235_billion_parameters(tmp_path):
     assert experts["verdicts"]["ascend910b"]["op"] == "npu_grouped_matmul"
     keys = by_name["model.layers.{0..93}.self_attn.k_proj"]
     assert (keys["k"], keys["n"]) == (4096, 128)  # 4 heads for 8 ranks: each is held twice
-    assert report["floats"][0] == "model.layers.{0..93}.mlp.gate x94: bfloat16 128 x 4096"
+    assert report["floats"][0] == "model.layers.{0..93}.mlp.gate x94: bfloat16 4096 x 128"

@@ -108,7 +108,7 @@ def check_folder(path: str | Path, settings: Settings) -> CheckpointReport:
         settings.ranks,
         dtype,
         lines,
-        tuple(f"{fold}: {d} {n} x {k}" for (d, (k, n)), names in floats.items() for fold in folded(names)),
+        tuple(f"{fold}: {d} {k} x {n}" for (d, (k, n)), names in floats.items() for fold in folded(names)),
         tuple(_assumed(settings, dtype, kv_heads)),
         _gains(lines, found.values(), chips, engine),
         tool.notes,
