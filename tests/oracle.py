@@ -65,7 +65,8 @@ class Judged:
 class Value:
     """``v`` in float64 (or the graph's integers); ``mag`` only behind a matmul; ``low``/``high`` only behind a rounding.
 
-    ``held`` is ``v`` where every matmul's own infinities are limited to float16's largest number.
+    ``held`` is ``v`` where every matmul's own infinities are limited to float16's largest number. ``slack`` is what an
+    operator that quantizes x by its own rule may change; it flows through what follows as a magnitude does.
     """
 
     v: Any
@@ -74,6 +75,7 @@ class Value:
     low: torch.Tensor | None = None
     high: torch.Tensor | None = None
     held: torch.Tensor | None = None
+    slack: torch.Tensor | None = None
 
 
 def traced(f, *args, sizes="fake", pre_dispatch=False):
@@ -186,6 +188,8 @@ class _Checker:
         self.sites = [s for s in report.sites if s.fused]
         self.relative = sum(s.numerics.relative for s in self.sites)
         self.absolute = sum(s.numerics.absolute for s in self.sites)
+        self.of_step = max((s.numerics.of_step for s in self.sites), default=0.0)
+        self.of_w = max((s.numerics.of_w for s in self.sites), default=0.0)
         self.odd_codes = False  # a code in front of a matmul is not a number, and no integer either
         self.endless = False  # an operand of a matmul is infinite somewhere
         self.outputs = {s.plan.output.name for s in self.sites}
@@ -293,7 +297,74 @@ class _Checker:
         held = None
         if self.saturates and native.is_floating_point():
             held = self._run(node, lambda i: i.v if i.held is None else i.held, native)
-        return Value(v, True, self._magnitude(node, name, v), held=held)
+        slack = self._passed_on(node, name, v) if any(i.slack is not None for i in self._inputs(node)) else None
+        return Value(v, True, self._magnitude(node, name, v), held=held, slack=slack)
+
+    def _inputs(self, node):
+        return [self.values[i] for i in node.all_input_nodes]
+
+    def _passed_on(self, node, name, v):
+        """The slack of a node behind a matmul that quantizes by its own rule."""
+        base = name.split(".")[1] if name.count(".") else name
+        bound = bind(node) if isinstance(node.target, OpOverload) else {}
+
+        def slack(a):
+            found = self.values[a].slack if isinstance(a, torch.fx.Node) else None
+            return torch.zeros(()).double() if found is None else found
+
+        def size(a):
+            value = self.values[a].v if isinstance(a, torch.fx.Node) else a
+            return torch.as_tensor(value).double().abs()
+
+        if base in ("add", "sub", "rsub"):
+            alpha, first, second = abs(bound.get("alpha", 1)), slack(bound["self"]), slack(bound["other"])
+            return (first + alpha * second if base != "rsub" else first * alpha + second).expand_as(v)
+        if base == "mul":
+            a, b = bound["self"], bound["other"]
+            return slack(a) * size(b) + slack(b) * size(a) + slack(a) * slack(b)
+        if base == "div" and self.values.get(bound["other"], Value(None)).slack is None:
+            return slack(bound["self"]) / size(bound["other"])
+        if base in ("relu", "clamp", "clamp_min", "clamp_max", "neg", "abs", "minimum", "maximum"):
+            return sum(i.slack for i in self._inputs(node) if i.slack is not None).expand_as(v)
+        if base in MOVES or base in ("masked_fill", "where"):
+            return self._run(
+                node, lambda i: torch.zeros_like(wide_abs(i.v)) if i.slack is None else i.slack, v
+            ).double()
+        raise Unsupported(name)
+
+    def _own_rule(self, name, operands, sized):
+        """What quantizing an operand by another rule may change: ``(of_step * step + of_w) * sum_k |other|``.
+
+        Which of them is the activation the oracle does not know, and neither what its scale is: but no code other than
+        0 stands for less than a step, and the largest of a row that has its own scale for 126 of them.
+
+        Args:
+            name: the operator.
+            operands: its two matrices.
+            sized: the operator on magnitudes, from a function that gives those of a node.
+        """
+        operands = [o for o in operands if isinstance(o, torch.fx.Node) and self.native[o].numel()]
+        if not self.of_step or not operands:
+            return None
+        base = sized(lambda i: _finite(_mag(self.values[i])))
+        found = torch.zeros_like(base)
+        for place, operand in enumerate(operands):
+            along_k = -1 if place == 0 or name == "aten.linear" else -2
+            more = self._moved(
+                operand, None if name in ("aten.einsum", "aten.mv", "aten.addmv") or "conv" in name else along_k
+            )
+            replaced = sized(lambda i, o=operand, m=more: _finite(_mag(self.values[i])) + (m if i is o else 0.0))
+            found = torch.maximum(found, replaced - base)
+        return found
+
+    def _moved(self, operand, along_k):
+        """How far each element of an operand may be moved; ``along_k`` None for operands whose rows are not known."""
+        size = _finite(wide_abs(self.native[operand]))
+        if _holds_integers(self.native[operand]):
+            return torch.full_like(size, self.of_step)
+        least = size[size > 0].min() if bool((size > 0).any()) else size.new_zeros(())
+        largest = size.max() if along_k is None else size.amax(along_k, keepdim=True)
+        return (self.of_step * torch.maximum(largest / 126, least) + self.of_w).expand_as(size)
 
     def _magnitude(self, node, name, v):
         base = name.split(".")[1] if name.count(".") else name
@@ -330,13 +401,17 @@ class _Checker:
         if name == "out_dtype":
             _, _, a, b = node.args
             flip = node.args[0] is torch.ops.aten.linear.default
-            a, b = (self.values[i] for i in (a, b))
-            return Value(wide(native), True, _mag(a) @ (_mag(b).mT if flip else _mag(b)))
+            x, w = (self.values[i] for i in (a, b))
+            slack = self._own_rule(
+                "aten.linear" if flip else name, (a, b), lambda mag: mag(a) @ (mag(b).mT if flip else mag(b))
+            )
+            return Value(wide(native), True, _mag(x) @ (_mag(w).mT if flip else _mag(w)), slack=slack)
         bound = bind(node)
         k = self._inner_size(name, bound)
         unfused = node.name in self.left
         first = next((bound[n] for n in ("mat1", "batch1", "mat", "input", "self") if n in bound), None)
-        for operand in (first, *(bound[n] for n in ("mat2", "batch2", "vec", "weight", "other") if n in bound)):
+        operands = (first, *(bound[n] for n in ("mat2", "batch2", "vec", "weight", "other") if n in bound))
+        for operand in operands:
             if not isinstance(operand, torch.fx.Node) or not self.native[operand].numel():
                 continue
             self.endless |= bool(torch.isinf(wide(self.native[operand])).any())
@@ -353,16 +428,19 @@ class _Checker:
         absolute = {
             n: (abs(a) if n in ("alpha", "beta") and not isinstance(a, torch.fx.Node) else a) for n, a in bound.items()
         }
-        args, names = [], [a.name for a in node.target._schema.arguments]
-        for n in names:
-            args.append(map_arg(absolute[n], lambda i: _mag(self.values[i])))
         keyword = {a.name for a in node.target._schema.arguments if a.kwarg_only}
-        kwargs = {n: a for n, a in zip(names, args, strict=True) if n in keyword}
-        args = [a for n, a in zip(names, args, strict=True) if n not in keyword]
         target = torch.ops.aten.mm.default if name in ("aten._int_mm", "aten.mm.dtype") else node.target
-        if name == "aten.mm.dtype":
-            args, kwargs = args[:2], {}
-        return Value(v, True, target(*args, **kwargs).abs(), held=self._held(v, bound, name))
+
+        def sized(mag):
+            given = {a.name: map_arg(absolute[a.name], mag) for a in node.target._schema.arguments}
+            kwargs = {n: a for n, a in given.items() if n in keyword}
+            args = [a for n, a in given.items() if n not in keyword]
+            if name == "aten.mm.dtype":
+                args, kwargs = args[:2], {}
+            return target(*args, **kwargs).abs()
+
+        slack = self._own_rule(name, bound.get("tensors", operands), sized)
+        return Value(v, True, sized(lambda i: _mag(self.values[i])), held=self._held(v, bound, name), slack=slack)
 
     def _held(self, v, bound, name):
         """``v`` with the product's infinities limited to float16's largest number; an addend's own stay."""
@@ -488,6 +566,7 @@ class _Checker:
         rounded = 0.0 if node.name in self.outputs else self.output_rounding
         return (
             value.mag.double() * (self.relative + self.rounding + rounded + 2.0**-23)
+            + (0.0 if value.slack is None else _finite(value.slack))
             + self.absolute * gain
             + self.underflow * 256 * gain
         )

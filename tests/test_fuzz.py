@@ -55,6 +55,13 @@ def test_with_permissions(fuzz, kind):
     fuzz(f"{kind}, as allowed", cases, check, few=100, least=0.1, targets=CHIPS, weight=0.5)
 
 
+@pytest.mark.parametrize("kind", ["layers", "heads"])
+def test_vendor_numerics(fuzz, kind):
+    """Activations that the operators quantize by their own rule: the stated bounds hold for every output."""
+    cases, check = getattr(graphs, kind)(), partial(judged, numerics="vendor")
+    fuzz(f"{kind}, vendor numerics", cases, check, few=60, least=0.1, targets=st.sampled_from(helpers.CHIPS))
+
+
 def test_long_sums(fuzz):
     fuzz("long sums", graphs.long_sums(), few=30, least=0.1, weight=0.1)
 

@@ -126,6 +126,30 @@ def test_an_illegal_call(fused):
     assert "dtypes" in spoilt(gm)
 
 
+@pytest.mark.parametrize(
+    ("model", "chip", "target", "rule"),
+    [
+        (DynamicallyQuantized, "ascend910b", ops.dynamic_quant, "dynamic_quant.input"),
+        (Static, "ascend910b", ops.quantize, "quantize.scales.multiply"),
+        (DynamicallyQuantized, "ascend310p", ops.quant_matmul_dequant, "qmmd.x.dtype"),
+    ],
+)
+def test_an_illegal_quantization(model, chip, target, rule):
+    """What stands beside the matmuls is judged as they are."""
+    gm = traced(model(), torch.randn(4, 64).half())
+    options = Options(target=chip, numerics="vendor")
+    assert qp.fuse(gm, target=chip, numerics="vendor").fused == 1
+    (node,) = gm.graph.find_nodes(op="call_function", target=target.default)
+    verify_graph(gm, options)
+    x = node.args[0]
+    with gm.graph.inserting_before(node):
+        wide = gm.graph.call_function(torch.ops.aten._to_copy.default, (x,), {"dtype": torch.float32})
+    wide.meta["val"] = as_shape(x, x.meta["val"].shape, torch.float32)
+    node.replace_input_with(x, wide)
+    with pytest.raises(GraphVerificationError, match=rule):
+        verify_graph(gm, options)
+
+
 def test_an_operator_that_refuses_its_arguments(fused):
     gm, node = fused
     node.args = (node.args[0], node.args[2], node.args[2])

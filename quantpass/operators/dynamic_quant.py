@@ -153,4 +153,5 @@ DYNAMIC_QUANT = Operator(
     ge_kernels={"DynamicQuant": _run, "DynamicQuantV2": _run_v2},
     emulate=_emulated,
     emulate_fake=_emulated_fake,
+    renamed={"x": "input"},
 )

@@ -65,6 +65,8 @@ class Operator(Emulated):
         aclnn: puts the vendor's operator in place of a call: ``(graph, node, arguments)``.
         ge: makes GE operators of a call: ``(ge, arguments)``.
         ge_kernels: what those compute: ``(inputs, attributes, saturates)``.
+        renamed: the vendor's names of arguments that have another name here.
+        always: arguments that every call gives the vendor's operator.
     """
 
     kernel: Callable[..., Any]
@@ -72,6 +74,8 @@ class Operator(Emulated):
     aclnn: Callable[[AclnnGraph, Node, Arguments], None]
     ge: Callable[[Ge, Arguments], Any]
     ge_kernels: Mapping[str, Callable[[Inputs, dict[str, Any], bool], Any]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    always: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -86,6 +90,13 @@ class Operator(Emulated):
     def overload(self) -> OpOverload:
         found: OpOverload = getattr(torch.ops.quantpass, self.name).default
         return found
+
+    def described(
+        self, arguments: Mapping[str, Any], mode: str, describe: Callable[[Any], Any] = lambda v: v
+    ) -> OpCall:
+        """A call of this operator, its arguments by name, as legality sees the vendor's."""
+        renamed = {self.renamed.get(name, name): value for name, value in arguments.items()}
+        return vendor_call(self.vendor, {**renamed, **self.always}, mode, describe)
 
     def bind(self, node: Node) -> Arguments:
         """The arguments of a call in a graph."""

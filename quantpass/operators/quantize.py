@@ -140,4 +140,6 @@ QUANTIZE = Operator(
     ge_kernels={"AscendQuantV2": _run},
     emulate=_emulated,
     emulate_fake=_emulated_fake,
+    renamed={"x": "input", "scale": "scales", "offset": "zero_points"},
+    always={"dtype": "qint8", "axis": -1, "div_mode": False},
 )

@@ -22,8 +22,10 @@ from quantpass.graph.records import Numerics, Plan, Site
 from quantpass.graph.schema import bind, op_name
 from quantpass.operators import OPERATORS
 from quantpass.operators.arguments import DTYPE_NUMBERS, NZ
-from quantpass.operators.operator import vendor_call
+from quantpass.operators.dynamic_quant import DYNAMIC_QUANT
+from quantpass.operators.operator import Operator, vendor_call
 from quantpass.operators.preparation import FORMAT_CAST
+from quantpass.operators.quantize import QUANTIZE
 from quantpass.patterns.sites import provenance
 from quantpass.planning.options import Options
 
@@ -35,6 +37,11 @@ _MATMULS: Mapping[str, VendorOp] = MappingProxyType(
         for name in (f"npu::{op.vendor.name}", f"quantpass::{op.name}")
     }
 )
+
+_JUDGED: Mapping[str, Operator] = MappingProxyType(
+    {f"quantpass::{op.name}": op for op in OPERATORS if op.vendor.weight or op in (DYNAMIC_QUANT, QUANTIZE)}
+)
+"""What the pass puts into graphs and chips have rules of; the others prepare tensors."""
 
 _DTYPES = {number: dtype for dtype, number in DTYPE_NUMBERS.items()}
 
@@ -66,12 +73,15 @@ def already_fused(calls: Iterable[Node], options: Options, keys: Mapping[Node, H
 
 
 def broken_calls(graph: Graph, options: Options) -> Iterator[str]:
-    """What is illegal about the fused calls that the pass has put into a graph, as they stand there."""
+    """What is illegal about the calls that the pass has put into a graph, as they stand there."""
     for node in graph.nodes:
-        op = _operator(node)
-        if op is None or "quantpass" not in node.meta:
+        if "quantpass" not in node.meta or not isinstance(node.target, OpOverload):
             continue
-        verdict = judge(_call(node, op, options, _as_stored), options.chip, options.allow)
+        op = _JUDGED.get(node.target._schema.name)
+        if op is None:
+            continue
+        call = _with_dtype(op.described(bind(node), options.mode, _as_stored))
+        verdict = judge(call, options.chip, options.allow)
         yield from (f"{node.name} for {node.meta['quantpass']!r}: {reject}" for reject in verdict.rejects)
 
 
@@ -80,7 +90,10 @@ def _judged_site(node: Node, op: VendorOp, options: Options) -> Site:
 
 
 def _call(node: Node, op: VendorOp, options: Options, describe: Callable[[Any], Any]) -> OpCall:
-    call = vendor_call(op, bind(node), options.mode, describe)
+    return _with_dtype(vendor_call(op, bind(node), options.mode, describe))
+
+
+def _with_dtype(call: OpCall) -> OpCall:
     number = call.args.get("output_dtype")
     return call.replaced(output_dtype=_DTYPES[number]) if number in _DTYPES else call
 

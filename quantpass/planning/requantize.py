@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -176,14 +177,13 @@ def _dynamic(q: Quantization, x: Expr, reader: ActivationReader, options: Option
     shape = ex.shape_of(x)
     mode, scales = ("pertoken", shape[:-1]) if q.kind == "token" else ("pertensor", (1,))
     smooth = None if q.smooth is None else Const(q.smooth.tensor, label="smooth_scales")
-    both = call_op(DYNAMIC_QUANT, {"x": x, "smooth_scales": smooth, "quant_mode": mode}, torch.int8, shape)
+    arguments = {"x": x, "smooth_scales": smooth, "quant_mode": mode}
+    both = call_op(DYNAMIC_QUANT, arguments, torch.int8, shape)
     codes = Call(operator.getitem, (both, 0), {}, torch.int8, shape)
     scale = Call(operator.getitem, (both, 1), {}, torch.float32, scales)
-    along_k = None if smooth is None else TensorSpec(ex.dtype_of(smooth), ex.shape_of(smooth))
-    described = {"input": TensorSpec(ex.dtype_of(x), shape), "smooth_scales": along_k, "quant_mode": mode}
     # Each is off by half a step and what rounding adds; a step of the operator is at most this one of the graph.
     graph, own = max(0.5, q.divisor - q.high) + q.error, (0.5 + _ARITHMETIC) * q.divisor / _DIVISOR
-    call = OpCall(DYNAMIC_QUANT.vendor, options.mode, described)
+    call = DYNAMIC_QUANT.described(arguments, options.mode, _spec)
     steps, lost = (graph + own) * _SECOND_ORDER, 1.02 * m.lost
     return Requantized(x, codes, scale, q, reader, call, apart, steps, lost, smooth=smooth)
 
@@ -207,15 +207,18 @@ def _static(q: Quantization, x: Expr, reader: ActivationReader, options: Options
     if q.zero_point:
         arguments["offset"] = Const(torch.full_like(rate, float(q.zero_point)), label="zero_point")
     codes = call_op(QUANTIZE, arguments, torch.int8, ex.shape_of(x))
-    specs = {name: TensorSpec(ex.dtype_of(e), ex.shape_of(e)) for name, e in arguments.items()}
-    described = {"input": specs["x"], "scales": specs["scale"], "zero_points": specs.get("offset")}
-    call = OpCall(QUANTIZE.vendor, options.mode, {**described, "dtype": "qint8", "axis": -1, "div_mode": False})
+    call = QUANTIZE.described(arguments, options.mode, _spec)
     made = Requantized(x, codes, None, q, reader, call, apart, float(apart))
     if rate.numel() > 1 or moved <= 2.0**-20:
         return made
     # What the rounded rate makes of x is scaled back with it: half a step each, and the ends of int8 lie elsewhere.
     steps = 1 + q.error + (max(127 - q.zero_point, 128 + q.zero_point) + 1) * moved
     return replace(made, ratio=float(exact / rate.double()), steps=steps * _SECOND_ORDER)
+
+
+def _spec(value: Any) -> Any:
+    """A tensor as legality sees it."""
+    return TensorSpec(ex.dtype_of(value), ex.shape_of(value)) if isinstance(value, Expr) else value
 
 
 def _same_floor(a: Magnitude, b: Magnitude) -> bool:
