@@ -147,12 +147,12 @@ def requantized(
 
 
 def _ways(q: Quantization, reader: ActivationReader, chip: Chip) -> Iterator[Quantization]:
-    """With a factor along K that the operator takes in, if there is one, and without."""
+    """With a factor along K that the operator takes in, if there is one, and without; a norm's weight is the norm's."""
     smoothed, in_one = reader.smoothed(q), QMMD in chip.layouts
     accepted = (torch.float16,) if in_one else (torch.float16, torch.bfloat16)
     # An operator that is given the graph's scale saves nothing: the graph finds it from the product.
     saves = not in_one or q.kind == "token" or ex.dtype_of(Ref(q.x)) not in accepted
-    if smoothed is not None and saves and ex.dtype_of(Ref(smoothed.x)) in accepted:
+    if smoothed is not None and saves and ex.dtype_of(Ref(smoothed.x)) in accepted and reader.norms.read(q.x) is None:
         yield smoothed
     yield q
 
