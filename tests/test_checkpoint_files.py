@@ -125,6 +125,10 @@ FOLDERS = {
         lambda f: (f / "config.json").write_text(json.dumps(config_with(ignore=["re:("]))),
         "no regular expression",
     ),
+    "an expression that never ends": (
+        lambda f: (f / "config.json").write_text(json.dumps(config_with(ignore=["re:(.*)*(.*)*(.*)*x"]))),
+        "may never end",
+    ),
     "a module that is ignored and quantized": (
         lambda f: (f / "config.json").write_text(json.dumps(config_with(ignore=["layers.0.up"]))),
         "no group of config_groups targets it",

@@ -11,6 +11,10 @@ from quantpass.checkpoints.folder import Module
 from quantpass.checkpoints.headers import LARGEST_READ, CheckpointError, StoredTensor
 from quantpass.checkpoints.scheme import Quantized
 
+_LONGEST = 4096
+_REPEATS_A_CHOICE = re.compile(r"\((?:[^()\\]|\\.)*[+*}|](?:[^()\\]|\\.)*\)[+*{]")
+"""What makes an expression take exponential time: nobody needs it to name modules."""
+
 
 def tensor(module: Module, name: str, ranks: tuple[int, ...], dtypes: tuple[str, ...] = ()) -> StoredTensor:
     """A tensor that has to be there.
@@ -116,10 +120,15 @@ def matched(entry: str, name: str) -> bool:
     """True where the expression behind ``re:`` matches the beginning of ``name``.
 
     Raises:
-        CheckpointError: it is no regular expression.
+        CheckpointError: it is no regular expression, or one that may take forever.
     """
+    expression = entry.removeprefix("re:")
+    if len(expression) > _LONGEST or _REPEATS_A_CHOICE.search(expression):
+        raise CheckpointError(
+            f"{entry[:80]!r} repeats a group that repeats or chooses: it may never end. Name the modules"
+        )
     try:
-        return re.match(entry.removeprefix("re:"), name) is not None
+        return re.match(expression, name) is not None
     except re.error as error:
         raise CheckpointError(f"{entry!r} is no regular expression: {error}") from error
 
