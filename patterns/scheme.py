@@ -20,7 +20,7 @@ def scheme(
     A scale belongs to its operand wherever the graph multiplies by it, before the matmul or behind it.
     """
     behind = _scales_behind(epilogue)
-    return f"{_of_activation(c, activation, behind)} x {_of_weight(weight, behind)}"
+    return f"{_of_activation(c, activation, epilogue)} x {_of_weight(weight, behind)}"
 
 
 def _scales_behind(epilogue: Epilogue | None) -> list[Term]:
@@ -34,23 +34,31 @@ def _scales_behind(epilogue: Epilogue | None) -> list[Term]:
     return found
 
 
-def _of_activation(c: Contraction, read: Affine | NotAffine, behind: list[Term]) -> str:
+def _of_activation(c: Contraction, read: Affine | NotAffine, epilogue: Epilogue | None) -> str:
     dtype: torch.dtype = c.lhs.meta["val"].dtype
     if isinstance(read, NotAffine):
         name = str(dtype).removeprefix("torch.")
         return f"{name} codes" if not dtype.is_floating_point and read.quantized else name
     low, high = read.span
     bits = "int4" if low >= -8 and high <= 7 else "uint8" if low >= 0 and high > 127 else "int8"
-    behind = [] if c.product_dtype.is_floating_point else [t for t in behind if t.kind != "columns"]
-    scales = [*read.factors, *behind]
+    behind = [] if c.product_dtype.is_floating_point else _scales_behind(epilogue)
+    scales = [*read.factors, *(t for t in behind if t.kind != "columns")]
     zero = read.zero_point
-    bits = f"asymmetric {bits}" if zero is not None and not ex.is_all(zero.expr, 0) else bits
+    if zero is not None and not ex.is_all(zero.expr, 0) and not _adds_integers(c, epilogue):
+        bits = f"asymmetric {bits}"
     if not scales:
         return f"{bits} codes"
     kinds = {t.kind for t in scales}
     per = "per token" if kinds & {"rows", "other"} else "per column of x" if "columns" in kinds else "per tensor"
     how = "static" if all(t.constant is not None for t in scales) else "dynamic"
     return f"{bits} {per} ({how})"
+
+
+def _adds_integers(c: Contraction, epilogue: Epilogue | None) -> bool:
+    """True where the accumulator gets an addend: codes shifted for an unsigned matmul are so shifted back."""
+    steps = epilogue.steps if epilogue is not None and not c.product_dtype.is_floating_point else ()
+    first = next((step for step in steps if step.kind not in ("cast", "view")), None)
+    return first is not None and first.kind == "add"
 
 
 def _of_weight(read: Weight | NotAffine, behind: list[Term]) -> str:

@@ -143,6 +143,9 @@ def test_fuse_saves_a_program_that_the_other_commands_take():
         (["diff", "plain.pt2", "fused.pt2"], 0, "+"),
         (["diff", "plain.pt2", "-t", "ascend310p"], 0, "quantpass.weight_quant_matmul"),
         (["diff", "plain.pt2", "plain.pt2"], 0, "no difference"),
+        (["diff", "plain.pt2", "-t", "ascend310p", "--site", "linaer"], 2, "Did you mean 'linear'?"),
+        (["diff", "plain.pt2", "-t", "ascend310p", "--site", "linear"], 0, "-%mul"),
+        (["diff", "plain.pt2", "plain.pt2", "--site", "linear"], 2, "--site goes with --target"),
         (["diff", "plain.pt2"], 2, "either another program"),
     ):
         run = CliRunner().invoke(main, command)

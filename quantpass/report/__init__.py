@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
+from quantpass.basics.suggestions import did_you_mean
 from quantpass.graph.dump import diff_text
 from quantpass.graph.records import Site, WeightFormat
 from quantpass.report.data import SCHEMA, coverage_data, format_data, site_data
@@ -97,9 +98,25 @@ class Report:
         """What a notebook shows."""
         return f"<pre>{escape(as_text(rendered(self), 120))}</pre>"
 
-    def diff(self) -> str:
-        """The difference between the graphs before and after the rewrite, one hunk list a graph."""
-        return "\n".join(diff_text(before, after) for before, after in self.graphs)
+    def diff(self, site: str | None = None) -> str:
+        """The difference between the graphs before and after the rewrite, one hunk list a graph.
+
+        Args:
+            site: the name of a site: what was taken out for it and what was put in, alone.
+
+        Raises:
+            ValueError: no site of that name was rewritten.
+        """
+        if site is None:
+            return "\n".join(diff_text(before, after) for before, after in self.graphs)
+        rewritten = [s for s in self.sites if s.after]
+        of_name = [s for s in rewritten if s.name == site]
+        if not of_name:
+            known = list(dict.fromkeys(s.name for s in rewritten))
+            meant = did_you_mean(site, known)
+            some = ", ".join(known[:5]) or "none: explain rewrites nothing"
+            raise ValueError(f"no rewritten site is named {site!r}. {len(known)} are rewritten ({some}).{meant}")
+        return "\n".join(diff_text(s.before, s.after) for s in of_name)
 
     # -- for programs ----------------------------------------------------------------------------------------------
 

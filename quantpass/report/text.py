@@ -6,7 +6,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -137,11 +137,11 @@ def _site_table(report: Report, whole: bool, numbers: dict[Any, int]) -> Table:
     groups = fold(
         range(len(rows)),
         lambda i: first[i].name,
-        lambda i: (i if whole else None, first[i].op, _shape(first[i]), *alike[i]),
+        lambda i: (i if whole else None, first[i].op, shape_of(first[i]), *alike[i]),
     )
     for piece in groups if whole else siblings(groups, lambda i: alike[i]):
         reading, *verdicts = alike[piece.members[0]]
-        shapes = ", ".join(dict.fromkeys(filter(None, (_shape(first[i]) for i in piece.members))))
+        shapes = ", ".join(dict.fromkeys(filter(None, (shape_of(first[i]) for i in piece.members))))
         table.add_row(Text.assemble(piece.name, (piece.times, "bold")), reading, shapes, *map(_coloured, verdicts))
     return _with_names(table)
 
@@ -161,13 +161,14 @@ def matmuls(sites: Iterable[Site]) -> list[dict[str, Site]]:
     return order
 
 
-def _shape(site: Site) -> str:
+def shape_of(site: Site) -> str:
+    """``256 x 512``; ``?`` for a size that only the run knows."""
     if site.weight is None:
         return ""
     return f"{site.weight.k if site.weight.k >= 0 else '?'} x {site.weight.n if site.weight.n >= 0 else '?'}"
 
 
-def verdict(site: Site | None, numbers: dict[Any, int] | None = None) -> str:
+def verdict(site: Site | None, numbers: Mapping[Any, int] | None = None) -> str:
     """``WQMM NZ, exact``, or why not: as the number of a cause where there are ``numbers``, else by its rules."""
     if site is None:
         return ""

@@ -56,6 +56,7 @@ def fuse(
 @click.option("--target", "-t", callback=chip_name, help="What fusing for this chip changes, in place of OTHER.")
 @pass_options
 @click.option("--context", type=click.IntRange(0), default=2, show_default=True, help="Unchanged lines shown.")
+@click.option("--site", help="What fusing changes at one site alone.")
 def diff(
     before: str,
     after: str | None,
@@ -64,21 +65,35 @@ def diff(
     allow: tuple[str, ...],
     numerics: NumericsContract,
     context: int,
+    site: str | None,
 ) -> None:
     """Show what changed between two programs, or what fusing changes."""
     from quantpass.doors.explain import diff as difference
     from quantpass.doors.explain import fuse as fused
 
+    if site is not None and target is None:
+        raise click.UsageError("--site goes with --target")
     if (after is None) == (target is None):
         raise click.UsageError("give either another program to compare with, or --target")
     program = _program(before)
+    report = None
     if after is not None:
         other = load_program(after)
     else:
         other = copy.deepcopy(program)
         with explained():
-            fused(other, target=target, mode=mode, allow=allow, numerics=numerics)
-    click.echo(difference(program, other, context) or "no difference")
+            report = fused(other, target=target, mode=mode, allow=allow, numerics=numerics)
+    if report is not None and site is not None:
+        with explained():
+            text = report.diff(site)
+    else:
+        text = difference(program, other, context)
+    click.echo(_coloured(text) if in_colour() else text or "no difference")
+
+
+def _coloured(text: str) -> str:
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    return "\n".join(click.style(line, fg=colours.get(line[:1])) for line in text.splitlines()) or "no difference"
 
 
 def _program(factory: str) -> Any:
