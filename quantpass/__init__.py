@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from quantpass.doors.verification import Verification, verify
     from quantpass.graph.records import Numerics, Plan, Site, WeightFormat
     from quantpass.lowering.emulation import emulate_npu
+    from quantpass.messages.explain import Explanation, explain_error
     from quantpass.report import Report
 
 __all__ = [
     "Difference",
+    "Explanation",
     "GePreview",
     "Numerics",
     "Plan",
@@ -48,6 +50,7 @@ __all__ = [
     "diff",
     "emulate_npu",
     "explain",
+    "explain_error",
     "fuse",
     "nn",
     "npu_backend",
@@ -70,12 +73,24 @@ _NAMES = {
     "doors.verification": ("Verification", "verify"),
     "graph.records": ("Numerics", "Plan", "Site", "WeightFormat"),
     "lowering.emulation": ("emulate_npu",),
+    "messages.explain": ("Explanation", "explain_error"),
     "report": ("Report",),
 }
 _HOMES = _MappingProxyType({name: f"quantpass.{module}" for module, names in _NAMES.items() for name in names})
 _MODULES = frozenset(
     (
-        *("basics", "chips", "checkpoints", "graph", "patterns", "operators", "planning", "lowering", "doors"),
+        *(
+            "basics",
+            "chips",
+            "checkpoints",
+            "messages",
+            "graph",
+            "patterns",
+            "operators",
+            "planning",
+            "lowering",
+            "doors",
+        ),
         *("nn", "pipeline", "report", "rewrite", "version"),
     )
 )

@@ -9,6 +9,7 @@ LAYERS = (
     "quantpass/basics",
     "quantpass/chips",
     "quantpass/checkpoints",
+    "quantpass/messages",
     "quantpass/graph",
     "patterns",
     "quantpass/operators",

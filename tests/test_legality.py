@@ -156,6 +156,7 @@ BASES = {
     DYNAMIC_QUANT: [
         {"input": T(F16, (4, 128)), "smooth_scales": T(F16, (128,)), "dst_type": I8, "quant_mode": "pertoken"},
         {"input": T(F16, (4, 128)), "dst_type": torch.quint4x2},
+        {"input": T(F16, (4, 128)), "smooth_scales": T(F16, (8, 128)), "group_index": T(I32, (8,))},
     ],
     ANTI_QUANT: [{"x": T(I8, (8, 128)), "scale": T(F32, (128,)), "offset": T(F32, (128,)), "dst_dtype": F16}],
     QUANTIZE: [
@@ -201,7 +202,7 @@ def edits_of(name, value):
         yield None
         for dtype in DTYPES:
             yield T(dtype, shape, value.format, value.transposed)
-        if len(shape) == 3:
+        if len(shape) in (1, 3):
             yield T(value.dtype, (1025, *shape[1:]), value.format, value.transposed)
         others = [(*shape[:-1], 0), (3,), (1,), (1,) * 7, (1, *shape), (3, *shape[-2:]), shape[1:], (1, 1), (9, 9)]
         for other in [*others, (shape[-1], 1), (128, 1)]:

@@ -8,8 +8,19 @@ from typing import Any
 from quantpass.basics.symbolic import statically_true
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.basics.torch_types import BF16, F16, F32, I8, I32
-from quantpass.chips.calls import OpCall, VendorOp
-from quantpass.chips.requirements import DtypeIn, Finding, Layout, NotEmpty, Present, Rank, SameDtype, Shape, Value
+from quantpass.chips.calls import OpCall, VendorOp, last_size
+from quantpass.chips.requirements import (
+    DtypeIn,
+    Finding,
+    Layout,
+    NotEmpty,
+    Present,
+    Rank,
+    SameDtype,
+    Shape,
+    Size,
+    Value,
+)
 from quantpass.chips.rules import Rule, When
 
 TQP = VendorOp("npu_trans_quant_param(Tensor scale, Tensor? offset=None, int? round_mode=0) -> Tensor")
@@ -18,9 +29,18 @@ FORMAT_CAST = VendorOp(
     "npu_format_cast(Tensor input, int acl_format, *, int? customize_dtype=None, int? input_dtype=None) -> Tensor",
     unjudged=("customize_dtype", "input_dtype"),
 )
+
+
+def _dynamic_sizes(call: OpCall) -> dict[str, Any]:
+    """The last dimension, and how many groups of rows have smoothing scales of their own."""
+    groups = call.tensor("group_index")
+    return last_size(call) | ({"groups": groups.shape[0]} if groups is not None and groups.rank == 1 else {})
+
+
 DYNAMIC_QUANT = VendorOp(
     "npu_dynamic_quant(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, int? dst_type=None, "
     'str quant_mode="pertoken", float dst_type_max=0.) -> (Tensor, Tensor)',
+    _dynamic_sizes,
     unjudged=("dst_type_max",),
 )
 ANTI_QUANT = VendorOp(
@@ -115,6 +135,7 @@ def _one_of(*accepted: Any) -> Any:
     return lambda value, call: value in accepted
 
 
+_GROUPED = When("group_index given", lambda call: call.args.get("group_index") is not None)
 DIVIDES = When("div_mode=True", lambda call: call.args.get("div_mode") in (None, True))
 MULTIPLIES = When("div_mode=False", lambda call: call.args.get("div_mode") is False)
 _Q = "npu_quantize.md"
@@ -174,6 +195,11 @@ _A2_ONLY = (
     Rule("dynamic_quant.smooth.dtype", DYNAMIC_QUANT, SameDtype("smooth_scales", "input"), "npu_dynamic_quant.md: smooth_scales has the dtype of input"),
     Rule("dynamic_quant.smooth.shape", DYNAMIC_QUANT, Shape("smooth_scales", (("last",),)), "npu_dynamic_quant.md: smooth_scales has the size of the last dimension",
          when=When("no group_index", lambda call: call.args.get("group_index") is None)),
+    Rule("dynamic_quant.group.dtype", DYNAMIC_QUANT, DtypeIn("group_index", (I32,)), "npu_dynamic_quant.md: group_index is int32; dynamic_quant_tiling.cpp:378", "documented, code"),
+    Rule("dynamic_quant.group.rank", DYNAMIC_QUANT, Rank("group_index", 1, 1), "npu_dynamic_quant.md: group_index has one dimension", "documented, code"),
+    Rule("dynamic_quant.group.experts", DYNAMIC_QUANT, Size("groups", 1, 1024), "dynamic_quant_tiling.cpp:235", "code"),
+    Rule("dynamic_quant.group.scales", DYNAMIC_QUANT, Present("smooth_scales"), "npu_dynamic_quant.md: group_index shares smooth_scales out", when=_GROUPED),
+    Rule("dynamic_quant.group.smooth", DYNAMIC_QUANT, Shape("smooth_scales", (("groups", "last"),)), "npu_dynamic_quant.md: smooth_scales has a row for each group; dynamic_quant_tiling.cpp:245-251", "documented, code", when=_GROUPED),
     Rule("dynamic_quant.dst", DYNAMIC_QUANT, Value("dst_type", _one_of(I8, "qint8", "quint4x2"), "dst_type int8 or quint4x2", lambda v, call: I8),
          "npu_dynamic_quant.md: dst_type"),
     Rule("dynamic_quant.int4.last", DYNAMIC_QUANT, LastMultiple("input", 8), "npu_dynamic_quant.md: quint4x2: the last dimension a multiple of 8", when=_is_int4("dst_type")),

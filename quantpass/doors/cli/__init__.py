@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from quantpass.doors.cli import checkpoint, doctor, explain, graphs, preview, rules, verify
+from quantpass.doors.cli import checkpoint, doctor, errors, explain, graphs, preview, rules, verify
 from quantpass.doors.cli.failures import Failing
 from quantpass.version import __version__
 
@@ -23,6 +23,7 @@ COMMANDS: tuple[click.Command, ...] = (
     preview.preview,
     checkpoint.check_checkpoint,
     rules.check_op,
+    errors.explain_error,
     rules.chips,
     rules.reasons,
     doctor.doctor,
@@ -34,7 +35,7 @@ COMMANDS: tuple[click.Command, ...] = (
     cls=Failing,
     commands={c.name: c for c in COMMANDS if c.name},
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit status: 0 done; 1 not fused, legal or equal; 2 input that can't be used; 3 a fault of quantpass.",
+    epilog="Exit status: 0 done; 1 not fused, legal, equal or known; 2 bad input; 3 a fault of quantpass.",
 )
 @click.version_option(__version__, prog_name="quantpass")
 def main() -> None:

@@ -159,7 +159,7 @@ _TENSOR = re.compile(r"(?P<dtype>\w+)\[(?P<sizes>[\d,\s]*)\](?P<marks>(:NZ|:ND|:
 
 
 def parse_argument(text: str) -> tuple[str, Any]:
-    """``x2=int8[512,128]:NZ:T`` as a name and a TensorSpec; other values as dtype, number, truth value or text."""
+    """``x2=int8[512,128]:NZ:T`` as a name and a TensorSpec; others as dtype, number, numbers, truth value, text."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"{text!r} is not NAME=VALUE, e.g. x1=int8[16,512] or output_dtype=float16")
@@ -174,4 +174,6 @@ def parse_argument(text: str) -> tuple[str, Any]:
     words = {"None": None, "True": True, "False": False}
     if value in words:
         return name, words[value]
+    if re.fullmatch(r"\[-?\d+(,\s*-?\d+)*\]", value):
+        return name, [int(v) for v in value.strip("[]").split(",")]
     return name, int(value) if re.fullmatch(r"-?\d+", value) else dtype_name(value) or value
