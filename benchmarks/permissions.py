@@ -1,6 +1,8 @@
-"""What permissions do to a real model on the 310P: a sentence encoder before and after, written to docs/permissions.md.
+"""What permissions do to models on the 310P, before and after, written to docs/permissions.md.
 
     python benchmarks/permissions.py
+
+A sentence encoder, and two decoder layers of Llama with random weights.
 
 For each way of quantizing all-MiniLM-L6-v2: how many of the encoder's Linears the 310P fuses as it is and with
 permissions, the least SQNR of the re-fitted weights, and how near the fused model's sentence embeddings (by the
@@ -19,10 +21,11 @@ import quantpass as qp
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-minilm = importlib.import_module("minilm")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+minilm, vendor_numerics = importlib.import_module("minilm"), importlib.import_module("vendor_numerics")
 
 PAGE = ROOT / "docs" / "permissions.md"
-HEAD = """# A model on the 310P, with permission
+HEAD = """# Models on the 310P, with permission
 
 `python benchmarks/permissions.py` writes this page. all-MiniLM-L6-v2, {sentences} sentences, fused for `ascend310p` and
 run by the operators' reference kernels; what the permissions do is in [semantics.md](semantics.md), 9. *Linears* counts
@@ -62,18 +65,53 @@ WAYS = (
     ("PT2E static W8A8", torch.float32, minilm.static_pt2e),
 )
 
+HEADERS = (
+    *("quantization", "dtype", "re-fit", "Linears", "as it is", "allowed", "SQNR", "cosine"),
+    *("quantized to float", "fused to float"),
+)
+
+LLAMA = """
+
+Two decoder layers of transformers' Llama (random weights, {tokens} tokens): *cosine* and *to float* compare the logits
+of each token, and *tokens* counts those with the same most likely successor. *Linears* are those of the layers.
+
+"""
+
+LLAMA_WAYS = (
+    ("int4, groups of 32", torch.bfloat16, groups(torch.int4, False), "weights.refit"),
+    ("int8 per channel", torch.bfloat16, minilm.weight_only, "weights.refit"),
+    ("W8A8 dynamic", torch.bfloat16, minilm.dynamic_w8a8, "weights.refit"),
+    ("W8A8 dynamic", torch.float16, minilm.dynamic_w8a8, "weights.refit"),
+)
+
 
 def row(inputs, reference, name, dtype, quantize, refit="weights.refit"):
-    """One line of the table."""
-    torch.compiler.reset()
+    """One line of the encoder's table."""
     model = quantize(minilm.load(dtype), inputs)
-    plain = _encoder(qp.explain(model, inputs, target="ascend310p"))
-    backend = qp.backend(target="ascend310p", allow=(refit, "numerics.float16"))
-    quantized, fused = (minilm.embed(m, inputs) for m in (model, torch.compile(model, backend=backend)))
-    sites = _encoder(backend.report)
-    sqnr = min((s.plan.refit.sqnr for s in sites if s.plan is not None and s.plan.refit), default=None)
+    cells, fused, quantized = measured(model, inputs, reference, minilm.embed, "encoder.", name, dtype, refit)
     same = (minilm.ranking(fused) == minilm.ranking(quantized)).all(dim=-1)
-    return [
+    return [*cells, f"{int(same.sum())} of {len(same)}"]
+
+
+def llama_row(reference, name, dtype, quantize, refit):
+    """One line of the decoder's table."""
+    model, inputs = vendor_numerics.llama(dtype)
+    quantize(model.model.layers, inputs)
+    of = vendor_numerics.logits
+    cells, fused, quantized = measured(model, inputs, reference, of, "model.layers.", name, dtype, refit)
+    same = fused.argmax(dim=-1) == quantized.argmax(dim=-1)
+    return [*cells, f"{int(same.sum())} of {len(same)}"]
+
+
+def measured(model, inputs, reference, of, where, name, dtype, refit):
+    """The cells of a line that both tables have, and what the fused and the quantized model give."""
+    torch.compiler.reset()
+    plain = _within(where, qp.explain(model, inputs, target="ascend310p"))
+    backend = qp.backend(target="ascend310p", allow=(refit, "numerics.float16"))
+    quantized, fused = (of(m, inputs) for m in (model, torch.compile(model, backend=backend)))
+    sites = _within(where, backend.report)
+    sqnr = min((s.plan.refit.sqnr for s in sites if s.plan is not None and s.plan.refit), default=None)
+    cells = [
         name,
         str(dtype).removeprefix("torch."),
         f"`{refit}`",
@@ -84,12 +122,12 @@ def row(inputs, reference, name, dtype, quantize, refit="weights.refit"):
         f"{minilm.cosine(fused, quantized):.6f}",
         f"{minilm.cosine(reference, quantized):.6f}",
         f"{minilm.cosine(reference, fused):.6f}",
-        f"{int(same.sum())} of {len(same)}",
     ]
+    return cells, fused, quantized
 
 
-def _encoder(report):
-    return [s for s in report.sites if s.name.startswith("encoder.")]
+def _within(where, report):
+    return [s for s in report.sites if s.name.startswith(where)]
 
 
 def main():
@@ -98,15 +136,18 @@ def main():
     sentences = minilm.QUERIES + minilm.DOCUMENTS
     encoded = tokenizer(sentences, padding=True, return_tensors="pt")
     inputs = (encoded.input_ids, encoded.attention_mask)
-    headers = ["quantization", "dtype", "re-fit", "Linears", "as it is", "allowed", "SQNR", "cosine"]
-    headers += ["quantized to float", "fused to float", "ranking"]
     with torch.no_grad():
         reference = minilm.embed(minilm.load(torch.float32), inputs)
         rows = [row(inputs, reference, *way) for way in WAYS]
+        model, tokens = vendor_numerics.llama(torch.float32)
+        reference = vendor_numerics.logits(model, tokens)
+        llama_rows = [llama_row(reference, *way) for way in LLAMA_WAYS]
     head = HEAD.format(sentences=len(sentences), queries=len(minilm.QUERIES), documents=len(minilm.DOCUMENTS))
-    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    PAGE.write_text(f"{head}{table}\n", encoding="utf-8")
-    print(table)
+    table = tabulate(rows, (*HEADERS, "ranking"), tablefmt="github", disable_numparse=True)
+    layers = tabulate(llama_rows, (*HEADERS, "tokens"), tablefmt="github", disable_numparse=True)
+    text = f"{head}{table}{LLAMA.format(tokens=vendor_numerics.TOKENS)}{layers}\n"
+    PAGE.write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":
