@@ -83,9 +83,9 @@ def assert_same(report, folder, **settings):
     return checked
 
 
-def explained(model, args):
+def explained(model, args, **settings):
     torch._dynamo.reset()
-    return qp.explain(model, args, target=TARGETS, numerics="vendor")
+    return qp.explain(model, args, target=TARGETS, numerics="vendor", **settings)
 
 
 # -- torchao and transformers, which are installed -----------------------------------------------------------------
@@ -220,13 +220,17 @@ CAPTURED = {
 }
 
 
+SETTINGS = ({"mode": "graph"}, {"mode": "eager"}, {"allow": (HALF_OPT_IN,)}, {"allow": ("wqmm.310p.group",)})
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "".join(map(str, next(iter(s.values())))))
 @pytest.mark.parametrize("name", CAPTURED)
-def test_tensors_of_a_tools_own_module(name, tmp_path):
+def test_tensors_of_a_tools_own_module(name, settings, tmp_path):
     rename, config, files = CAPTURED[name]
     (c,), _ = captured.load(CAPTURES / f"{name}.pt")
     tensors = rename(list(dict(c.graph.named_buffers()).values()))
-    report = qp.explain(copied(c.graph), target=TARGETS, numerics="vendor")
-    assert_same(report, write_folder(tmp_path, tensors, config, **files))
+    report = qp.explain(copied(c.graph), target=TARGETS, numerics="vendor", **settings)
+    assert_same(report, write_folder(tmp_path, tensors, config, **files), **settings)
 
 
 # -- layouts that are documented, written out ----------------------------------------------------------------------
@@ -293,8 +297,9 @@ def written(dtype, x, zero=0, weight_zero=False):
 )
 def test_int8_of_compressed_tensors(x, zero, weight_zero, dtype, tmp_path):
     model, tensors, config = written(dtype, x, zero, weight_zero)
-    folder = write_folder(tmp_path, tensors, config)
-    assert_same(explained(model, (torch.randn(4, K).to(getattr(torch, dtype)),)), folder)
+    folder, args = write_folder(tmp_path, tensors, config), (torch.randn(4, K).to(getattr(torch, dtype)),)
+    for settings in SETTINGS[:3]:
+        assert_same(explained(model, args, **settings), folder, **settings)
 
 
 def test_weight_only_of_ascends_own(tmp_path):
