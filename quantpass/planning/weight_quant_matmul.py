@@ -38,6 +38,7 @@ from quantpass.planning.candidates import (
 from quantpass.planning.composition import Composition
 from quantpass.planning.guards import all_finite, held_dtype, lossless, relative_change, same_range
 from quantpass.planning.options import Options
+from quantpass.planning.quant_matmul import of_codes
 
 _HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 _WEIGHT_ROUNDING = {torch.float16: 2 * 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2 * 2.0**-24}
@@ -68,14 +69,15 @@ def weight_quant_candidates(
         return
     dtypes = [ex.dtype_of(x)]
     wider = dtypes == [torch.float32] or (dtypes == [torch.bfloat16] and chip.name in NPUS)
-    if wider and HALF_OPT_IN in options.allow:
+    bare = of_codes(reading) and ex.is_all(weight.scale, 1.0)  # a product of codes soon leaves float16
+    if wider and HALF_OPT_IN in options.allow and not bare:
         dtypes.append(torch.float16)
     for dtype in dtypes:
         for composition in reversed(compositions):
             fits = composition.complete and not composition.rows and composition.requantize is None
             if fits and composition.dtype == ex.dtype_of(x):
                 yield from _candidates(reading, weight, layouts, composition, dtype, chip, options)
-    if dtypes == [torch.float32] and chip.rules:
+    if dtypes == [torch.float32] and chip.rules and HALF_OPT_IN not in options.allow:
         yield refuse(HALF_OPT_IN, "the activation is float32")
 
 

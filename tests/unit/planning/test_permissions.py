@@ -177,6 +177,23 @@ def test_products_are_scaled_in_the_graph(dtype, offset):
         assert c.call.args["output_dtype"] == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "after", [lambda y, r: y * r, lambda y, r: (y + 3.0) * r, lambda y, r: y.relu() * r, torch.mul]
+)
+def test_a_product_of_codes_is_not_rounded_before_it_is_scaled(after, dtype):
+    """Codes multiplied as floats reach a million, whatever they are multiplied by afterwards."""
+    site = Site(
+        lambda x, r, w: after(x.to(dtype) @ w.to(dtype), r.to(dtype)), draw(5, K), rand(5, 1) * 0.01, CODES, known=1
+    )
+    found = planned(site, allow=(HALF,))
+    assert found.plan.op == "npu_quant_matmul"
+    graph, actual = (v.double() for v in (site.values[found.plan.output], evaluate(found.plan.value, site.values)))
+    assert torch.isfinite(actual).all()
+    step = torch.finfo(dtype).eps * 4 + 2.0**-10
+    assert ((actual - graph).abs() <= step * graph.abs().max()).all()
+
+
 def test_where_the_product_alone_is_not_asked_for():
     site = by_rows()
     assert products(site, allow=()) == [] == products(site, "cpu")
