@@ -64,9 +64,9 @@ def test_a_page_needs_nothing_from_elsewhere(report, tmp_path):
 def test_a_row_for_each_kind_of_site_and_a_column_for_each_chip(report, tmp_path):
     text = written(report, tmp_path)
     assert "ascend310p 3 of 4 fused; ascend910b 3 of 4 fused" in text
-    rows = re.findall(r'<tr data-state="(\w+)" data-count="(\d+)"', text)
+    rows = re.findall(r'<tbody data-state="(\w+)" data-count="(\d+)"', text)
     assert rows == [("yes", "3"), ("no", "1")]
-    assert "<summary>{0..2}</summary>" in text
+    assert ">{0..2}</button>" in text
     assert (
         set(re.findall(r'href="#(cause-\d)"', text))
         == set(re.findall(r'id="(cause-\d)"', text))
@@ -106,7 +106,7 @@ def test_two_thousand_sites(tmp_path):
     (site,) = one.sites
     letters = ["".join(chr(97 + i // 26**p % 26) for p in range(3)) for i in range(2000)]
     text = written(replace(one, sites=tuple(replace(site, name=f"model.{x}.up") for x in letters)), tmp_path)
-    assert text.count("<tr data-state") == 2000
+    assert text.count("<tbody data-state") == 2000
     assert len(text) < 6_000_000
     Read(text)
 
@@ -121,17 +121,19 @@ def test_a_model_with_nothing_quantized(tmp_path):
 STEPS = """
 <script>
 const found = {};
-const visible = () => [...document.querySelectorAll("#table tbody tr")].filter(r => !r.hidden)
-    .map(r => r.querySelector("summary").textContent);
+const visible = () => [...table.tBodies].filter(r => !r.hidden)
+    .map(r => r.querySelector("button").textContent);
 const type = text => { filter.value = text; filter.dispatchEvent(new Event("input")); };
 const pick = value => { which.value = value; which.dispatchEvent(new Event("change")); };
 const head = i => document.querySelectorAll("#table th button")[i].click();
-found.all = visible();
+const opened = () => document.querySelectorAll("#table button[aria-expanded=true]").length;
+found.all = visible(); table.querySelector("td button").click(); found.one = opened();
+found.shown = [...document.querySelectorAll(".more")].map(r => r.checkVisibility());
 type("float32"); found.filtered = visible(); found.said = document.getElementById("shown").textContent; type("");
 pick("no"); found.refused = visible(); pick("yes"); found.fused = visible(); pick("");
 head(1); found.ascending = visible(); head(1); found.descending = visible();
 document.dispatchEvent(new KeyboardEvent("keydown", {key: "/"})); found.focused = document.activeElement.id;
-dispatchEvent(new Event("beforeprint")); found.open = document.querySelectorAll("details[open]").length;
+dispatchEvent(new Event("beforeprint")); found.open = opened();
 found.wide = document.documentElement.scrollWidth <= innerWidth;
 const out = document.createElement("pre"); out.id = "found"; out.textContent = JSON.stringify(found); document.body.append(out);
 </script>"""
@@ -155,5 +157,6 @@ if CHROMIUM:
         assert found["fused"] == ["{0..2}"]
         assert (found["ascending"], found["descending"]) == (["3", "{0..2}"], ["{0..2}", "3"])
         assert found["focused"] == "filter"
+        assert (found["one"], found["shown"]) == (1, [True, False])
         assert found["open"] == 2
         assert found["wide"]

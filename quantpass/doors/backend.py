@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from quantpass.doors.compiled import CompiledGraph, OnOutcome
 from quantpass.doors.settings import BackendOptions, make_options
 from quantpass.graph.records import WeightFormat
-from quantpass.graph.torch_internals import StaticInputs, compile_with_aot, decomposition_table
+from quantpass.graph.torch_internals import StaticInputs, compile_with_aot, decomposition_table, trace_artifact
 from quantpass.pipeline import Outcome
 from quantpass.planning.options import Options
 from quantpass.report import Report
@@ -116,6 +116,8 @@ def refuse_training(example_inputs: Sequence[Any]) -> None:
 
 def log_report(report: Report) -> None:
     """A line in the log for one graph: a warning where something was not fused."""
+    trace_artifact("quantpass_report", lambda: report.text(width=120))
+    trace_artifact("quantpass_diff", report.diff)
     left = report.total - report.fused
     if left:
         logger.warning(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
+from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
 from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -401,3 +402,8 @@ def is_erased(node: Node) -> bool:
 def order_key(node: Node) -> Any:
     """What a node sorts by in its graph; it outlives the node's erasing."""
     return node._sort_key
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """A text of that name in PyTorch's structured trace, where one is being written (``TORCH_TRACE``; tlparse)."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
