@@ -194,6 +194,9 @@ def run(way, inputs, reference, bar, failures):
     print(f"  float model against eager-quantized: cosine {float_eager:.6f}; against fused: {float_fused:.6f}")
     top = (ranking(reference)[:, 0] == ranking(fused_embeddings)[:, 0]).float().mean()
     print(f"  best document agrees with the float model's for {top:.0%} of the queries")
+    if way.quantize is dynamic_w8a8:
+        vendor = cosine(reference, embed(torch.compile(model, backend=qp.backend(way.chip, numerics="vendor")), inputs))
+        print(f"  float model against fused where the operators quantize (numerics='vendor'): cosine {vendor:.6f}")
     print(f"  wall time, fused (reference kernels) / eager-quantized: {ratio:.2f}")
 
 
