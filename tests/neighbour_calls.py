@@ -4,6 +4,17 @@ import torch
 
 from quantpass import TensorSpec as T
 from quantpass.chips.grouped_matmul import GMM
+from quantpass.chips.neighbours import (
+    ADD_RMS_NORM_QUANT,
+    DEQUANT_SWIGLU_QUANT,
+    GMM_SWIGLU,
+    GMM_SWIGLU_V2,
+    QGMMD,
+    REDUCE_SUM,
+    RMS_NORM_QUANT,
+    SWIGLU_QUANT,
+    TRANSPOSE_QMM,
+)
 
 I8, I32, I64, F16, BF16, F32 = torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32
 
@@ -48,3 +59,82 @@ GMM_CALLS = [
 ]  # fmt: skip
 
 NEIGHBOURS = {GMM: GMM_CALLS}
+
+TOKENS = {"x_scale": ROWS, "group_list": T(I64, (E,))}
+WEIGHT_NZ, SCALES = T(I8, (E, K, N), "NZ"), T(F32, COLUMNS)
+NORM = {"gamma": T(F16, (N,)), "beta": T(F16, (N,)), "scale": T(F16, (1,)), "offset": T(I8, (1,))}
+SWIGLU_CALLS = [
+    {"x": X8, "weight": WEIGHT_NZ, "weight_scale": SCALES, "bias": None, "dequant_mode": 0, "quant_mode": 0, **rest, **TOKENS}
+    for rest in [{"smooth_scale": None, "weight_assist_matrix": None, "group_list_type": 0}]
+] + [
+    {"x": X4, "weight": W4, "weight_scale": SCALES, "smooth_scale": T(F32, (E,)), **TOKENS},
+]  # fmt: skip
+
+NEIGHBOURS |= {
+    GMM_SWIGLU: [{"x": X8, "weight": WEIGHT_NZ, "weight_scale": SCALES, "bias": None, "offset": None, **TOKENS}],
+    GMM_SWIGLU_V2: SWIGLU_CALLS,
+    QGMMD: [
+        {
+            "x": XF,
+            "quantized_weight": T(I8, (E, N, K)),
+            "weight_scale": SCALES,
+            "group_list": T(I64, (E,)),
+            "smooth_scale": T(F16, (K,)),
+            "quant_mode": "pertoken",
+        }
+    ],
+    RMS_NORM_QUANT: [{"x": T(F16, (M, N)), **NORM}],
+    ADD_RMS_NORM_QUANT: [
+        {
+            "x1": T(F16, (M, N)),
+            "x2": T(F16, (M, N)),
+            "gamma": T(F16, (N,)),
+            "beta": T(F16, (N,)),
+            "axis": -1,
+            "scales1": T(F32, (N,)),
+            "zero_points1": T(I32, (N,)),
+            "scales2": T(F32, (N,)),
+            "zero_points2": T(I32, (N,)),
+        }
+    ],
+    TRANSPOSE_QMM: [{"x1": T(I8, (M, E, K)), "x2": T(I8, (E, K, N)), "dtype": F16}],
+    SWIGLU_QUANT: [
+        {
+            "x": XF,
+            "smooth_scales": T(F32, (E, K // 2)),
+            "group_index": T(I32, (E,)),
+            "quant_mode": 1,
+            "group_list_type": 0,
+        }
+    ],
+    DEQUANT_SWIGLU_QUANT: [
+        {
+            "x": T(I32, (M, K)),
+            "weight_scale": T(F32, (1, K)),
+            "activation_scale": T(F32, (M, 1)),
+            "bias": T(I32, (K,)),
+            "quant_scale": T(F32, (1, K // 2)),
+            "quant_offset": T(F32, (1, K // 2)),
+            "quant_mode": 1,
+            "swiglu_mode": 0,
+        },
+        {
+            "x": T(I32, (M, K)),
+            "activation_scale": T(F32, (M, 1)),
+            "group_index": T(I64, (E,)),
+            "bias": None,
+            "quant_scale": T(F32, (E, K // 2)),
+            "quant_offset": None,
+            "quant_mode": 1,
+        },
+        *({"x": T(d, (M, K)), "activation_scale": None, "bias": None, "quant_mode": 0} for d in (F16, BF16)),
+    ],
+    REDUCE_SUM: [
+        {
+            "x1": T(I8, (E, M, K)),
+            "x2": T(I8, (E, K, N), "NZ"),
+            "x1_scale": T(F32, (E, M)),
+            "x2_scale": T(BF16, (N,)),
+        }
+    ],
+}

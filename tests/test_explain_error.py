@@ -194,6 +194,13 @@ def test_experts_in_fractal_nz():
     assert "int8 16 and 32" in explained.want and "ND" in explained.hint
 
 
+def test_an_operator_that_the_chip_has_not():
+    explained = said("Ascend310P3: call aclnnAddRmsNormDynamicQuantV2 failed, error code is 561000")
+    assert explained.rule == "add_rms_norm_dynamic_quant.310p" and "npu_add_rms_norm" in explained.want
+    swiglu = said("Ascend310P3: call aclnnSwiGluQuantV2 failed, error code is 561000")
+    assert swiglu.rule == "swiglu_quant.unavailable" and "npu_swiglu and npu_quantize" in swiglu.want
+
+
 def test_the_line_to_play_with_is_illegal_as_the_message_says():
     for text in (SCALE, BIAS_310P, GROUP, TRANSPOSED):
         explained = said(text)

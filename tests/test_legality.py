@@ -204,7 +204,18 @@ def edits_of(name, value):
             yield T(dtype, shape, value.format, value.transposed)
         if len(shape) in (1, 3):
             yield T(value.dtype, (1025, *shape[1:]), value.format, value.transposed)
-        others = [(*shape[:-1], 0), (3,), (1,), (1,) * 7, (1, *shape), (3, *shape[-2:]), shape[1:], (1, 1), (9, 9)]
+        others = [
+            (*shape[:-1], 0),
+            (3,),
+            (1,),
+            (1,) * 7,
+            (1,) * 9,
+            (1, *shape),
+            (3, *shape[-2:]),
+            shape[1:],
+            (1, 1),
+            (9, 9),
+        ]
         for other in [*others, (shape[-1], 1), (128, 1)]:
             if other:
                 yield T(value.dtype, other, value.format, value.transposed and len(other) > 1)

@@ -1,6 +1,14 @@
 """Atlas inference series (Ascend 310P): int8 weights in FRACTAL_NZ, float16 and int8 results, one scale a column."""
 
-from quantpass.chips import companions, grouped_matmul, norms, quant_matmul, quant_matmul_dequant, weight_quant_matmul
+from quantpass.chips import (
+    companions,
+    grouped_matmul,
+    neighbours,
+    norms,
+    quant_matmul,
+    quant_matmul_dequant,
+    weight_quant_matmul,
+)
 from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.rules import Chip, WeightLayout
@@ -28,6 +36,7 @@ ASCEND310P = Chip(
         *quant_matmul_dequant.RULES_310P,
         *grouped_matmul.rules(grouped_matmul.ROWS_310P, "310p"),
         *grouped_matmul.RULES_310P,
+        *neighbours.RULES_310P,
     ),
     costs=(*quant_matmul.COSTS_310P, *quant_matmul_dequant.COSTS_310P),
     layouts={QMM: (_NZ,), WQMM: (_NZ,), QMMD: (_ROWS,)},

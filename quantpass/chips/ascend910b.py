@@ -1,6 +1,14 @@
 """Atlas A2 (Ascend 910B): bfloat16, per-token scales, int32 results, int4 weights."""
 
-from quantpass.chips import companions, grouped_matmul, norms, quant_matmul, quant_matmul_dequant, weight_quant_matmul
+from quantpass.chips import (
+    companions,
+    grouped_matmul,
+    neighbours,
+    norms,
+    quant_matmul,
+    quant_matmul_dequant,
+    weight_quant_matmul,
+)
 from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.rules import Chip, WeightLayout
 from quantpass.chips.weight_quant_matmul import WQMM
@@ -27,6 +35,7 @@ ASCEND910B = Chip(
         *quant_matmul_dequant.ELSEWHERE,
         *grouped_matmul.rules(grouped_matmul.ROWS_A2, "a2"),
         *grouped_matmul.RULES_A2,
+        *neighbours.RULES_A2,
     ),
     layouts={QMM: (_NZ, _ND), WQMM: (_NZ, _ND)},
     eager_layouts={QMM: (_NZ, _ND), WQMM: (_ND,)},

@@ -2,7 +2,15 @@
 
 from dataclasses import replace
 
-from quantpass.chips import companions, grouped_matmul, norms, quant_matmul, quant_matmul_dequant, weight_quant_matmul
+from quantpass.chips import (
+    companions,
+    grouped_matmul,
+    neighbours,
+    norms,
+    quant_matmul,
+    quant_matmul_dequant,
+    weight_quant_matmul,
+)
 from quantpass.chips.ascend910b import ASCEND910B
 
 ASCEND950 = replace(
@@ -50,5 +58,6 @@ ASCEND950 = replace(
         *quant_matmul_dequant.ELSEWHERE,
         *grouped_matmul.rules(grouped_matmul.ROWS_A2, "a2"),
         *grouped_matmul.RULES_A2,
+        *neighbours.RULES_A2,
     ),
 )
