@@ -23,7 +23,7 @@ from quantpass.graph.schema import call_reader, op_name, positional
 from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.dialect import Dialects
 from quantpass.patterns.integers import IntegerReader, Range, fits, integer_span
-from quantpass.patterns.terms import Term, term_of
+from quantpass.patterns.terms import Term, is_matrix, term_of
 
 aten = torch.ops.aten
 
@@ -124,6 +124,11 @@ class NotAffine:
     quantized: bool = False
     hint: str = ""
     rule: str = "read.weight"
+
+
+def along_k() -> NotAffine:
+    """Why a weight is none that the operators take a scale for."""
+    return NotAffine("its scale or zero point varies along K", quantized=True, rule="read.weight.along_k")
 
 
 class AffineReader:
@@ -236,6 +241,11 @@ class AffineReader:
                 or not isinstance(way.source, Node)
                 or not _has_shape(way.source, shape)
             ):
+                continue
+            if self.values.is_static(node) and is_matrix(self.values, way.other, shape):
+                # Of a large weight, the parameters of each element are not computed for nothing.
+                inner = self.read(way.source)
+                best = along_k() if isinstance(inner, Affine) else inner if inner.quantized else best
                 continue
             term = self.term(way.other, shape)
             if term is None or (term.kind == "other" and term.constant is None):

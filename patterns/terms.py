@@ -21,6 +21,8 @@ from quantpass.graph.static_values import StaticValues
 
 aten = torch.ops.aten
 
+_MANY = 1 << 18
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -126,6 +128,18 @@ def term_of(values: StaticValues, value: Any, shape: Sequence[Any]) -> Term | No
     if isinstance(expr, Const):
         expr = Const(expr.tensor, expr.origin, expr.label)
     return Term(expr, aligned)
+
+
+def is_matrix(values: StaticValues, value: Any, shape: Sequence[Any]) -> bool:
+    """True for a known tensor of many elements that varies along the last dimension of ``shape`` and along others."""
+    if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+        return False
+    if values.uniform(value) is not None or not values.is_static(value):
+        return False
+    fake = _unexpanded(values, value).meta["val"]
+    aligned = (1,) * (len(shape) - fake.dim()) + tuple(fake.shape)
+    several = isinstance(fake.numel(), int) and fake.numel() >= _MANY and fake.dim() <= len(shape)
+    return several and not is_one(aligned[-1]) and any(not is_one(s) for s in aligned[:-1])
 
 
 def _unexpanded(values: StaticValues, node: Node) -> Node:

@@ -21,7 +21,7 @@ from quantpass.graph.instructions import Move
 from quantpass.graph.records import Weight
 from quantpass.graph.row_blocks import RowRules
 from quantpass.graph.static_values import StaticValues
-from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.affine import Affine, AffineReader, NotAffine, along_k
 from quantpass.patterns.evidence import Evidence, evidence, is_readable, judged
 from quantpass.patterns.operands import Operand, blocks_of
 from quantpass.patterns.proof import FLOAT32, is_rebuilt
@@ -126,11 +126,7 @@ def _from_affine(values: StaticValues, value: Affine, operand: Operand) -> Weigh
     scale = _along_n([*value.factors], transposed, one=True)
     zero = _along_n([value.zero_point] if value.zero_point else [], transposed, one=False)
     if scale is None or zero is None:
-        return NotAffine(
-            "its scale or zero point varies along K",
-            quantized=True,
-            rule="read.weight.along_k",
-        )
+        return along_k()
     low, high = value.span
     codes, base_transposed = _storage(value.codes, transposed)
     stored = _evaluated(values, codes)

@@ -273,12 +273,14 @@ def shifted_by_group(
     k, n = codes.shape
     if k % group:
         return None
-    blocks = codes.reshape(k // group, group, n)
-    low, high = blocks.amin(dim=1), blocks.amax(dim=1)
+    blocks = codes.unflatten(0, (-1, group))
+    # One code more or less does not fit int8.
+    wider = torch.int16 if codes.dtype == torch.int8 else codes.dtype
+    low, high = (bound.to(wider) for bound in (blocks.amin(dim=1), blocks.amax(dim=1)))
     if bool((high - low >= 2**bits).any()):
         return None
     shift = low + 2 ** (bits - 1)
-    moved = (blocks - shift[:, None]).reshape(k, n).to(torch.int8)
+    moved = (blocks - shift[:, None]).flatten(0, 1).to(torch.int8)
     return moved, (zero - shift).reshape(-1, n) if k // group > 1 else (zero - shift).reshape(n)
 
 

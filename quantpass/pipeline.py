@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantpass.basics.boundary import failed, guarded, must_raise
+from quantpass.basics.progress import counted
 from quantpass.basics.reject import Reject
 from quantpass.graph.dump import dump
 from quantpass.graph.hidden_weights import weights_behind
@@ -83,7 +84,7 @@ def _analysed(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Opt
     values = StaticValues(gm.graph, leaves)
     # A compiler calls this with its fake mode on; constants are computed on real tensors.
     with torch.no_grad(), real_tensors():
-        readings = list(find_sites(gm.graph, values, default_dialects(options.dialects)))
+        readings = list(counted(find_sites(gm.graph, values, default_dialects(options.dialects)), "quantpass reads"))
         others = others_of(readings, options)
         writes = writes_of(gm.graph, values.mutated)
         labels = stream_labels(gm.graph)

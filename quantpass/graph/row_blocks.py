@@ -39,6 +39,11 @@ ELEMENTS = 1 << 17
 
 _MOST_BLOCKS = 64
 
+_SIDE_BY_SIDE = 64
+"""How many rows a block has at least where rows are columns of what is stored: as many as come with a cache line."""
+
+_REPEATING = (aten.index.Tensor, aten.index_select.default, aten.repeat_interleave.self_int)
+
 _MOST = 1 << 21
 """A block whose rows can't be told apart any finer is computed up to this size."""
 
@@ -98,13 +103,14 @@ class RowBlocks:
         self._taken_as_it_is = values.taken_as_it_is(node)
         self.rows: int = fake.shape[dim]
         self._width = fake.numel() // self.rows
-        self._unit = 1
+        self._unit, self._strided = 1, False
         self._cuts = frozenset(cuts)
         self._result: _Key = (node, wide, dim)
         self._steps: dict[_Key, _Step] = {}
         self._order = self._planned(self._result)
         self._whole: dict[_Key, Any] = {}
         self._held: float | None = None
+        self._runs: dict[Node, int] = {}
         self._probed = self._needed(stop=self._cuts)
 
     def __iter__(self) -> Iterator[slice]:
@@ -114,7 +120,8 @@ class RowBlocks:
 
     @property
     def _step_size(self) -> int:
-        size: int = max(self._unit, ELEMENTS // self._width // self._unit * self._unit)
+        least = min(_SIDE_BY_SIDE, _MOST // self._width) if self._strided and self.rows * self._width > ELEMENTS else 1
+        size: int = max(self._unit, max(least, ELEMENTS // self._width) // self._unit * self._unit)
         return size
 
     def ahead(self, rows: slice) -> slice:
@@ -175,6 +182,7 @@ class RowBlocks:
         if wide and self._taken_as_it_is(node):
             return _Step(node, "cast", ratio, {node: (node, False, dim)})
         if node.op in ("placeholder", "get_attr"):
+            self._strided |= dim == fake.dim() - 1 and dim > 0
             return _Step(node, "leaf", ratio, {})
         move = self._values.decode(node)
         if isinstance(move, Move):
@@ -268,6 +276,10 @@ class RowBlocks:
             (source, index) = given
             whole = {source: given[source].dense(), index: given[index].dense() - _scaled(step.ratio, rows).start}
             return dense(call(node, whole, _WIDE if wide else None))
+        if step.kind == "call" and node.target in _REPEATING:
+            repeated = self._repeated(node, given)
+            if repeated is not None:
+                return repeated
         if step.kind == "pointwise":
             names = [*given]
 
@@ -278,6 +290,25 @@ class RowBlocks:
             return pointwise(compute, [*given.values()])
         return dense(call(node, {i: g.dense() for i, g in given.items()}, _WIDE if wide else None))
 
+    def _repeated(self, node: Node, given: Mapping[Node, Grid]) -> Grid | None:
+        """What takes each element several times in a row, with one of each; None where it does not."""
+        bound = bind(node)
+        source = given[bound["self"]].dense()
+        if node.target is aten.repeat_interleave.self_int:
+            if bound["dim"] is None:
+                return None
+            return _with_run(source, bound["dim"] % source.dim(), bound["repeats"])
+        dim, index = _looked_up(bound)
+        if index is None or given[index].dense().dim() != 1 or index is bound["self"]:
+            return None
+        which = given[index].dense()
+        if len(which) != index.meta["val"].shape[0]:
+            return None  # rows themselves are looked up
+        if index not in self._runs:
+            self._runs[index] = _run_of(which)
+        run = self._runs[index]
+        return None if run == 1 else _with_run(source.index_select(dim, which[::run].long()), dim, run)
+
     def _moved(self, step: _Step, found: Grid, shape: Sequence[int]) -> Grid:
         if step.kind == "same":
             return found
@@ -286,6 +317,28 @@ class RowBlocks:
             assert isinstance(move, Move)
             return found.permuted(move.order)
         return found.expanded(shape) if step.kind == "expand" else found.reshaped(shape)
+
+
+def _looked_up(bound: Mapping[str, Any]) -> tuple[int, Node | None]:
+    """The dimension that ``index`` or ``index_select`` looks up, and the index; None where there are several."""
+    if "dim" in bound:
+        return bound["dim"] % bound["self"].meta["val"].dim(), bound["index"]
+    there = [(d, i) for d, i in enumerate(bound["indices"]) if i is not None]
+    return there[0] if len(there) == 1 else (0, None)
+
+
+def _run_of(index: torch.Tensor) -> int:
+    """How often each element comes in a row, at least."""
+    if bool((index < 0).any()):
+        return 1
+    changes = (index[1:] != index[:-1]).nonzero().flatten() + 1
+    return math.gcd(len(index), *changes.tolist())
+
+
+def _with_run(tensor: torch.Tensor, dim: int, run: int) -> Grid:
+    """``tensor`` with every element along ``dim`` ``run`` times in a row."""
+    parts = tuple((size, run) if d == dim else (size,) for d, size in enumerate(tensor.shape))
+    return Grid(tensor.unsqueeze(dim + 1), parts)
 
 
 def _scaled(ratio: Fraction, rows: slice) -> slice:

@@ -204,7 +204,7 @@ class StaticValues:
                 if isinstance(fill, Node) or "val" not in node.meta or node.meta["val"].dtype == torch.bool:
                     return None
                 return as_dtype(fill, node.meta["val"].dtype)
-        if self.is_static(node):
+        if self.is_static(node) and not _is_large(fake):
             value = self.value(node)
             if isinstance(value, torch.Tensor) and 0 < value.numel() <= SMALL and value.dtype != torch.bool:
                 first = value.reshape(-1)[0]
@@ -277,6 +277,10 @@ def _holds_numbers(fake: torch.Tensor) -> bool:
     """True for real numbers (and booleans) that PyTorch computes with: not complex, not quantized, not float8."""
     exotic = fake.dtype.is_complex or fake.is_quantized or fake.layout != torch.strided
     return not exotic and (fake.dtype.itemsize > 1 or fake.dtype in (torch.int8, torch.uint8, torch.bool))
+
+
+def _is_large(fake: Any) -> bool:
+    return isinstance(fake, torch.Tensor) and isinstance(fake.numel(), int) and fake.numel() > SMALL
 
 
 def _on_cpu(argument: Any) -> Any:

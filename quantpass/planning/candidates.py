@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -44,6 +45,25 @@ class LaidOut:
     @property
     def stored(self) -> TensorSpec:
         return TensorSpec(ex.dtype_of(self.expr), ex.shape_of(self.expr), self.format)
+
+
+class Layouts:
+    """Ways to lay a weight out, each made when it is first asked for: the first is mostly the one that is taken."""
+
+    def __init__(self, *ways: Iterator[LaidOut]) -> None:
+        self._coming = chain(*ways)
+        self._made: list[LaidOut] = []
+
+    def __iter__(self) -> Iterator[LaidOut]:
+        for i in count():
+            if i == len(self._made):
+                self._made.extend(islice(self._coming, 1))
+            if i == len(self._made):
+                return
+            yield self._made[i]
+
+    def __bool__(self) -> bool:
+        return any(True for _ in self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +130,16 @@ def saturated(op: VendorOp, chip: Chip) -> Reject:
 def _stored(weight: Weight, transposed: bool, int4: bool) -> LaidOut | None:
     """``weight`` in ND, stored ``(N, K)`` where ``transposed``; None where it can't be packed."""
     codes, fixups = weight.codes, []
-    if transposed != weight.transposed:
-        codes = _turned(codes)
+    turned = transposed != weight.transposed
+    if turned:
         fixups.append(f"weight stored as {'(N, K)' if transposed else '(K, N)'}")
     if int4:
-        if not isinstance(codes, Const) or codes.tensor.shape[1] % 8:
+        if not isinstance(codes, Const) or codes.tensor.shape[0 if turned else 1] % 8:
             return None
-        codes = Const(ops.pack_int4(codes.tensor), label=codes.label)
+        codes = Const(ops.pack_int4(codes.tensor.t() if turned else codes.tensor), label=codes.label)
         fixups.append("weight packed as int4")
+    elif turned:
+        codes = _turned(codes)
     return LaidOut(codes, transposed, "ND", tuple(fixups))
 
 

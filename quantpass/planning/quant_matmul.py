@@ -24,6 +24,7 @@ from quantpass.planning.candidates import (
     FLOAT32_STEPS,
     Candidate,
     LaidOut,
+    Layouts,
     aten,
     call_op,
     in_output_form,
@@ -71,7 +72,7 @@ def quant_matmul_candidates(
     if rejects:
         yield from rejects
         return
-    layouts = tuple(weight_layouts(weight, chip, QMM, options, int4=False))
+    layouts = Layouts(weight_layouts(weight, chip, QMM, options, int4=False))
     if not layouts:
         yield no_layout(QMM, chip)
         return
@@ -122,7 +123,7 @@ def wraps(p: Product, reading: Reading) -> Reject | None:
 
 
 def _candidates(
-    reading: Reading, p: Product, layouts: tuple[LaidOut, ...], chip: Chip, options: Options
+    reading: Reading, p: Product, layouts: Layouts, chip: Chip, options: Options
 ) -> Iterator[Candidate | Reject]:
     integer_graph = reading.node.meta["val"].dtype == torch.int32
     for laid_out in layouts:

@@ -23,7 +23,7 @@ from quantpass.patterns.weights_by_value import shifted_by_group
 from quantpass.planning import conventions
 from quantpass.planning.candidates import (
     Candidate,
-    LaidOut,
+    Layouts,
     Notes,
     aten,
     call_op,
@@ -62,8 +62,8 @@ def weight_quant_candidates(
         return
     narrow = _as_int4(weight)
     weight = weight if narrow is None else narrow
-    packed = [] if narrow is None else [*weight_layouts(weight, chip, WQMM, options, int4=True)]
-    layouts = [*packed, *weight_layouts(weight, chip, WQMM, options, int4=False)]
+    forms = (False,) if narrow is None else (True, False)
+    layouts = Layouts(*(weight_layouts(weight, chip, WQMM, options, int4=form) for form in forms))
     if not layouts:
         yield no_layout(WQMM, chip)
         return
@@ -84,7 +84,7 @@ def weight_quant_candidates(
 def _candidates(
     reading: Reading,
     weight: Weight,
-    layouts: list[LaidOut],
+    layouts: Layouts,
     c: Composition,
     dtype: torch.dtype,
     chip: Chip,
@@ -169,7 +169,7 @@ def _as_int4(weight: Weight) -> Weight | None:
         if not bool(((zero_point + shift - wide).abs() <= FLOAT64).all()):
             return None  # so far from the codes that a step of one is lost
     else:
-        shifted = shifted_by_group(codes.double(), zero.tensor.double(), group, bits=4)
+        shifted = shifted_by_group(codes, zero.tensor.double(), group, bits=4)
         if shifted is None:
             return None
         moved, zero_point = shifted

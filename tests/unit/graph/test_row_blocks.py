@@ -17,6 +17,7 @@ TABLE = torch.arange(16.0).sin()
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(row_blocks, "ELEMENTS", 40)
+    monkeypatch.setattr(row_blocks, "_SIDE_BY_SIDE", 1)
 
 
 def blocks(function, *inputs, dim=0, **more):
@@ -123,3 +124,35 @@ def test_a_leaf_that_was_read_is_one_that_decisions_rest_on():
     t, found = blocks(lambda c, s: c.float() * s, CODES, SCALE)
     found.value(slice(0, 1))
     assert t.values.read_leaves == set(t.inputs)
+
+
+def test_what_is_looked_up_several_times_in_a_row_is_held_once():
+    """Scales by the index of a group, or repeated for each of its rows."""
+    groups, scale = torch.arange(12) // 4, torch.arange(48.0).reshape(16, 3)
+    for function, *inputs in [
+        (lambda c, s, g: c.float() * s[:, g], CODES, scale, groups),
+        (lambda c, s, g: c.float() * s.index_select(1, g), CODES, scale, groups),
+        (lambda c, s: c.float() * aten.repeat_interleave.self_int(s, 4, 1), CODES, scale),
+    ]:
+        check(function, *inputs)
+        t = Traced(function, *inputs, known=len(inputs))
+        found = RowBlocks(t.values, t.result, 0, cuts=[t.inputs[0]])
+        held = found.with_codes(slice(0, 2), 1)
+        assert held.tensor.numel() == 6 and torch.equal(held.dense(), scale[:2].repeat_interleave(4, 1).double())
+    order = torch.tensor([0, 0, 0, 0, 2, 2, 1, 1, 1, 1, 2, 2])
+    t, found = blocks(lambda c, s, g: c.float() * s[:, g], CODES, scale, order)
+    assert torch.equal(found.value(slice(0, 2)), CODES[:2].double() * scale[:2, order])
+    negative = groups - 3
+    assert torch.equal(scale[:, negative], scale[:, groups])
+    check(lambda c, s, g: c.float() * s[:, g], CODES, scale, negative)
+
+
+def test_columns_of_what_is_stored_come_several_at_a_time(monkeypatch):
+    """A line of the cache holds many of them."""
+    monkeypatch.setattr(row_blocks, "_SIDE_BY_SIDE", 5)
+    _, found = blocks(lambda c: c.float(), CODES, dim=1)
+    assert next(iter(found)) == slice(0, 5)
+    _, found = blocks(lambda c: c.float(), CODES, dim=0)
+    assert next(iter(found)) == slice(0, 3)
+    _, found = blocks(lambda c: c.float().t(), CODES, dim=0)
+    assert next(iter(found)) == slice(0, 5)

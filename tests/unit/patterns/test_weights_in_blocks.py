@@ -21,6 +21,7 @@ ZERO = torch.arange(N * K // G).remainder(5).reshape(N, -1, 1).float()
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(row_blocks, "ELEMENTS", 3 * K)
+    monkeypatch.setattr(row_blocks, "_SIDE_BY_SIDE", 1)
 
 
 def both(monkeypatch, function, *inputs, transposed=True):
