@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from quantpass.basics.symbolic import has_no_elements, is_one
 from quantpass.graph.dump import describe_node
-from quantpass.graph.torch_internals import fake_mode_of
+from quantpass.graph.torch_internals import GuardOnDataDependentSymNode, fake_mode_of
 from quantpass.planning.already_fused import broken_calls
 from quantpass.planning.options import Options
 
@@ -73,6 +73,8 @@ def _untrue_values(gm: GraphModule) -> Iterator[str]:
         try:
             with mode, torch.no_grad():
                 found = node.target(*args, **kwargs)
+        except GuardOnDataDependentSymNode:
+            continue  # it asks for a size that only the run knows
         except Exception as error:
             yield f"{describe_node(node)}: refused by its operator: {type(error).__name__}: {error}"
             continue

@@ -1,5 +1,7 @@
 """The oracle notices: fused graphs that were made wrong on purpose."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -80,3 +82,23 @@ def test_values_that_are_not_finite_are_judged(fault, target, monkeypatch):
     monkeypatch.setattr(oracle.qp, "fuse", fuse_and_break)
     with pytest.raises(Wrong):
         judge(spelling.graph(), spelling.args, target=target)
+
+
+def test_the_slack_of_an_operators_own_quantization_is_no_more_than_what_it_states(monkeypatch):
+    """Without what the site states for its own codes the same result is wrong."""
+    from quantpass.planning import quant_matmul
+
+    codes, scales = torch.randint(-127, 128, (8, 16), dtype=torch.int8), torch.rand(8) * 1e-2 + 1e-3
+
+    def f(x):
+        s = x.abs().amax(-1, keepdim=True).float() / 127.5
+        q = (x / s).round().clamp(-128, 127).to(torch.int8)
+        return (torch.nn.functional.linear(q.float() * s, codes.float() * scales[:, None])).to(x.dtype)
+
+    x = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)).half()
+    gm, options = oracle.traced(f, x), {"target": "ascend910b", "numerics": "vendor"}
+    assert judge(gm, [x], **options).verdict == "fused"
+    stated = quant_matmul._numerics
+    monkeypatch.setattr(quant_matmul, "_numerics", lambda *a, **k: replace(stated(*a, **k), of_step=0.0, of_w=0.0))
+    with pytest.raises(Wrong):
+        judge(gm, [x], **options)

@@ -150,6 +150,22 @@ def test_an_illegal_quantization(model, chip, target, rule):
         verify_graph(gm, options)
 
 
+def test_an_operator_that_asks_for_a_size_of_the_run():
+    """Whether the rows that are chosen lie one behind the other only the run knows: that is no fault of the rewrite."""
+    import torch.ao.quantization.fx._decomposed
+
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    codes = torch.ones(1, 1, dtype=torch.int8)
+
+    def f(x):
+        chosen = x[(x[:, 0] > 0).nonzero().squeeze(-1)]
+        return quantize(F.linear(chosen, codes.half() * 0.01), 0.1, 0, -128, 127, torch.int8)
+
+    gm = traced(f, torch.ones(3, 1).half(), sizes="symbolic")
+    assert qp.fuse(gm, target="ascend310p").fused == 1
+    verify_graph(gm, Options(target="ascend310p"))
+
+
 def test_an_operator_that_refuses_its_arguments(fused):
     gm, node = fused
     node.args = (node.args[0], node.args[2], node.args[2])

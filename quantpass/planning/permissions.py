@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.chips import NPUS
@@ -18,7 +20,7 @@ from quantpass.chips.rules import Chip
 from quantpass.graph.expr import dtype_of
 from quantpass.graph.records import Offer, Weight
 from quantpass.graph.writes import Writes
-from quantpass.patterns.affine import NotAffine
+from quantpass.patterns.affine import Affine, NotAffine
 from quantpass.patterns.sites import Reading
 from quantpass.planning.choose import Others, Planned, plan_site
 from quantpass.planning.options import Options
@@ -92,7 +94,7 @@ class _Refused:
 
     def vendors(self) -> Iterator[Reject]:
         """That the operators' own quantization would make the site legal, where the graph's is asked for."""
-        if self.options.numerics == "vendor":
+        if self.options.numerics == "vendor" or not isinstance(self.reading.activation, Affine):
             return
         options = replace(self.options, numerics="vendor")
         found = plan_site(self.reading, self.chip, options, self.writes, self.others).plan
@@ -103,7 +105,7 @@ class _Refused:
     def offers(self) -> Iterator[Offer]:
         """The fewest permissions, beyond those given, with which the site is legal; re-fits of any SQNR among them."""
         given = self.options.allow
-        missing = [HALF_OPT_IN] if HALF_OPT_IN not in given else []
+        missing = [HALF_OPT_IN] if HALF_OPT_IN not in given and self._may_gain_by_half() else []
         missing += [REFIT_OPT_IN] if refit_limit(given) is None else []
         sets = [(m,) for m in missing] + ([tuple(missing)] if len(missing) > 1 else [])
         found: list[tuple[str, ...]] = []
@@ -114,6 +116,13 @@ class _Refused:
             if sqnr is not None:
                 found.append(more)
                 yield Offer((*given, *more), sqnr)
+
+    def _may_gain_by_half(self) -> bool:
+        """False where all is in float16 already: planning it once more would lay the weight out in vain."""
+        x, epilogue = self.reading.x, self.reading.epilogue
+        if x is None or epilogue is None or isinstance(self.reading.activation, Affine):
+            return True
+        return {dtype_of(x), *(step.dtype for step in epilogue.steps)} != {torch.float16}
 
     def _legal_with(self, allow: tuple[str, ...]) -> float | None:
         """The SQNR of the re-fit with which the site is legal, infinite for none; None where it is not legal."""
