@@ -206,7 +206,7 @@ def verify(
     check_call("verify", model, args)
     require_data("verify", model, args, kwargs)
     settings = make_options({"target": target, **options}, "verify")
-    measured = _Measured(kept=None if reference is None else {})
+    measured, watch = _Measured(kept=None if reference is None else {}), Watch()  # sees graph breaks from here on
     runs = [tuple(args), *map(tuple, batches)]
     from_float: list[Difference] = []
     with torch.no_grad():
@@ -219,7 +219,7 @@ def verify(
             if reference is not None and measured.kept is not None:
                 from_float += from_reference(reference, inputs, kwargs or {}, measured.kept, result)
     if not isinstance(model, ExportedProgram):
-        measured.reports.append(_hidden(model, settings, measured))
+        measured.reports.append(_hidden(model, settings, measured, watch))
     report = sum(measured.reports, Report((), (settings.chip.name,), settings.mode))
     sites, missed = _by_site(measured.graphs)
     return Verification(report, sites, tuple(measured.outputs), missed, worst_of_each(from_float))
@@ -256,9 +256,8 @@ def _model_run(model: Callable[..., Any], kwargs: dict[str, Any], settings: Opti
     return lambda args: compiled(*args, **kwargs)
 
 
-def _hidden(model: Callable[..., Any], settings: Options, measured: _Measured) -> Report:
+def _hidden(model: Callable[..., Any], settings: Options, measured: _Measured, watch: Watch) -> Report:
     """What the model has quantized that no graph showed."""
-    watch = Watch()
     for graph in measured.graphs:
         watch.add(graph.outcome.shown)
     return Report((), (settings.chip.name,), settings.mode, hidden=watch.signs(model))
