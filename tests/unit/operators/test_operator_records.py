@@ -82,11 +82,12 @@ def test_a_flag_becomes_part_of_the_description(flag, described):
 def test_lowerings():
     assert {name: (x.mode, x.needs_a_chip, x.keeps_casts) for name, x in LOWERINGS.items()} == {
         "reference": ("graph", False, True),
+        "native": ("graph", False, False),
         "aclnn": ("eager", True, False),
         "ge": ("graph", False, True),
     }
 
 
 def test_a_graph_for_ge_is_torchairs_to_run():
-    with pytest.raises(ValueError, match=r"lowering is 'ge'\. Accepted: 'reference', 'aclnn'"):
+    with pytest.raises(ValueError, match=r"lowering is 'ge'\. Accepted: 'reference', 'native', 'aclnn'"):
         qp.backend("ascend910b", lowering="ge")
