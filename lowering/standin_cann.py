@@ -32,6 +32,7 @@ LIBRARIES = (
     "libacl_tdt_channel.so",
     "libfmk_parser.so",
     "libascend_protobuf.so",
+    "libopapi.so",  # loaded, not linked: generation C looks for a function in it when it is imported
 )
 """CANN's libraries that torch_npu and torchair are linked with."""
 

@@ -8,7 +8,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import tomllib
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from quantpass.graph.torch_versions import TESTED
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 USE = (
@@ -104,6 +112,40 @@ def test_a_second_checkout_uses_its_own_folders(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     places = run(USE, tmp_path)
     assert places == [str(tmp_path / p / "__init__.py") for p in ("quantpass", "patterns", "lowering")]
+
+
+@pytest.mark.slow
+def test_installs_beside_what_vllm_ascend_pins(wheel, tmp_path):
+    """For the machines it runs on, by the resolver; nothing is installed."""
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if uv is None:
+        pytest.skip("uv is not installed")
+    wanted = tmp_path / "wanted.txt"
+    wanted.write_text(f"-r {ROOT / 'tests/data/vllm_ascend_pins.txt'}\nquantpass[npu] @ {wheel.as_uri()}\n")
+    machine = ["--python-version", "3.12", "--python-platform", "aarch64-manylinux_2_28"]
+    command = [uv, "pip", "compile", "-q", "--only-binary", ":all:", *machine, str(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {line.split("=")[0]: line for line in done.stdout.splitlines() if "==" in line}
+    assert (found["torch"], found["torch-npu"]) == ("torch==2.10.0", "torch-npu==2.10.0.post4")
+
+
+def test_torch_npu_is_never_installed_unasked():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = settings["optional-dependencies"].values()
+    named = {
+        Requirement(r).name.replace("-", "_") for r in (*settings["dependencies"], *(r for e in extras for r in e))
+    }
+    assert "torch_npu" not in named
+
+
+def test_what_is_declared_is_what_is_tested():
+    """Every tested PyTorch may be installed, and older ones may not; Python from the oldest that torch_npu still has."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (torch,) = (r for r in map(Requirement, settings["dependencies"]) if r.name == "torch")
+    assert all(f"{version}.0" in torch.specifier for version in TESTED)
+    assert "2.7.1" not in torch.specifier
+    assert "3.10.0" in SpecifierSet(settings["requires-python"])
 
 
 def test_the_name_registered_with_dynamo():

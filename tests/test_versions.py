@@ -1,15 +1,17 @@
 """Versions of PyTorch and generations of torchair: what is tested, what is said of others, what stays the user's."""
 
-import inspect
 import logging
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch._inductor import config
 
 import quantpass as qp
 from quantpass.graph import torch_versions
+from quantpass.graph.torch_internals import compile_with_aot
 from quantpass.lowering import torchair_versions
 from quantpass.lowering.standin_cann import StandinError, find_torch_npu
 from tests.helpers import WeightOnly
@@ -101,11 +103,81 @@ def test_explain_where_the_user_has_reached_the_limit():
     with torch.no_grad():
         for rows in range(1, torch._dynamo.config.recompile_limit + 3):
             mine(torch.randn(rows, 64).half())
-    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+    if not torch_versions.isolates():
         with pytest.raises(RuntimeError, match="recompiled too often"):
             qp.explain(model, (X,), target="ascend310p")
         torch._dynamo.reset()
     assert qp.explain(model, (X,), target="ascend310p").total == 1
+
+
+# -- which input is which weight ---------------------------------------------------------------------------------------
+
+
+def described(model, x, change=lambda nodes: None):
+    """What each placeholder is said to be, before and after quantpass says it in PyTorch's place; None says nothing."""
+
+    def text(desc):
+        if type(desc).__name__ == "SubclassGetAttrAOTInput":
+            return f"{text(desc.base)}.{desc.attr}"
+        return (
+            None
+            if desc is None
+            else f"{type(desc).__name__} {getattr(desc, 'idx', None) or getattr(desc, 'target', 0)}"
+        )
+
+    seen = []
+
+    def backend(gm, inputs):
+        def compiler(aot, weights, fakes):
+            placeholders = list(aot.graph.find_nodes(op="placeholder"))
+            seen.append([text(n.meta.get("desc")) for n in placeholders])
+            for node in placeholders:
+                node.meta.pop("desc", None)
+            change(placeholders)
+            torch_versions.describe_inputs(aot, gm, inputs)
+            seen.append([text(n.meta.get("desc")) for n in placeholders])
+            return aot.forward
+
+        return compile_with_aot(gm, inputs, compiler)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, dynamic=False)(x)
+    return seen
+
+
+def torchao_linear():
+    quantization = pytest.importorskip("torchao.quantization")
+    layer = nn.Linear(64, 96).bfloat16().eval()
+    quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "freezing", "x"),
+    [
+        (WeightOnly, False, X),
+        (WeightOnly, True, X),
+        (lambda: nn.Sequential(WeightOnly(), WeightOnly(k=96, n=32)), False, X),
+        (torchao_linear, False, X.bfloat16()),
+    ],
+    ids=["inputs", "parameters", "several", "subclass"],
+)
+def test_inputs_are_described_as_pytorch_describes_them(make, freezing, x):
+    """PyTorch 2.8 says nothing: there what is compared was said by quantpass on both sides."""
+    with config.patch(freezing=freezing):
+        theirs, ours = described(make(), x)
+    assert ours == theirs
+    assert None not in ours
+    assert len(ours) > 1
+
+
+def test_nothing_is_said_of_inputs_that_do_not_fit():
+    def other_shape(placeholders):
+        placeholders[0].meta["val"] = placeholders[0].meta["val"].new_empty(3, 3)
+
+    _, ours = described(WeightOnly(), X, other_shape)
+    assert set(ours) == {None}
 
 
 # -- torchair ----------------------------------------------------------------------------------------------------------

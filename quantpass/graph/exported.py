@@ -112,8 +112,8 @@ class _Module:
     program: ExportedProgram
     names: list[str]
 
-    def __call__(self, check_guards: bool = True) -> GraphModule:
-        gm = ExportedProgram.module(self.program, check_guards)
+    def __call__(self, *args: Any, **kwargs: Any) -> GraphModule:  # 2.9 brought an argument
+        gm: GraphModule = ExportedProgram.module(self.program, *args, **kwargs)
         refuse_to_load(gm, self.names)
         return gm
 

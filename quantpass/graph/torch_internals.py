@@ -15,7 +15,6 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._logging._internal import trace_structured
 from torch._ops import OpOverload
-from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -23,7 +22,13 @@ from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from quantpass.graph.torch_versions import compile_apart, source_value
+from quantpass.graph.torch_versions import (
+    compile_apart,
+    describe_inputs,
+    guard_source,
+    known_contiguous,
+    source_value,
+)
 
 __all__ = [
     "FakeTensor",
@@ -217,6 +222,7 @@ def static_inputs(aot: GraphModule, dynamo_graph: GraphModule, example_inputs: S
     inputs = list(dynamo_graph.graph.find_nodes(op="placeholder"))
     listed = _static_input_indices()
     frame_of(aot)  # noted while it is being compiled
+    describe_inputs(aot, dynamo_graph, example_inputs)
     found = StaticInputs({}, {})
     for index, node in enumerate(aot.graph.find_nodes(op="placeholder")):
         desc = node.meta.get("desc")
@@ -231,6 +237,8 @@ def static_inputs(aot: GraphModule, dynamo_graph: GraphModule, example_inputs: S
         value = _described_value(desc, dynamo_graph, example_inputs) if static else None
         if isinstance(value, torch.Tensor):
             found.add(node, value)
+        elif desc is None and index in listed:
+            found.unread[node] = "of an input that PyTorch does not name"
     for node, value in attribute_tensors(aot):
         found.add(node, value)
     return found
@@ -248,7 +256,7 @@ def _is_static_source(placeholder: Node) -> bool:
     if placeholder.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"):
         return True
     source = getattr(placeholder, "_dynamo_source", None)
-    kind = getattr(source, "guard_source", None)
+    kind = guard_source(source)
     if kind is not None and (kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()):
         return True
     owner = source_value(getattr(source, "base", None))
@@ -313,11 +321,6 @@ _FRAME = "quantpass_frame"
 def checks_guards(node: Node) -> bool:
     """True for the call with which an unlifted exported program checks its input shapes; it only reads."""
     return node.op == "call_module" and node.target == "_guards_fn"
-
-
-def known_contiguous(fake: torch.Tensor) -> bool:
-    """True where a tensor is contiguous whatever its symbolic sizes are."""
-    return bool(is_contiguous_or_false(fake))
 
 
 def fill_in_values(gm: GraphModule) -> None:

@@ -1,0 +1,63 @@
+"""The cells: a PyTorch, a torch_npu whose torchair is of one generation, a Python. In the order of use."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+COMPATIBILITY = ("quantpass/graph/torch_versions.py", "lowering/torchair_versions.py")
+"""The modules that hold what differs between versions: their contents are what a cell was run with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One combination.
+
+    Attributes:
+        torch: PyTorch's version.
+        torch_npu: torch_npu's version.
+        generation: of its torchair.
+        python: the Python that it is run with.
+    """
+
+    torch: str
+    torch_npu: str
+    generation: str
+    python: str
+
+    @property
+    def name(self) -> str:
+        """As ``CELLS=`` takes it."""
+        return f"{self.torch}/{self.torch_npu}"
+
+
+CELLS = (
+    Cell("2.10.0", "2.10.0.post4", "E", "3.12"),
+    Cell("2.9.0", "2.9.0", "C", "3.11"),
+    Cell("2.9.0", "2.9.0.post9", "F", "3.11"),
+    Cell("2.8.0", "2.8.0.post2", "C", "3.10"),
+    Cell("2.11.0", "2.11.0", "E", "3.12"),
+    Cell("2.12.0", "2.12.0", "E", "3.10"),
+    Cell("2.14.0", "2.14.0", "F", "3.13"),
+    Cell("2.13.0", "2.13.0", "F", "3.11"),
+    Cell("2.10.0", "2.10.0", "D", "3.12"),
+    Cell("2.10.0", "2.10.0.post2", "D'", "3.12"),
+    Cell("2.10.0", "2.10.0.post7", "F", "3.12"),
+    Cell("2.8.0", "2.8.0.post5", "D", "3.10"),
+    Cell("2.9.0", "2.9.0.post2", "D", "3.11"),
+    Cell("2.9.0", "2.9.0.post4", "D'", "3.11"),
+    Cell("2.9.0", "2.9.0.post6", "E", "3.11"),
+    Cell("2.11.0", "2.11.0.post3", "F", "3.12"),
+    Cell("2.12.0", "2.12.0.post3", "F", "3.10"),
+)
+
+
+def code_version() -> str:
+    """A name for the state of the compatibility modules."""
+    digest = hashlib.sha256()
+    for name in COMPATIBILITY:
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()[:12]
