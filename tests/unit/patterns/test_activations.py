@@ -78,6 +78,12 @@ def test_magnitudes_in_integers_are_none():
         assert MagnitudeReader(t.reader).read(t.result) is None
 
 
+def test_magnitudes_of_complex_numbers_are_none():
+    """Whatever is divided by one: no operator quantizes a complex tensor, although its magnitudes are floats."""
+    t = Traced(lambda x: largest(torch.complex(x, x)), X)
+    assert MagnitudeReader(t.reader).read(t.result) is None
+
+
 def facts(q):
     assert isinstance(q, Quantization), q
     return (q.kind, round(q.divisor, 6) or round(float(q.rate.tensor[0]), 3), q.low, q.high, q.zero_point)
@@ -349,6 +355,17 @@ def test_codes_that_are_written_to():
 
     assert isinstance(read_only(lambda x: function(x, False), X), Quantization)
     assert isinstance(read_only(lambda x: function(x, True), X), NotRead)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_the_result_of_a_quantizer_that_is_written_to(written):
+    """Read itself, not what the write returns."""
+    t = Traced(lambda x: decomposed.quantize_per_tensor.default(x, S, 0, -128, 127, torch.int8), X)
+    if written:
+        with t.graph.inserting_after(t.result):
+            t.graph.call_function(torch.ops.aten.add_.Tensor, (t.result, 1)).meta["val"] = t.result.meta["val"]
+    reader = ActivationReader(AffineReader(StaticValues(t.graph, {}), t.dialects))
+    assert isinstance(reader.read(Ref(t.result)), NotRead if written else Quantization)
 
 
 def test_a_scale_for_each_channel():

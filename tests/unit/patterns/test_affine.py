@@ -8,7 +8,7 @@ import torch
 import torch.ao.quantization.fx._decomposed
 
 from quantpass.graph.schema import ReaderTable
-from quantpass.patterns.affine import Affine, AffineReader, NotAffine
+from quantpass.patterns.affine import UNBOUNDED, Affine, AffineReader, NotAffine
 from quantpass.patterns.terms import Term
 from tests.unit.graphs import Traced, evaluate
 
@@ -178,6 +178,12 @@ def test_why_a_quantized_operand_could_not_be_read_is_kept():
 
 
 # -- casts -------------------------------------------------------------------------------------------------------------
+
+
+def test_integers_without_bounds_stay_known_as_such():
+    """Scaled, they are still told from floats."""
+    assert read(lambda x: x.round().clamp(-1000, 1000) * 0.5, SCALE).rule == UNBOUNDED
+    assert "no operand of aten.mul.Tensor is a dequantized value" in read(lambda x: x * 0.5, SCALE).reason
 
 
 def test_casts_between_floats_pass():

@@ -53,6 +53,14 @@ def test_what_stands_between(function, more, kind):
     assert said.quantized and ("experts" in said.rule) == (kind == "experts")
 
 
+def test_rows_of_what_only_the_run_knows():
+    """Chosen from a value of the run, or from known words, it is a lookup; words of the run may be anything."""
+    chosen = derived(lambda i, c, s: dequantized(c, s)[i], INDEX, CODES, SCALE, known=0)[0]
+    assert chosen.kind == "lookup"
+    assert derived(lambda i, w: w[i], INDEX, WORDS, known=1)[0].kind == "lookup"
+    assert derived(lambda i, w: w[i], INDEX, WORDS, known=0)[0] is None
+
+
 def test_sizes_above_those_that_python_keeps():
     """Two equal sizes need not be one object."""
     assert derived(lambda n, c, s: dequantized(c, s) + n.view(int(str(K)), N), NOISE, CODES, SCALE)[0].kind == "sum"

@@ -192,6 +192,18 @@ def test_a_float_weight_behind_which_codes_are():
     assert sites(lambda x, n, c, s: (x * n) @ torch.ones(8, 8), X, torch.randn(8), CODES, SCALE, known=2) == []
 
 
+def test_a_left_operand_behind_which_codes_are():
+    """Stored codes make it a weight, codes of the run an activation."""
+
+    def function(n, x, c, s):
+        return (c.float() * s + n) @ x
+
+    inputs = torch.randn(8, 8), X.t(), CODES, SCALE
+    r = site(function, *inputs, known=2)
+    assert rules(r) == ["read.weight.runtime"] and "adds something" in r.rejects[0].fact
+    assert sites(function, *inputs) == []
+
+
 def test_what_the_graph_says_of_a_zero_point():
     """Bounds of the integers in the activation's zero point, where the graph clamps them."""
     zero = torch.tensor(3.2)

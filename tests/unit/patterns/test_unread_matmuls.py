@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quantpass.patterns.unread_matmuls import unread_contraction
+from quantpass.patterns.unread_matmuls import higher_order, unread_contraction
 from tests.unit.graphs import Traced
 
 aten = torch.ops.aten
@@ -93,3 +93,24 @@ def test_operators_of_a_tool(tool, name, rule, weights_only):
     assert (found.rule, found.weights_only) == (rule, weights_only)
     assert found.operands == tuple(t.inputs)
     assert unread_contraction(t.result, True) is None  # some table knows it
+
+
+@pytest.mark.parametrize(
+    ("operator", "looked_into", "rule"),
+    [
+        (torch.ops.higher_order.cond, False, "read.consumer"),
+        (torch.ops.higher_order.cond, True, None),
+        (torch.ops.higher_order.flex_attention, False, "read.matmul"),
+        (torch.ops.higher_order.flex_attention, True, "read.matmul"),
+        (aten.mm.default, False, None),
+    ],
+)
+def test_operators_that_call_graphs(operator, looked_into, rule):
+    """Where their graphs are read, only what they multiply themselves counts: attention."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.randn(4, 4)
+    found = higher_order(graph.call_function(operator, (x, x)), looked_into)
+    assert (None if found is None else found.rule) == rule
+    if found is not None:
+        assert found.operands == (x,) and found.weights_only == (rule == "read.consumer")

@@ -304,3 +304,12 @@ def test_only_a_matrix_is_surely_a_weight():
     matrix = Traced(lambda c, s: c.float() * s, CODES, COLUMNS, known=2)
     assert not is_weight(vector.reader, vector.result)
     assert is_weight(matrix.reader, matrix.result)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+def test_words_are_surely_a_weight_where_they_read_as_scaled_codes(dtype):
+    """By themselves they may be counts or positions."""
+    scaled = Traced(lambda c, s: c.float() * s, CODES.to(dtype), COLUMNS, known=2)
+    plain = Traced(lambda c: c.float(), CODES.to(dtype), known=1)
+    assert is_weight(scaled.reader, scaled.result)
+    assert not is_weight(plain.reader, plain.result)

@@ -1,6 +1,7 @@
 """Planning: every call that is considered computes the site within the bound it states, legal on a chip or not."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from quantpass.graph.expr import Const, Ref
 from quantpass.graph.records import Refit, Weight
 from quantpass.graph.writes import writes_of
 from quantpass.patterns.affine import Affine
+from quantpass.patterns.proof import FLOAT64
 from quantpass.patterns.sites import find_sites
 from quantpass.planning.candidates import Candidate, flattened, rows_of, weight_layouts
 from quantpass.planning.choose import Others, plan_site
@@ -339,6 +341,21 @@ def test_codes_of_four_bits_are_moved_as_one():
     codes[:, 0] = codes[:, 0].clamp(4, 9)
     moved = _as_int4(weight_only(codes=codes).reading.weight)
     assert moved.zero_point.tensor.tolist() == [-8.0] * N
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zero_points_too_far_from_int4_codes(sign):
+    """What is stored stays, where a step of one is no more than float64 may be wrong by."""
+    codes = draw(K, N, low=0, high=15)
+    codes[K // 2 :] += 50
+    weight = weight_only(codes=codes, scale=(rand(2, N) + 0.01).repeat_interleave(K // 2, 0)).reading.weight
+
+    def moved(zero):
+        shifts = torch.stack([codes[: K // 2].amin(0), codes[K // 2 :].amin(0)]).double() + 8
+        return _as_int4(dataclasses.replace(weight, zero_point=Const(zero + shifts)))
+
+    assert moved(sign / FLOAT64) is None
+    assert moved(sign * math.nextafter(1 / FLOAT64, 0)) is not None
 
 
 # -- quantized activations ---------------------------------------------------------------------------------------------
