@@ -125,8 +125,10 @@ class IntegerReader:
 
     def _converted(self, value: Operand, dtype: torch.dtype | None) -> Bounds | None:
         inner = self.bounds(value)
-        if dtype is None or not inner.whole:
-            return inner if dtype is None or dtype.is_floating_point else None
+        if dtype is None:
+            return inner
+        if not inner.whole:  # 267 is no bfloat16: what was bounded by it is rounded to 268
+            return Bounds(as_dtype(inner.low, dtype), as_dtype(inner.high, dtype)) if dtype.is_floating_point else None
         if dtype == torch.bool or dtype.is_complex:
             return None
         if dtype.is_floating_point:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import quantpass as qp
@@ -520,3 +521,20 @@ def test_chips_command():
 def test_page_of_chips_is_up_to_date():
     page = Path(__file__).parent.parent / "docs" / "chips.md"
     assert page.read_text() == markdown(), "run `make docs`"
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 3), (3, 1), (1, 1), (0, 3), (2, 3, 4), (2, 1, 4), (5,)])
+def test_a_tensor_is_seen_as_its_strides_are(shape):
+    t = torch.empty(shape, dtype=torch.int8)
+    for view in (t, t.transpose(-1, 0), t.mT if t.dim() > 1 else t, t[..., :1]):
+        stored_otherwise = not view.is_contiguous() and view.dim() > 1 and view.transpose(-2, -1).is_contiguous()
+        assert bool(spec_of_tensor(view).transposed) == stored_otherwise, view.stride()
+
+
+def test_nothing_is_asked_of_a_size_that_only_the_run_knows():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    rows = mode.shape_env.create_unbacked_symint()
+    with mode:
+        t = torch.empty(rows, 64, dtype=torch.int8)
+    assert (spec_of_tensor(t).transposed, spec_of_tensor(t.t()).transposed) == (False, True)
+    assert not mode.shape_env.guards

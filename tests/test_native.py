@@ -145,7 +145,7 @@ def test_every_weight_only_product_multiplies_by_the_dequantized_weight(product,
         (int4_product(16), {"group_size": 16, "packed": True}, torch.bfloat16),  # groups of 32 at least
         (int4_product(32), {"group_size": 32, "packed": True, "offset": True}, torch.bfloat16),  # a rounded zero point
     ],
-    ids=str,
+    ids=lambda v: v.name if isinstance(v, Product) else "-".join(v) if isinstance(v, dict) else str(v),
 )
 def test_a_product_says_what_it_does_not_take(product, given, dtype):
     assert not product.takes(weight(128, 48, dtype=dtype, **given), dtype)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quantpass.basics.suggestions import did_you_mean
+from quantpass.basics.symbolic import has_no_elements, is_one, same_size
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.basics.torch_types import F16, F32, I8, I64, is_tensor
 from quantpass.chips import CHIPS, chip_named
@@ -114,8 +115,20 @@ def _tensor_list(asked: str, name: str, specs: list[Any]) -> Any:
 
 def spec_of_tensor(t: torch.Tensor) -> TensorSpec:
     """The description of a tensor; a swapped view of dense storage is recognized by its strides, as the vendor does."""
-    swapped = t.dim() >= 2 and not t.is_contiguous() and t.transpose(-2, -1).is_contiguous()
-    return TensorSpec(t.dtype, tuple(t.shape), transposed=swapped)
+    shape, strides = tuple(t.shape), tuple(t.stride())
+    turned = (*shape[:-2], *shape[:-3:-1]), (*strides[:-2], *strides[:-3:-1])
+    swapped = len(shape) >= 2 and not _is_dense(shape, strides) and _is_dense(*turned)
+    return TensorSpec(t.dtype, shape, transposed=swapped)
+
+
+def _is_dense(shape: Sequence[Any], strides: Sequence[Any]) -> bool:
+    """True where a tensor is known to be contiguous; nothing is asked of sizes that only the run knows."""
+    step: Any = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if not is_one(size) and not same_size(stride, step):
+            return has_no_elements(shape)
+        step = step * size
+    return True
 
 
 def _linear_quant(call: OpCall) -> dict[str, Any]:

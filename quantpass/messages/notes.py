@@ -102,13 +102,13 @@ NOTES: Mapping[str, Note] = MappingProxyType(
         "y_scale": Note("y_scale only where the form of the call has it", "leave y_scale out: quantpass knows no form that has it"),
         "m.range": Note("a number of rows that fits int32", "split the rows into several calls"),
         "ranges": Note("m, k and n from 1 to 65535", "`quantpass check-op` names the size that is outside"),
-        "wqmm.ranks": Note("x and weight of two dimensions (x up to 6 on the Atlas inference series)", "flatten x to (m, k)"),
-        "wqmm.batch": Note("batch dimensions that are equal or 1", "flatten x to (m, k), and give one weight a call"),
-        "wqmm.nz": Note(
+        "weight_only.ranks": Note("x and weight of two dimensions (x up to 6 on the Atlas inference series)", "flatten x to (m, k)"),
+        "weight_only.batch": Note("batch dimensions that are equal or 1", "flatten x to (m, k), and give one weight a call"),
+        "weight_only.nz": Note(
             "a weight in FRACTAL_NZ in a form that has it: per channel for int8, no int8 result, x not transposed",
             "leave this weight in ND",
         ),
-        "wqmm.y": Note(
+        "weight_only.y": Note(
             "the dtype of x without quant_scale, int8 with it", "torch_npu makes the result: look at quant_scale and x"
         ),
         "int4pack.out": Note(

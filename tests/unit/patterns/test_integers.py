@@ -221,6 +221,12 @@ def test_numbers_are_no_nodes():
     assert reader.bounds(3) == Bounds()
 
 
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 268), (torch.float16, 267), (torch.float32, 267)])
+def test_a_bound_is_rounded_as_the_numbers_are(dtype, largest):
+    found = bounds(lambda x: x.clamp(-267, 267).to(dtype))
+    assert (found.low, found.high, found.whole) == (-largest, largest, False)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_no_number_leaves_its_bounds(data):
