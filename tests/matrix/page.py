@@ -17,6 +17,11 @@ _CUDA_BUILD = (
     "process at import; it wants PyTorch's CPU build, and there was none"
 )
 KNOWN: tuple[tuple[str, str, str], ...] = (
+    (
+        "",
+        "2.8.0/2.8.0.post2",
+        "torchair does not load beside this environment's newest setuptools; it did beside an older one",
+    ),
     ("torchair", "2.14.0/2.14.0", _CUDA_BUILD),
     ("preview_ge", "2.14.0/2.14.0", _CUDA_BUILD),
     ("npu", "2.14.0/2.14.0", _CUDA_BUILD),
