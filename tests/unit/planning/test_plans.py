@@ -335,6 +335,20 @@ def test_what_rounding_a_bias_may_change():
     assert half.numerics.absolute == pytest.approx((K * 127 * float(SCALE.max()) + 1) * 2.0**-14 + float(rounding))
 
 
+@pytest.mark.parametrize(("largest", "counts"), [(1024.0, False), (512.0, True)])
+def test_changes_of_a_bias_that_are_none(largest, counts):
+    """What float32 could round as well, at the size of the largest, is in the relative bound already."""
+    change = 2.0**-14
+    bias = torch.full((N,), 0.125 + change)  # halfway between two numbers of float16
+    bias[0] = largest
+    calls = [
+        c for c in weight_only(torch.float32, codes=CODES, bias=bias).calls(allow=("numerics.float16",))
+        if c.composition.addend is not None and c.call.args["x"].dtype == torch.float16
+    ]  # fmt: skip
+    of_x = (K * 127 * float(SCALE.max()) + 1) * 2.0**-14
+    assert calls and [c.numerics.absolute for c in calls] == [pytest.approx(of_x + counts * change)] * len(calls)
+
+
 def test_codes_of_four_bits_are_moved_as_one():
     """Columns that span less keep the zero point of the others."""
     codes = draw(K, N, low=0, high=15)
