@@ -96,7 +96,7 @@ class _Walk:
         offset: what has to be added to the operand (or to its rounding) to give the int8 codes.
         low: the codes are clamped to at least this.
         high: and to at most this.
-        fits: the codes have to lie in here, or a cast wraps around.
+        fits: what no clamp has limited yet has to lie in here, or a cast wraps around.
         error: what rounding may change before the codes are made, in units of codes.
         rates: the constants that the tensor is multiplied by.
         magnitude: what it is divided by, where that is found at run time.
@@ -116,7 +116,11 @@ class _Walk:
         self.fits = (max(self.fits[0], low + self.offset), min(self.fits[1], high + self.offset))
 
     def clamp(self, low: float, high: float) -> bool:
-        self.low, self.high = max(self.low, low + self.offset), min(self.high, high + self.offset)
+        """Notes bounds of the codes, and of what casts behind the clamp are given; casts before it may wrap around."""
+        low, high = low + self.offset, high + self.offset
+        self.low, self.high = max(self.low, low), min(self.high, high)
+        least, most = self.fits
+        self.fits = (-math.inf if low >= least else least, math.inf if high <= most else most)
         return all(math.isinf(b) or float(b).is_integer() for b in (low, high)) and self.low < self.high
 
     def rounded(self, dtype: torch.dtype, largest: float = _LARGEST_CODE) -> None:
@@ -223,7 +227,8 @@ class ActivationReader:
             return None
         if dtype == torch.bool:
             return NotRead("its codes are booleans")
-        walk.within(integer_span(dtype))
+        if dtype.itemsize < 4:  # beyond int32 a number has no code in the graph either
+            walk.within(integer_span(dtype))
         if dtype_of(source).is_floating_point and not _is_whole(self._reader, source):
             return NotRead(f"{_name(e)} truncates what is not rounded")
         return None
@@ -260,6 +265,8 @@ class ActivationReader:
         shift = -0.5 if down else 0.0
         while True:
             e = e.node if isinstance(e, Ref) else e
+            if not dtype_of(e).is_floating_point:
+                return NotRead(f"it rounds {_name(e)}, which holds integers")
             step = step_of(self._reader, e)
             match step:
                 case Add(source, other, multiple):
@@ -297,7 +304,8 @@ class ActivationReader:
             walk.rounded(dtype_of(e))
             e = self.magnitudes.origin(inner)
             before = step_of(self._reader, e)
-            inner = self._divided(walk, before, e) if isinstance(before, Multiply) else None
+            scaled = isinstance(before, Multiply) and dtype_of(e).is_floating_point
+            inner = self._divided(walk, before, e) if scaled else None
         return self._finished(walk, e)
 
     def _divided(self, walk: _Walk, step: Multiply, e: Operand) -> Operand:
@@ -342,6 +350,8 @@ class ActivationReader:
         return rate if isinstance(rate, Const) and bool(torch.isfinite(rate.tensor).all()) else None
 
     def _by_name(self, walk: _Walk, q: Quantizer) -> Quantization | NotRead:
+        if not dtype_of(q.x).is_floating_point:
+            return NotRead(f"it quantizes {_name(q.x)}, which holds integers")
         walk.clamp(q.low, q.high)
         zero = 0.0 if q.zero_point is None else self.magnitudes.number(q.zero_point)
         if zero is None or not zero.is_integer():
@@ -362,7 +372,7 @@ class ActivationReader:
         if x is None or not dtype_of(x).is_floating_point or (m is None and not walk.rates):
             return NotRead("nothing scales a floating tensor to codes")
         if m is None:
-            if not (walk.fits[0] <= low and high <= walk.fits[1]):
+            if walk.fits != (-math.inf, math.inf):
                 return NotRead("its codes are not clamped, and wrap around")
             rate = walk.rates[0]
             for factor in walk.rates[1:]:
@@ -376,7 +386,7 @@ class ActivationReader:
         error = walk.error + divisor * m.error
         largest = math.ceil(divisor + error - 0.5) + walk.offset
         smallest = -math.ceil(divisor + error - 0.5) + walk.offset
-        if max(smallest, low) < walk.fits[0] or min(largest, high) > walk.fits[1]:
+        if smallest < walk.fits[0] or largest > walk.fits[1]:
             return NotRead("its codes are not clamped, and may wrap around")
         kind: Literal["tensor", "token"] = "tensor" if m.whole else "token"
         low, high = max(low, walk.fits[0]), min(high, walk.fits[1])

@@ -190,7 +190,7 @@ class MagnitudeReader:
 
     def _by_name(self, chosen: ChosenScale) -> Magnitude | None:
         x = self.origin(chosen.source, rows=not chosen.whole)
-        if x is None:
+        if x is None or not (dtype_of(x).is_floating_point and chosen.dtype.is_floating_point):
             return None
         found = Magnitude(MAGNITUDE, x, chosen.whole, 1 / chosen.divisor, floor=chosen.floor)
         return _rounded(found, chosen.dtype)

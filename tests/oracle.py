@@ -11,6 +11,7 @@ docs/semantics.md says of saturating chips, of float16 overflow inside of the gr
 
 import math
 import operator
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,6 +191,8 @@ class _Checker:
         self.absolute = sum(s.numerics.absolute for s in self.sites)
         self.of_step = max((s.numerics.of_step for s in self.sites), default=0.0)
         self.of_w = max((s.numerics.of_w for s in self.sites), default=0.0)
+        why = " ".join(w for s in self.sites for w in s.numerics.why)
+        self.floor = max((float(f) for f in re.findall(r"in rows with magnitudes above (\S+)", why)), default=0.0)
         self.odd_codes = False  # a code in front of a matmul is not a number, and no integer either
         self.endless = False  # an operand of a matmul is infinite somewhere
         self.outputs = {s.plan.output.name for s in self.sites}
@@ -327,9 +330,13 @@ class _Checker:
         if base in ("relu", "clamp", "clamp_min", "clamp_max", "neg", "abs", "minimum", "maximum"):
             return sum(i.slack for i in self._inputs(node) if i.slack is not None).expand_as(v)
         if base in MOVES or base in ("masked_fill", "where"):
-            return self._run(
-                node, lambda i: torch.zeros_like(wide_abs(i.v)) if i.slack is None else i.slack, v
-            ).double()
+
+            def moved(i):
+                if i.slack is not None or not isinstance(i.v, torch.Tensor):
+                    return i.v if i.slack is None else i.slack  # a size is what it is
+                return torch.zeros_like(wide_abs(i.v))
+
+            return self._run(node, moved, v).double()
         raise Unsupported(name)
 
     def _own_rule(self, name, operands, sized):
@@ -364,6 +371,8 @@ class _Checker:
             return torch.full_like(size, self.of_step)
         least = size[size > 0].min() if bool((size > 0).any()) else size.new_zeros(())
         largest = size.max() if along_k is None else size.amax(along_k, keepdim=True)
+        # Rows below what the report names are divided by as much as that row would be.
+        largest = largest.clamp_min(self.floor)
         return (self.of_step * torch.maximum(largest / 126, least) + self.of_w).expand_as(size)
 
     def _magnitude(self, node, name, v):
@@ -477,7 +486,7 @@ class _Checker:
         return wide(result)
 
     def _interval(self, node, native) -> Value:
-        ends = []
+        ends, turns = [], []
         for sign in (-1, 1):
 
             def end(value, sign=sign, node=node):
@@ -489,10 +498,14 @@ class _Checker:
 
             name = op_name(node)
             if not native.is_floating_point() and name.split(".")[1] in ("_to_copy", "to", "convert_element_type"):
-                whole = end(self.values[node.all_input_nodes[0]])
-                ends.append(whole.to(torch.int64).to(native.dtype))  # wraps as the cast from float32 does
+                whole = end(self.values[node.all_input_nodes[0]]).to(torch.int64)
+                ends.append(whole.to(native.dtype))  # wraps as the cast from float32 does
+                turns.append(whole - ends[-1].to(torch.int64))
             else:
                 ends.append(self._run(node, end, native))
+        if len(turns) == 2:  # between two ends that wrap to different turns lies every integer
+            info, torn = torch.iinfo(native.dtype), turns[0] != turns[1]
+            ends = [ends[0].masked_fill(torn, info.min), ends[1].masked_fill(torn, info.max)]
         ends = [e if not native.is_floating_point() else e.double() for e in ends]
         low, high = torch.minimum(*ends), torch.maximum(*ends)
         if native.is_floating_point() and op_name(node).split(".")[1] in ("add", "sub", "mul", "div"):

@@ -178,7 +178,7 @@ def _inner(kind):
     return kind.removeprefix("Optional[").removesuffix("]") if kind.startswith("Optional[") else kind
 
 
-def _changed(gm, name, argument, value, change):
+def changed(gm, name, argument, value, change):
     fresh = copied(gm)
     twin = dict(zip(gm.graph.nodes, fresh.graph.nodes, strict=True))
     node = next(n for n in fresh.graph.nodes if n.name == name)
@@ -236,7 +236,7 @@ def test_argument_mutation(operator, places):
 
 
 def _verdict(spelling, gm, node, argument, what, change):
-    mutant = _changed(gm, node.name, argument, bind(node)[argument], change)
+    mutant = changed(gm, node.name, argument, bind(node)[argument], change)
     try:
         return judge(mutant, spelling.args).verdict
     except Unsupported:

@@ -425,6 +425,30 @@ def test_another_quantization_stays_in_the_graph(quantize, rule):
         assert any(rule in text for text in said) or not site.fused
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+@pytest.mark.parametrize(
+    "scale", [lambda x: torch.tensor(0.0213), lambda x: largest(x.float()) / 127.5], ids=["static", "rows"]
+)
+def test_a_clamp_behind_a_cast_that_wraps_around_is_none(scale, dtype):
+    """What does not fit the integers has wrapped around by then; the operator saturates."""
+
+    def late(x):
+        s = scale(x)
+        return torch.round(x.float() / s).to(dtype).clamp(-128, 127).to(torch.int8), 0, s
+
+    gm, _ = fused(integer(late), X.half())
+    fits = dtype == torch.int16 and scale(X).numel() > 1  # 128 at most
+    assert fits == bool({"quantpass.dynamic_quant", "quantpass.quantize"} & set(operators(gm)))
+
+
+def test_a_clamp_behind_a_cast_to_wide_integers_is_one():
+    def late(x):
+        return torch.round(x.float() / 0.0213).int().clamp(-128, 127).to(torch.int8), 0, torch.tensor(0.0213)
+
+    gm, _ = fused(integer(late), X.half())
+    assert "quantpass.quantize" in operators(gm)
+
+
 def test_a_zero_point_for_each_row_stays_in_the_graph_with_its_correction():
     def f(x):
         q, z, s = asymmetric_rows(x.float())

@@ -159,7 +159,9 @@ def _ways(q: Quantization, reader: ActivationReader, chip: Chip) -> Iterator[Qua
 
 def _is_given(node: Node) -> bool:
     """True for codes that come from outside of the graph, or from one of the vendor's operators."""
-    own = node.op == "call_function" and not str(node.target).startswith("npu.")
+    maker = node.args[0] if node.target is operator.getitem else node
+    assert isinstance(maker, Node)
+    own = maker.op == "call_function" and not str(maker.target).startswith("npu.")
     return not own and not node.meta["val"].dtype.is_floating_point
 
 
