@@ -304,8 +304,8 @@ class ActivationReader:
             walk.rounded(dtype_of(e))
             e = self.magnitudes.origin(inner)
             before = step_of(self._reader, e)
-            scaled = isinstance(before, Multiply) and dtype_of(e).is_floating_point
-            inner = self._divided(walk, before, e) if scaled else None
+            of_floats = dtype_of(e).is_floating_point
+            inner = self._divided(walk, before, e) if isinstance(before, Multiply) and of_floats else None
         return self._finished(walk, e)
 
     def _divided(self, walk: _Walk, step: Multiply, e: Operand) -> Operand:

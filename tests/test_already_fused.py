@@ -63,6 +63,74 @@ def test_a_call_that_a_chip_refuses_is_found_before_the_device_does():
     assert any("bias" in r.fact for r in report.sites[0].rejects)
 
 
+class Around(nn.Module):
+    """A call between quantizations: of x by hand or by an operator, of the result or not."""
+
+    def __init__(self, by_hand, requantizes):
+        super().__init__()
+        self.by_hand, self.requantizes = by_hand, requantizes
+        self.register_buffer("weight", torch.ones(N, K, dtype=torch.int8))
+        self.register_buffer("scale", torch.full((N,), 1e-3))
+
+    def forward(self, x):
+        if self.by_hand:
+            s = x.float().abs().amax(-1, keepdim=True) / 127
+            q, s = (x / s).round().clamp(-128, 127).to(torch.int8), s.squeeze(-1)
+        else:
+            q, s = torch.ops.npu.npu_dynamic_quant(x)
+        y = torch.ops.npu.npu_quant_matmul(q, self.weight.t(), self.scale, pertoken_scale=s, output_dtype=torch.float16)
+        return (y / 0.5).round().clamp(-128, 127).to(torch.int8) if self.requantizes else y
+
+
+@pytest.mark.parametrize("numerics", ["strict", "vendor"])
+@pytest.mark.parametrize("requantizes", [False, True])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_what_the_graph_quantizes_around_a_call_is_said(by_hand, requantizes, numerics):
+    qp.emulate_npu()
+    program = torch.export.export(Around(by_hand, requantizes), (Y,))
+    (site,) = qp.explain(program, target="ascend910b", numerics=numerics).sites
+    assert site.fused
+    notes = " ".join(site.plan.notes)
+    assert ("the graph makes the codes of x1" in notes) == by_hand
+    assert ("the quantize that follows is not part of the matmul" in notes) == requantizes
+
+
+class Completed(nn.Module):
+    """The operator's codes and scale, and a matmul written out: dequantized, or of the integers."""
+
+    def __init__(self, integer):
+        super().__init__()
+        self.integer = integer
+        g = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", torch.randint(-127, 128, (N, K), dtype=torch.int8, generator=g))
+        self.register_buffer("scale", torch.rand(N, generator=g) * 1e-3 + 1e-4)
+
+    def forward(self, x):
+        q, s = torch.ops.npu.npu_dynamic_quant(x)
+        if self.integer:
+            y = torch._int_mm(q, self.weight.t()).float() * s.unsqueeze(-1) * self.scale
+        else:
+            w = self.weight.float() * self.scale.unsqueeze(-1)
+            y = nn.functional.linear(q.float() * s.unsqueeze(-1), w)
+        return y.half()
+
+
+@pytest.mark.parametrize("numerics", ["strict", "vendor"])
+def test_codes_of_the_models_own_quantization_are_multiplied_by_an_operator(numerics):
+    qp.emulate_npu()
+    x = Y.repeat(6, 1)
+    for integer in (False, True):
+        model = Completed(integer)
+        program = torch.export.export(model, (x,))
+        (site,) = qp.explain(program, target="ascend910b", numerics=numerics).sites
+        assert site.fused and site.numerics.of_step == 0
+        assert not any("quantizes the activation itself" in note for note in site.plan.notes)
+        report = qp.fuse(program, target="ascend910b", numerics=numerics)
+        assert report.fused == 1
+        y, want = program.module()(x).double(), model(x).double()
+        assert float((y - want).abs().max()) <= 2.0**-9 * float(want.abs().max())
+
+
 def own(bits, granularity="channel", op="quant"):
     linear = nn.Linear(K, N, dtype=torch.float16)
     if op == "weight":

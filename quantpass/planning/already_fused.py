@@ -18,6 +18,7 @@ from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips.calls import OpCall, VendorOp
 from quantpass.chips.checking import spec_of_tensor
 from quantpass.chips.legality import Verdict, judge
+from quantpass.chips.quant_matmul import QMM
 from quantpass.graph.records import Numerics, Plan, Site
 from quantpass.graph.schema import bind, op_name
 from quantpass.operators import OPERATORS
@@ -27,7 +28,9 @@ from quantpass.operators.operator import Operator, vendor_call
 from quantpass.operators.preparation import FORMAT_CAST
 from quantpass.operators.quantize import QUANTIZE
 from quantpass.patterns.sites import provenance
+from quantpass.planning.choose import is_quantized_behind
 from quantpass.planning.options import Options
+from quantpass.planning.requantize import is_given
 
 _MATMULS: Mapping[str, VendorOp] = MappingProxyType(
     {
@@ -121,8 +124,9 @@ def _as_stored(value: Any) -> Any:
 def _site(node: Node, call: OpCall, options: Options) -> Site:
     verdict, call, weight_format = _judged(call, options)
     name, source = provenance(node)
-    notes = () if weight_format == "ND" else ("legal with the weight in FRACTAL_NZ, which the graph does not say",)
-    plan = Plan(call.op.name, node, None, (_OWN_CALL,), dict(call.args), weight_format, notes)
+    notes = [] if weight_format == "ND" else ["legal with the weight in FRACTAL_NZ, which the graph does not say"]
+    notes.extend(_left_around(node, call))
+    plan = Plan(call.op.name, node, None, (_OWN_CALL,), dict(call.args), weight_format, tuple(notes))
     return Site(
         name=name,
         source=source,
@@ -134,6 +138,23 @@ def _site(node: Node, call: OpCall, options: Options) -> Site:
         numerics=Numerics("exact") if verdict.legal else None,
         reading=f"a call of {call.op}",
     )
+
+
+def _left_around(node: Node, call: OpCall) -> Iterator[str]:
+    """What the graph does around the model's own call, and an operator would do if the model asked for it."""
+    if call.op is not QMM:
+        return
+    x = bind(node)["x1"]
+    if isinstance(x, Node) and x.op == "call_function" and not is_given(x):
+        yield (
+            f"the graph makes the codes of x1 ({x.name}), and a call of the model's own is left as it is: call "
+            "npu_dynamic_quant or npu_quantize in the model, or leave the matmul to quantpass as well"
+        )
+    if node.meta["val"].dtype.is_floating_point and is_quantized_behind(node):
+        yield (
+            "the quantize that follows is not part of the matmul, as a call of the model's own is left as it is: ask "
+            "it for output_dtype=torch.int8 with offset, or leave the matmul to quantpass as well"
+        )
 
 
 def _judged(call: OpCall, options: Options) -> tuple[Verdict, OpCall, str]:

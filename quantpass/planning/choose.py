@@ -262,7 +262,7 @@ def _left_behind(candidate: Candidate, reading: Reading, passed_over: tuple[Reje
             if behind
             else reading.epilogue.ended
         )
-        yield f"the quantize that follows stays in the graph: {what}"
+        yield f"the quantize that follows is not part of the matmul: {what}"
 
 
 def _is_quantized_later(reading: Reading) -> bool:
@@ -271,7 +271,12 @@ def _is_quantized_later(reading: Reading) -> bool:
     steps = reading.epilogue.steps
     if any(step.kind in ("round", "quantize") for step in steps):
         return False  # it was read
-    seen = [steps[-1].node if steps else reading.node]
+    return is_quantized_behind(steps[-1].node if steps else reading.node)
+
+
+def is_quantized_behind(node: Node) -> bool:
+    """True where a few steps behind ``node`` its value is rounded to codes."""
+    seen = [node]
     for _ in range(_LOOK_AHEAD):
         seen = [u for n in seen for u in n.users if u.op == "call_function"]
         if any("round" in str(u.target) or "quantize_per" in str(u.target) for u in seen):

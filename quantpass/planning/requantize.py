@@ -127,7 +127,7 @@ def requantized(
         return None
     assert isinstance(weight, Weight)
     leaves = [leaf.node for leaf in ex.leaves_of(activation.codes) if isinstance(leaf, Ref)]
-    if not leaves or any(leaf in int8_already for leaf in leaves) or all(map(_is_given, leaves)):
+    if not leaves or any(leaf in int8_already for leaf in leaves) or all(map(is_given, leaves)):
         return None
     found = reader.read(activation.codes)
     if isinstance(found, NotRead):
@@ -157,7 +157,7 @@ def _ways(q: Quantization, reader: ActivationReader, chip: Chip) -> Iterator[Qua
     yield q
 
 
-def _is_given(node: Node) -> bool:
+def is_given(node: Node) -> bool:
     """True for codes that come from outside of the graph, or from one of the vendor's operators."""
     maker = node.args[0] if node.target is operator.getitem else node
     assert isinstance(maker, Node)
