@@ -66,9 +66,9 @@ def test_a_call_that_a_chip_refuses_is_found_before_the_device_does():
 class Around(nn.Module):
     """A call between quantizations: of x by hand or by an operator, of the result or not."""
 
-    def __init__(self, by_hand, requantizes):
+    def __init__(self, by_hand, requantizes, rows=True):
         super().__init__()
-        self.by_hand, self.requantizes = by_hand, requantizes
+        self.by_hand, self.requantizes, self.rows = by_hand, requantizes, rows
         self.register_buffer("weight", torch.ones(N, K, dtype=torch.int8))
         self.register_buffer("scale", torch.full((N,), 1e-3))
 
@@ -78,7 +78,9 @@ class Around(nn.Module):
             q, s = (x / s).round().clamp(-128, 127).to(torch.int8), s.squeeze(-1)
         else:
             q, s = torch.ops.npu.npu_dynamic_quant(x)
-        y = torch.ops.npu.npu_quant_matmul(q, self.weight.t(), self.scale, pertoken_scale=s, output_dtype=torch.float16)
+        scale = self.scale if self.rows else torch.ops.npu.npu_trans_quant_param(self.scale)
+        rows = {"pertoken_scale": s} if self.rows else {}
+        y = torch.ops.npu.npu_quant_matmul(q, self.weight.t(), scale, output_dtype=torch.float16, **rows)
         return (y / 0.5).round().clamp(-128, 127).to(torch.int8) if self.requantizes else y
 
 
@@ -93,6 +95,15 @@ def test_what_the_graph_quantizes_around_a_call_is_said(by_hand, requantizes, nu
     notes = " ".join(site.plan.notes)
     assert ("the graph makes the codes of x1" in notes) == by_hand
     assert ("the quantize that follows is not part of the matmul" in notes) == requantizes
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_codes_are_asked_for_where_the_operator_gives_them(rows):
+    qp.emulate_npu()
+    program = torch.export.export(Around(True, True, rows), (Y,))
+    (site,) = qp.explain(program, target="ascend910b").sites
+    assert ("ask it for output_dtype=torch.int8" in " ".join(site.plan.notes)) != rows
+    assert ("no codes where x has a scale for each row" in " ".join(site.plan.notes)) == rows
 
 
 class Completed(nn.Module):

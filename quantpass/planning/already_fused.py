@@ -144,16 +144,18 @@ def _left_around(node: Node, call: OpCall) -> Iterator[str]:
     """What the graph does around the model's own call, and an operator would do if the model asked for it."""
     if call.op is not QMM:
         return
-    x = bind(node)["x1"]
+    bound = bind(node)
+    x = bound["x1"]
     if isinstance(x, Node) and x.op == "call_function" and not is_given(x):
         yield (
             f"the graph makes the codes of x1 ({x.name}), and a call of the model's own is left as it is: call "
             "npu_dynamic_quant or npu_quantize in the model, or leave the matmul to quantpass as well"
         )
     if node.meta["val"].dtype.is_floating_point and is_quantized_behind(node):
-        yield (
-            "the quantize that follows is not part of the matmul, as a call of the model's own is left as it is: ask "
-            "it for output_dtype=torch.int8 with offset, or leave the matmul to quantpass as well"
+        yield "the quantize that follows is not part of the matmul: " + (
+            "a call of the model's own is left as it is; ask it for output_dtype=torch.int8 with an offset"
+            if bound["pertoken_scale"] is None
+            else "the operator gives no codes where x has a scale for each row"
         )
 
 
