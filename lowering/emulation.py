@@ -68,10 +68,12 @@ def _added_to_torch_npu(library: Library) -> Library:
 
 
 def _taking(op: Emulated, function: Callable[[Arguments], Any]) -> Callable[..., Any]:
-    """``function`` of a call's arguments by name, as a kernel."""
+    """``function`` of a call's arguments by name, as a kernel. What an older torch_npu lacks is not given."""
+    defaults = vars(bound(torch._C.parse_schema(f"npu::{op.vendor.schema}"), (), {}))  # noqa: SLF001
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        return function(bound(getattr(torch.ops.npu, op.vendor.name).default._schema, args, kwargs))
+        given = bound(getattr(torch.ops.npu, op.vendor.name).default._schema, args, kwargs)
+        return function(Arguments(**(defaults | vars(given))))
 
     return kernel
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from quantpass.chips import chip_named
 from quantpass.chips.ascend910b import ASCEND910B
+from quantpass.lowering.torchair_versions import load_torchair
 
 GraphListener = Callable[[Any, tuple[Any, ...]], Any]
 
@@ -33,7 +34,8 @@ def install(soc_name: str = ASCEND910B.typical_soc, on_graph: GraphListener | No
     """
     try:
         import torch_npu
-        import torchair
+
+        torchair = load_torchair()
     except (ImportError, OSError) as error:
         raise RuntimeError(
             f"torch_npu does not load in this process ({error}). Start it with the environment of "

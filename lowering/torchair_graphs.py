@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from quantpass.lowering.leftovers import expand_leftovers
+from quantpass.lowering.torchair_versions import compile_after_tracing
 from quantpass.operators.weight_quant_matmul import WEIGHT_QUANT_MATMUL
 
 GraphCompiler = Callable[[GraphModule, list[Any]], Callable[..., Any]]
@@ -39,6 +40,6 @@ def hand_over(compiler: GraphCompiler, config: Any, given: int) -> GraphCompiler
                 tensor._torchair_is_parameter = True  # type: ignore[attr-defined]
         turn_off_view_optimize(gm, config)
         expand_leftovers(gm)
-        return compiler(gm, inputs)
+        return compile_after_tracing(compiler, gm, inputs)
 
     return compile_graph

@@ -6,8 +6,10 @@ it:
 
 * ``post_grad_custom_pre_pass`` in ``CompilerConfig``: C;
 * ``torch.compile(backend="npugraph_ex")``: C, carried out by torchair; a package of its own from D on;
-* ``_compile_graph_with_aot`` and ``_get_merged_decompositions``: D;
-* ``dump_config.data_dump_stage``: D.
+* ``_compile_graph_with_aot`` and ``_get_merged_decompositions``: D; it needs no ``pkg_resources`` any more, which
+  setuptools dropped;
+* ``dump_config.data_dump_stage``: D;
+* graphs that are compiled after Dynamo is done, with no fake mode to be found: E.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx import GraphModule
 
 NPUGRAPH_EX = "npugraph_ex"
@@ -107,6 +110,25 @@ def loaded_note() -> str:
     return untested_note(package) if package and (package / "dynamo" / "torchair").is_dir() else ""
 
 
+def load_torchair() -> Any:
+    """torchair. torch_npu postpones what goes wrong in it: the import works, the first use fails.
+
+    Raises:
+        ImportError: it does not load; says why.
+    """
+    import torchair
+
+    try:
+        torchair.CompilerConfig  # noqa: B018 - the first use
+    except Exception as error:
+        cause = error.__cause__ or error
+        why = (str(cause).splitlines() or [""])[0] or type(cause).__name__
+        if getattr(cause, "name", None) == "pkg_resources":
+            why += ', which newest setuptools lacks: pip install "setuptools<81"'
+        raise ImportError(f"torchair does not load: {why}") from error
+    return torchair
+
+
 def without_hook(config: Any) -> str:
     """Why the pass can't be put into a config; empty where it can."""
     if hasattr(config, PASS_HOOK):
@@ -151,6 +173,16 @@ def compile_with(
         return trace(gm, compiler, example_inputs, config, dict(decompositions), is_cache=False)  # type: ignore[no-any-return]
     with _given(npu_fx_compiler, compiler):
         return npu_fx_compiler._npu_backend(gm, example_inputs, config, dict(decompositions))  # type: ignore[no-any-return]
+
+
+def compile_after_tracing(
+    compiler: Callable[[GraphModule, list[Any]], Callable[..., Any]], gm: GraphModule, inputs: list[Any]
+) -> Callable[..., Any]:
+    """Call torchair's compiler; where nothing is being traced (a weight changed), it is told the inputs' fake mode."""
+    if TracingContext.try_get() is not None:
+        return compiler(gm, inputs)
+    with tracing(TracingContext(detect_fake_mode(inputs))):
+        return compiler(gm, inputs)
 
 
 @contextmanager

@@ -227,6 +227,28 @@ def test_a_torchair_without_the_hook_names_the_door_that_works():
         qp.register(made, target="ascend910b")
 
 
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("pkg_resources", r"No module named 'pkg_resources'.*pip install \"setuptools<81\""),
+        ("google", r"torchair does not load: No module named 'google'\. Install torch_npu"),
+    ],
+)
+def test_a_torchair_that_fails_at_its_first_use_says_why(missing, said, monkeypatch):
+    """As torch_npu does it: the import works, and the first use raises something else from what went wrong."""
+
+    class Postponed(ModuleType):
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise Exception("\nsee above") from ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setitem(sys.modules, "torch_npu", ModuleType("torch_npu"))
+    monkeypatch.setitem(sys.modules, "torchair", Postponed("torchair"))
+    with pytest.raises(ImportError, match=said):
+        qp.npu_backend(None, target="ascend910b")
+
+
 def test_an_older_torchair_asks_for_its_compiler_while_it_traces(monkeypatch):
     """Generation C takes no compiler, it makes one; afterwards its own stands where it stood."""
     old = ModuleType("torchair.npu_fx_compiler")

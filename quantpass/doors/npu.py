@@ -30,6 +30,7 @@ from quantpass.lowering.torchair_versions import (
     PASS_HOOK,
     compile_with,
     install_line,
+    load_torchair,
     loaded_note,
     merged_decompositions,
     without_hook,
@@ -262,11 +263,11 @@ def require_torchair(door: str) -> Any:
         ImportError: it can't be imported; the message says what to install.
     """
     try:
-        import torch_npu  # noqa: F401  - loads torchair
-        import torchair
+        import torch_npu  # noqa: F401  - finds torchair
+
+        return load_torchair()
     except ImportError as error:
         raise _missing(door, error) from error
-    return torchair
 
 
 def _missing(door: str, error: ImportError) -> ImportError:

@@ -59,10 +59,10 @@ def refuse_given(op: str, a: Arguments, *names: str) -> None:
         require(is_default, f"{op}: {name} is {value}; the emulation takes int8 and int4 operands only, leave it None")
 
 
-def dtype_numbered(number: int | None, default: torch.dtype | None = None) -> torch.dtype | None:
-    """The dtype behind one of the vendor's integer arguments; ``default`` for None."""
-    if number is None:
-        return default
+def dtype_numbered(number: int | torch.dtype | None, default: torch.dtype | None = None) -> torch.dtype | None:
+    """The dtype behind one of the vendor's integer arguments, a dtype in older ones; ``default`` for None."""
+    if number is None or isinstance(number, torch.dtype):
+        return default if number is None else number
     require(0 <= number < len(_DTYPES), f"dtype number {number}; PyTorch's go from 0 to {len(_DTYPES) - 1}")
     return _DTYPES[number]
 

