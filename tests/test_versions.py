@@ -7,7 +7,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config
+from torch._subclasses import FakeTensorMode
 
 import quantpass as qp
 from quantpass.graph import torch_versions
@@ -266,6 +268,17 @@ def test_an_older_torchair_asks_for_its_compiler_while_it_traces(monkeypatch):
     assert decompositions == {"default": 1, "mine": 2}
     assert torchair_versions.compile_with("ours", None, [], None, decompositions) == ("ours", decompositions)
     assert old.get_compiler is own
+
+
+def test_a_graph_compiled_after_tracing_has_a_fake_mode_to_find():
+    """Older generations look for it, and find none when a changed weight has a graph compiled anew."""
+    mode = FakeTensorMode()
+    inputs = [mode.from_tensor(X)]
+    compiler = lambda gm, inputs: detect_fake_mode(None)  # noqa: E731 - what torchair asks
+    assert compiler(None, inputs) is None
+    assert torchair_versions.compile_after_tracing(compiler, None, inputs) is mode
+    with tracing(TracingContext(other := FakeTensorMode())):
+        assert torchair_versions.compile_after_tracing(compiler, None, inputs) is other
 
 
 def test_npugraph_ex_is_said_not_to_be_for_310p(caplog):
