@@ -68,12 +68,15 @@ def _added_to_torch_npu(library: Library) -> Library:
 
 
 def _taking(op: Emulated, function: Callable[[Arguments], Any]) -> Callable[..., Any]:
-    """``function`` of a call's arguments by name, as a kernel. What an older torch_npu lacks is not given."""
-    defaults = vars(bound(torch._C.parse_schema(f"npu::{op.vendor.schema}"), (), {}))  # noqa: SLF001
+    """``function`` of a call's arguments by name, as a kernel. Older torch_npu lack some, or name them otherwise."""
+    ours = torch._C.parse_schema(f"npu::{op.vendor.schema}")  # noqa: SLF001
+    defaults = vars(bound(ours, (), {}))
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        given = bound(getattr(torch.ops.npu, op.vendor.name).default._schema, args, kwargs)
-        return function(Arguments(**(defaults | vars(given))))
+        theirs = getattr(torch.ops.npu, op.vendor.name).default._schema
+        renamed = {t.name: o.name for t, o in zip(theirs.arguments, ours.arguments, strict=False)}
+        given = vars(bound(theirs, args, kwargs)).items()
+        return function(Arguments(**(defaults | {k if k in defaults else renamed[k]: v for k, v in given})))
 
     return kernel
 

@@ -78,14 +78,29 @@ def child(environment):
 
 
 def test_the_emulated_schemas_are_the_vendors(child):
+    """Of generation F. Older operators lack some of the arguments that can be left out, and name others differently."""
     different = child("""
         start("Ascend910B2")
+        from pathlib import Path
+        import torch_npu
+        from quantpass.lowering.torchair_versions import generation_of
         from quantpass.operators import EMULATED
+
+        newest = generation_of(Path(torch_npu.__file__).parent).name == "F"
+
+        def fits(mine, theirs):
+            if newest:
+                return str(mine) == str(theirs)
+            names, pairs = {a.name for a in theirs.arguments}, list(zip(mine.arguments, theirs.arguments))
+            known = {a.name for a in mine.arguments} | {t.name for m, t in pairs if str(m.type) == str(t.type)}
+            there = names | {m.name for m, t in pairs if str(m.type) == str(t.type)}
+            return names <= known and all(a.has_default_value() for a in mine.arguments if a.name not in there)
+
         different = []
         for op in EMULATED:
             mine = torch._C.parse_schema("npu::" + op.vendor.schema)
             theirs = getattr(torch.ops.npu, mine.name.removeprefix("npu::")).default._schema
-            different += [] if str(mine) == str(theirs) else [f"{mine} is {theirs} in torch_npu"]
+            different += [] if fits(mine, theirs) else [f"{mine} is {theirs} in torch_npu"]
         print(json.dumps(different))
     """)
     assert different == []

@@ -17,13 +17,11 @@ _CUDA_BUILD = (
     "this torch_npu and a CUDA build of PyTorch claim the same keys of the allocators' configuration, which ends the "
     "process at import; it wants PyTorch's CPU build, and there was none"
 )
-_FEWER = "its operators take fewer arguments than newest torch_npu's, which are the ones that quantpass emulates"
 _NO_EX_MODE = "generation C's CompilerConfig has no mode `npugraph_ex`, which the test sets; reduce-overhead it has"
 _OLD_TORCHAO = "the test names an attribute of a weight as torchao 0.18 calls it"
 KNOWN: tuple[tuple[str, str, str], ...] = (
     ("a_subclass_weight_quantized_again", "2.8.0/*", _OLD_TORCHAO),
     ("a_subclass_weight_quantized_again", "2.9.0/*", _OLD_TORCHAO),
-    ("the_emulated_schemas_are_the_vendors", "*", _FEWER),
     ("captured_modes_get_the_vendors_calls", "2.9.0/2.9.0", _NO_EX_MODE),
     ("captured_modes_get_the_vendors_calls", "2.8.0/2.8.0.post2", _NO_EX_MODE),
     ("torchair", "2.14.0/2.14.0", _CUDA_BUILD),
