@@ -19,7 +19,11 @@ _CUDA_BUILD = (
 )
 _NO_EX_MODE = "generation C's CompilerConfig has no mode `npugraph_ex`, which the test sets; reduce-overhead it has"
 _OLD_TORCHAO = "the test names an attribute of a weight as torchao 0.18 calls it"
+_SINCE = "failed with the state that this cell names; passed with a later one, run alone"
 KNOWN: tuple[tuple[str, str, str], ...] = (
+    ("a_changed_weight_is_prepared_anew", "2.9.0/2.9.0", _SINCE),
+    ("emulated_kernels_under_the_vendors_schemas", "2.9.0/2.9.0", _SINCE),
+    ("the_emulated_schemas_are_the_vendors", "2.9.0/2.9.0", _SINCE),
     ("a_subclass_weight_quantized_again", "2.8.0/*", _OLD_TORCHAO),
     ("a_subclass_weight_quantized_again", "2.9.0/*", _OLD_TORCHAO),
     ("captured_modes_get_the_vendors_calls", "2.9.0/2.9.0", _NO_EX_MODE),

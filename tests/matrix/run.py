@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.matrix.cells import CELLS, ROOT, Cell, code_version
-from tests.matrix.page import PAGE, RESULTS, load_results, page
+from tests.matrix.page import PAGE, RESULTS, load_results, page, reason
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -267,6 +267,10 @@ def main() -> None:
     PAGE.write_text(page(results))
     _say(f"wrote {PAGE.relative_to(ROOT)}")
     red = [c.name for c in chosen if _is_red(results.get(c.name, {}))]
+    for name in red:
+        doors = {door: why for door, why in results[name]["doors"].items() if why}
+        for what, why in (results[name]["failed"] | doors).items():
+            _say(f"{name}: {what}: {reason(what, name) or why}")
     sys.exit(f"failures in {', '.join(red)}" if red else 0)
 
 
