@@ -40,6 +40,12 @@ def every_rewritten_graph_is_verified():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def reports_are_not_broken_into_lines():
+    """Test runners say how wide their terminal is, and a report would fit itself to that."""
+    os.environ.pop("COLUMNS", None)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def offline():
     os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -204,7 +204,7 @@ def test_completion_knows_the_commands():
     asked = {"_QUANTPASS_COMPLETE": "bash_complete", "COMP_WORDS": "quantpass expl", "COMP_CWORD": "1"}
     code = "from quantpass.doors.cli import main; main(prog_name='quantpass')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **asked})
-    assert done.stdout == "plain,explain\n"
+    assert done.stdout == "plain,explain\nplain,explain-error\n"
 
 
 def test_the_package_is_a_program():

@@ -131,8 +131,8 @@ SUM32 = {name: v if name == "epsilon" else T(F32, v.shape) for name, v in SUM.it
 BASES = {
     **NEIGHBOURS,
     RMS_NORM: [
-        {"self": T(F16, (16, 64)), **GAMMA},
-        {"self": T(F32, (16, 64)), "gamma": T(F32, (64,)), "epsilon": 1e-5},
+        {"input": T(F16, (16, 64)), **GAMMA},
+        {"input": T(F32, (16, 64)), "gamma": T(F32, (64,)), "epsilon": 1e-5},
     ],
     ADD_RMS_NORM: [SUM, SUM32],
     ADD_RMS_NORM_DYNAMIC_QUANT: [SUM],

@@ -1,6 +1,7 @@
 """``lowering="native"``: PyTorch's own CPU kernels give what the reference kernels give."""
 
 import json
+import logging
 
 import expecttest
 import pytest
@@ -175,7 +176,7 @@ def test_the_fastest_wins_and_is_remembered(tmp_path):
 def test_a_product_with_other_numbers_is_left_out(caplog):
     right = INTEGER_PRODUCTS[0]
     wrong = Product("wrong", right.takes, right.prepare, lambda x, w: torch._int_mm(x, w) + 1)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "quantpass"):
         patch.setattr(cpu_contest, "INTEGER_PRODUCTS", ())
         won = cpu_contest.fastest([right, wrong], weight(128, 64), (128, 64), torch.int8, 4)
     assert won[0] is right

@@ -69,6 +69,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "quantpass").rglob("*.py")} | {
         "quantpass/py.typed",
+        "quantpass/messages/patterns.tsv",
         "quantpass/report/page.html",
     }
     for folder in ("patterns", "lowering"):

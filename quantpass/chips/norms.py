@@ -12,12 +12,12 @@ from quantpass.chips.rules import Rule, dtype_is
 
 
 def _sizes(call: OpCall) -> dict[str, Any]:
-    x = call.tensor("self") or call.tensor("x1")
+    x = call.tensor("input") or call.tensor("x1")
     return {"last": x.shape[-1]} if x is not None and x.shape else {}
 
 
 RMS_NORM = VendorOp(
-    "npu_rms_norm(Tensor self, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)", _sizes, family="rms_norm"
+    "npu_rms_norm(Tensor input, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)", _sizes, family="rms_norm"
 )
 ADD_RMS_NORM = VendorOp(
     "npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor, Tensor)",
@@ -61,11 +61,11 @@ def _added(name: str, op: VendorOp, source: str) -> tuple[Rule, ...]:
 
 
 _COMMON = (
-    Rule("rms_norm.self.present", RMS_NORM, Present("self"), f"{_RN}: x"),
+    Rule("rms_norm.input.present", RMS_NORM, Present("input"), f"{_RN}: x"),
     Rule("rms_norm.gamma.present", RMS_NORM, Present("gamma"), f"{_RN}: gamma"),
-    Rule("rms_norm.rank", RMS_NORM, Rank("self", 2, 8), "npu_rms_norm.md: 2 to 8 dimensions", hint="aclnnRmsNorm.md takes one dimension too"),
+    Rule("rms_norm.rank", RMS_NORM, Rank("input", 2, 8), "npu_rms_norm.md: 2 to 8 dimensions", hint="aclnnRmsNorm.md takes one dimension too"),
     Rule("rms_norm.gamma.shape", RMS_NORM, Shape("gamma", (("last",),)), f"{_RN}: gamma; {_ROWS}", "documented, inferred"),
-    Rule("rms_norm.gamma.dtype", RMS_NORM, SameDtype("gamma", "self"), "npu_rms_norm.md: gamma has the dtype of self",
+    Rule("rms_norm.gamma.dtype", RMS_NORM, SameDtype("gamma", "input"), "npu_rms_norm.md: gamma has the dtype of input",
          hint="GE and aclnn also take a float32 gamma beside 16-bit rows; torch_npu's document does not"),
     _epsilon("rms_norm", RMS_NORM, f"{_ARN}: epsilon"),
     *_added("add_rms_norm", ADD_RMS_NORM, _ARN),
@@ -74,7 +74,7 @@ _COMMON = (
 
 RULES_A2 = (
     *_COMMON,
-    Rule("rms_norm.self.dtype", RMS_NORM, DtypeIn("self", (F16, BF16, F32)), f"{_RN}: x", "documented, code"),
+    Rule("rms_norm.input.dtype", RMS_NORM, DtypeIn("input", (F16, BF16, F32)), f"{_RN}: x", "documented, code"),
     Rule("add_rms_norm.x1.dtype", ADD_RMS_NORM, DtypeIn("x1", (F16, BF16, F32)), f"{_ARN}: x1", "documented, code"),
     *_added("add_rms_norm_dynamic_quant", ADD_RMS_NORM_DYNAMIC_QUANT, _ARNDQ),
     Rule("add_rms_norm_dynamic_quant.x1.dtype", ADD_RMS_NORM_DYNAMIC_QUANT, DtypeIn("x1", (F16, BF16)), f"{_ARNDQ}: x1", "documented, code"),
@@ -86,9 +86,9 @@ _32_BYTES = "the last dimension of x and gamma holds at least 32 bytes"
 
 RULES_310P = (
     *_COMMON,
-    Rule("rms_norm.310p.dtype", RMS_NORM, DtypeIn("self", (F16, F32)), f"{_RN}: the Atlas inference series has no bfloat16", "documented, code"),
-    Rule("rms_norm.310p.last.float16", RMS_NORM, Size("last", 16), f"{_RN}: {_32_BYTES}", when=dtype_is("self", F16)),
-    Rule("rms_norm.310p.last.float32", RMS_NORM, Size("last", 8), f"{_RN}: {_32_BYTES}", when=dtype_is("self", F32)),
+    Rule("rms_norm.310p.dtype", RMS_NORM, DtypeIn("input", (F16, F32)), f"{_RN}: the Atlas inference series has no bfloat16", "documented, code"),
+    Rule("rms_norm.310p.last.float16", RMS_NORM, Size("last", 16), f"{_RN}: {_32_BYTES}", when=dtype_is("input", F16)),
+    Rule("rms_norm.310p.last.float32", RMS_NORM, Size("last", 8), f"{_RN}: {_32_BYTES}", when=dtype_is("input", F32)),
     Rule("add_rms_norm.310p.dtype", ADD_RMS_NORM, DtypeIn("x1", (F16, F32)), f"{_ARN}: the Atlas inference series has no bfloat16"),
     Rule("add_rms_norm_dynamic_quant.310p", ADD_RMS_NORM_DYNAMIC_QUANT, Unavailable("npu_add_rms_norm"), f"{_ARNDQ}: supported products"),
 )  # fmt: skip

@@ -222,7 +222,7 @@ RMS_NORM = Operator(
     aclnn=_aclnn,
     ge=_ge,
     ge_kernels={"RmsNorm": _run},
-    emulate=lambda a: rms_norm(a.self, a.gamma, a.epsilon),
+    emulate=lambda a: rms_norm(a.input, a.gamma, a.epsilon),
 )
 
 ADD_RMS_NORM = Operator(

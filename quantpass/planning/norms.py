@@ -257,7 +257,7 @@ def _planned(
     for op in _operators(norm, quantized):
         operands = norm.addends if op is not RMS_NORM else (norm.x,)
         assert operands is not None
-        names = ("self",) if op is RMS_NORM else ("x1", "x2")
+        names = ("input",) if op is RMS_NORM else ("x1", "x2")
         described = {name: spec_of_tensor(n.meta["val"]) for name, n in zip(names, operands, strict=True)}
         described["gamma"] = spec_of_tensor(norm.gamma.tensor)
         call = vendor_call(op.vendor, {**described, "epsilon": norm.eps}, options.mode)
