@@ -41,7 +41,7 @@ def test_what_only_the_vendors_operator_has_is_refused_by_its_emulation():
     whole = {"dynamic_quant", "quantize"}  # whose emulation is of the vendor's operator, ours being one form of it
     for op in (op for op in OPERATORS if op.name not in whole):
         ours = {a.name for a in op.overload._schema.arguments}
-        renamed = {"input": "x", "weight": "codes"} if op.name in ("format_cast", "pack_int4") else {"self": "x"}
+        renamed = {"input": "x", **({} if "weight" in ours else {"weight": "codes"})}
         missing = {renamed.get(a, a) for a in op.vendor.arguments} - ours - without_meaning
         assert missing <= ({"bias", "x_offset"} if op.name == "quant_matmul_dequant" else set()), op.name
 
