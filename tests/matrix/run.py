@@ -215,7 +215,7 @@ def _tests(environment: Environment, tests: Sequence[str], variables: dict[str, 
         bad = [c for c in case if c.tag in ("failure", "error")]
         if bad:
             message = (bad[0].get("message") or "").splitlines() or [""]
-            failed[f"{case.get('classname', '')}::{case.get('name')}"] = message[0][:200]
+            failed[f"{case.get('classname', '')}::{case.get('name')}"] = message[0].replace(f"{ROOT}/", "")[:200]
         elif any(c.tag == "skipped" for c in case):
             skipped += 1
         else:
