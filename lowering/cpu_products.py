@@ -57,6 +57,7 @@ class Product:
             rounded once); a floating one returns x's dtype or float32.
         opaque: what it prepares has a layout of oneDNN's own: a tensor that can't be saved, copied or viewed.
         adds_bias: ``run`` adds ``StaticWeight.bias``.
+        rounds_sums: an integer product that returns float32.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Product:
     run: Callable[..., torch.Tensor]
     opaque: bool = False
     adds_bias: bool = False
+    rounds_sums: bool = False
 
 
 def _rows(weight: StaticWeight, dtype: torch.dtype) -> Tensors:
@@ -108,7 +110,7 @@ def _has_onednn(weight: StaticWeight, dtype: torch.dtype) -> bool:
 INTEGER_PRODUCTS = (
     Product("int_mm", _more_than_one_row, _rows, lambda x, w: aten._int_mm.default(x, w)),
     Product("int_mm of columns", _more_than_one_row, _columns, lambda x, w: aten._int_mm.default(x, aten.t.default(w))),
-    Product("oneDNN u8s8", _has_onednn, _packed_for_unsigned, _onednn, opaque=True),
+    Product("oneDNN u8s8", _has_onednn, _packed_for_unsigned, _onednn, opaque=True, rounds_sums=True),
 )
 """int8 by int8, exact."""
 

@@ -88,7 +88,7 @@ class _NativeGraph:
         out = a.output_dtype or torch.int8
         k, n = matrix_shape(codes, a.transpose_x2)
         whole = _needs_int32(node) if out == torch.int32 else _is_int32(a.bias)
-        products = [p for p in INTEGER_PRODUCTS if not (whole and p.name.startswith("oneDNN"))]
+        products = [p for p in INTEGER_PRODUCTS if not (whole and p.rounds_sums)]
         won = self._fastest(products, StaticWeight(codes, a.transpose_x2), a.x1, (k, n)) if k <= _LARGEST_K else None
         if won is None:
             return False

@@ -183,6 +183,13 @@ def test_a_product_with_other_numbers_is_left_out(caplog):
     assert "'wrong' is not used" in caplog.text
 
 
+def test_products_that_overflow_in_one_dtype_are_still_compared():
+    """What the contest draws is beyond float16 for this weight; what the model is given need not be."""
+    model, x = WeightOnly(k=192, n=80, dtype=torch.float16, bias=False), torch.randn(4, 192).half() * 1e-3
+    model.scale.data.fill_(60.0)
+    torch.testing.assert_close(run(model, x, "native"), run(model, x, "reference"))
+
+
 def test_an_integer_product_that_saturates_is_not_trusted(monkeypatch):
     exact = INTEGER_PRODUCTS[0]
     pairs = Product(
