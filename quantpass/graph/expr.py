@@ -84,23 +84,30 @@ def scalar(value: float | int) -> Const:
     return Const(torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64))
 
 
-def leaves_of(e: Any) -> Iterator[Any]:
-    """What an expression is made of: its :class:`Const`, :class:`Ref`, :class:`Size` and bare nodes, each once."""
+def parts_of(e: Any) -> Iterator[Any]:
+    """An expression and all that it is made of, each once."""
     todo, seen = [e], set()
     while todo:
         e = todo.pop()
         if id(e) in seen:
             continue
         seen.add(id(e))
+        yield e
         if isinstance(e, Call):
             todo.extend((*e.args, *e.kwargs.values()))
         elif isinstance(e, Recentred):
-            yield Ref(e.node)
             todo.append(e.otherwise)
         elif isinstance(e, list | tuple):
             todo.extend(e)
-        elif isinstance(e, Const | Ref | Size | Node):
-            yield e
+
+
+def leaves_of(e: Any) -> Iterator[Any]:
+    """What an expression is made of: its :class:`Const`, :class:`Ref`, :class:`Size` and bare nodes, each once."""
+    for part in parts_of(e):
+        if isinstance(part, Recentred):
+            yield Ref(part.node)
+        elif isinstance(part, Const | Ref | Size | Node):
+            yield part
 
 
 def known(*es: Expr | None) -> bool:

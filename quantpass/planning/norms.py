@@ -22,7 +22,7 @@ from quantpass.basics.symbolic import same_shape
 from quantpass.chips.checking import spec_of_tensor
 from quantpass.chips.legality import judge
 from quantpass.graph import expr as ex
-from quantpass.graph.expr import Call, Expr, Recentred, Ref
+from quantpass.graph.expr import Call, Expr, Ref
 from quantpass.graph.records import Numerics, Plan
 from quantpass.graph.user_streams import stream_reject
 from quantpass.graph.writes import Writes, written_before
@@ -160,24 +160,8 @@ def _reads_of(planned: Sequence[tuple[Reading, Planned]]) -> dict[Node, list[_Qu
 
 def _quantizers_in(plan: Plan | None) -> Iterator[Call]:
     if plan is not None:
-        yield from (c for c in _calls_in((plan.value, plan.int8_codes)) if _quantized_by(c) is not None)
-
-
-def _calls_in(e: Any) -> Iterator[Call]:
-    """The calls that an expression is made of, each once."""
-    todo, seen = [e], set()
-    while todo:
-        e = todo.pop()
-        if id(e) in seen:
-            continue
-        seen.add(id(e))
-        if isinstance(e, Call):
-            yield e
-            todo.extend((*e.args, *e.kwargs.values()))
-        elif isinstance(e, Recentred):
-            todo.append(e.otherwise)
-        elif isinstance(e, list | tuple):
-            todo.extend(e)
+        parts = ex.parts_of((plan.value, plan.int8_codes))
+        yield from (c for c in parts if isinstance(c, Call) and _quantized_by(c) is not None)
 
 
 def _quantized_by(call: Call) -> Node | None:
