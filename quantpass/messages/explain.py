@@ -88,14 +88,21 @@ def explain_error(text: str, target: str | None = None) -> list[Explanation]:
     seen: dict[object, Explanation] = {}
     passing: dict[object, Explanation] = {}
     unknown: dict[object, tuple[Explanation, bool]] = {}
+    met: set[Place] = set()
     for variants in blocks(text):
         found = [place for block in variants for place in places(block)]
         for place in found:
+            alike = replace(place, start=0, end=0, text="", lines=(0, 0))
+            if alike in met:
+                continue
+            met.add(alike)
             made, passes_on = _explained(place, named)
             key = (made.operator, made.argument, made.rule, made.found, made.want)
             (passing if passes_on else seen).setdefault(key, made)
         for line, operator, vendors in _unmatched(variants[0], found):
-            unknown.setdefault(re.sub(r"[\d\W_]+", " ", line), (_not_known(line, operator), vendors))
+            said_before = re.sub(r"[\d\W_]+", " ", line)
+            if said_before not in unknown and len(unknown) <= _AT_MOST:
+                unknown[said_before] = _not_known(line, operator), vendors
         if len(seen) + len(passing) + len(unknown) > _AT_MOST:
             break
     # An error of Python's behind a message that is explained is most often the program that it ended.
@@ -192,8 +199,8 @@ def _unmatched(block: Block, found: Sequence[Place]) -> Iterator[tuple[str, str 
     """Lines that say an error of which nothing is known, their operator, and whether they are Ascend's."""
     known = {line for p in found if p.kind != "code" for line in range(p.lines[0] - 1, p.lines[1] + 2)}
     for number, line in enumerate(block.lines):
-        match = _SAYS.search(line)
-        if match is None or number in known or _CALLED.search(line):
+        match = _SAYS.search(line) if ": " in line and number not in known else None
+        if match is None or _CALLED.search(line):
             continue
         if re.search(r"[a-z]{3}", match[match.lastindex or 0]):
             vendors = match.lastgroup != "python"

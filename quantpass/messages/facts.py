@@ -45,16 +45,22 @@ _DTYPES = {
     "UINT64": "int64",
 }
 _CHIPS = (
-    (re.compile(r"Ascend310P\w*|\b310P\d?\b|_310p\b|\b300I\b", re.I), "ascend310p"),
-    (re.compile(r"Ascend910B[\w-]*|\b910B\d?\b|\b800I A2\b|\bA2\b", re.I), "ascend910b"),
-    (re.compile(r"Ascend910_93\w*|\b910C\b", re.I), "ascend910_93"),
-    (re.compile(r"Ascend950\w*", re.I), "ascend950"),
+    (("310p", "300i"), r"ascend310p\w*|\b310p\d?\b|_310p\b|\b300i\b", "ascend310p"),
+    (("910b", "a2"), r"ascend910b[\w-]*|\b910b\d?\b|\b800i a2\b|\ba2\b", "ascend910b"),
+    (("910_93", "910c"), r"ascend910_93\w*|\b910c\b", "ascend910_93"),
+    (("ascend950",), r"ascend950\w*", "ascend950"),
 )
+"""Chips' names in small letters: what a text has to have for one, and the name."""
 
 
 def chips_in(text: str) -> tuple[str, ...]:
     """The chips that a text names."""
-    return tuple(name for spelling, name in _CHIPS if spelling.search(text))
+    small = text.lower()
+    return tuple(
+        name
+        for literals, spelling, name in _CHIPS
+        if any(literal in small for literal in literals) and re.search(spelling, small)
+    )
 
 
 def found_in(text: str) -> str:

@@ -7,6 +7,9 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
+
+from quantpass.messages.names import operator_named
 
 _COLOURS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f]")
 _PREFIX = re.compile(
@@ -17,11 +20,22 @@ _PREFIX = re.compile(
 WORD = re.compile(r"[A-Za-z0-9_]+")
 
 _LINES, _OVERLAP = 4000, 80
+_LONG = 10_000
+"""Lines that are longer are never shown whole."""
+
 _NARROW = 40
 """A line shorter than this was not cut by the edge of a terminal."""
 
 
-@dataclass(frozen=True)
+class Mention(NamedTuple):
+    """An operator that a text names; ``name`` is "" for one that is none of those known."""
+
+    line: int
+    start: int
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """Some lines of a log, joined by spaces."""
 
@@ -48,7 +62,21 @@ class Block:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        return tuple(self.text[a:b].lower() for a, b in self.spans)
+        return tuple(map(str.lower, WORD.findall(self.text)))
+
+    @cached_property
+    def mentions(self) -> tuple[Mention, ...]:
+        """Where operators are named, in order."""
+        names = {word: operator_named(word) for word in set(self.words)}
+        foreign = "op[" in self.text
+        found = []
+        for (start, _), word in zip(self.spans, self.words, strict=True):
+            name = names[word]
+            if name is None and foreign and self.text.startswith("op[", max(0, start - 3)):
+                name = ""
+            if name is not None:
+                found.append(Mention(self.line_of(start), start, name))
+        return tuple(found)
 
     def line_of(self, position: int) -> int:
         return bisect_right(self.starts, position) - 1
@@ -56,8 +84,9 @@ class Block:
     def excerpt(self, start: int, end: int) -> str:
         """The lines from one position to another, as one line of at most 400 characters."""
         first, last = self.line_of(start), self.line_of(max(start, end - 1))
-        whole = " ".join(self.text[self.starts[first] : self.starts[last] + len(self.lines[last])].split())
-        if len(whole) <= 400:
+        begins, ends = self.starts[first], self.starts[last] + len(self.lines[last])
+        whole = " ".join(self.text[begins:ends].split()) if ends - begins <= _LONG else ""
+        if 0 < len(whole) <= 400:
             return whole
         return " ".join(self.text[max(start - 40, self.starts[first]) : start + 340].split())
 

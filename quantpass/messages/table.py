@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.resources import files
@@ -41,6 +42,11 @@ class Pattern:
         return tuple(tuple(s.split()) for s in self.words.split(" * "))
 
     @cached_property
+    def plain(self) -> frozenset[str]:
+        """The words that a text has to have."""
+        return frozenset(word for stretch in self.stretches for word in stretch)
+
+    @cached_property
     def anchor(self) -> int:
         """The longest stretch, by which the pattern is looked for."""
         return max(range(len(self.stretches)), key=lambda i: len(self.stretches[i]))
@@ -73,24 +79,22 @@ def patterns() -> tuple[Pattern, ...]:
     )
 
 
-@lru_cache(maxsize=1)
-def _index() -> Mapping[tuple[str, ...], tuple[Pattern, ...]]:
-    """The patterns by the first two words, or the one, of their anchors."""
-    found: dict[tuple[str, ...], list[Pattern]] = {}
-    for pattern in patterns():
-        found.setdefault(pattern.stretches[pattern.anchor][:2], []).append(pattern)
-    return {key: tuple(rows) for key, rows in found.items()}
-
-
 def hits(block: Block) -> Iterator[Hit]:
-    """Every pattern in a block of text."""
-    words, index = block.words, _index()
-    for i, word in enumerate(words):
-        for key in ((word,), words[i : i + 2]):
-            for pattern in index.get(key, ()):
-                span = _span(pattern, words, i)
-                if span:
-                    yield Hit(pattern, *span)
+    """Every pattern in a block of text, looked for at its rarest word: most blocks lack one of any pattern's words."""
+    counts = Counter(block.words)
+    wanted: dict[str, list[tuple[Pattern, int]]] = {}
+    for pattern in patterns():
+        if pattern.plain <= counts.keys():
+            anchor = pattern.stretches[pattern.anchor]
+            rarest = min(range(len(anchor)), key=lambda i: counts[anchor[i]])
+            wanted.setdefault(anchor[rarest], []).append((pattern, rarest))
+    if not wanted:
+        return
+    for i, word in enumerate(block.words):
+        for pattern, behind in wanted.get(word, ()):
+            span = _span(pattern, block.words, i - behind) if i >= behind else None
+            if span:
+                yield Hit(pattern, *span)
 
 
 def _span(pattern: Pattern, words: tuple[str, ...], at: int) -> tuple[int, int] | None:
