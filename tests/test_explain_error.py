@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -297,9 +298,23 @@ def test_several_errors_each_once():
     assert [e.rule for e in qp.explain_error(text)] == ["qmm.a2.dtypes.scale", "wqmm.nz.int4.group.size"]
 
 
-def test_an_error_deep_in_a_long_log():
-    filler = "INFO 02-09 17:11:36 [worker.py:1] step done, nothing to see, all tensors in place\n" * 20_000
-    assert said(filler + SCALE + filler).rule == "qmm.a2.dtypes.scale"
+def test_an_error_deep_in_a_log_of_ten_megabytes():
+    lines = [
+        f"(Worker pid={i}) INFO 02-09 17:11:36 [worker.py:{i % 97}] scale of x1 but bias should be none, dtype {i}, step done"
+        for i in range(45_000)
+    ]
+    filler = "\n".join(lines) + "\n"
+    begun = time.process_time()
+    explained = said(filler + SCALE + filler)
+    assert explained.rule == "qmm.a2.dtypes.scale"
+    assert len(filler) * 2 > 9_000_000 and time.process_time() - begun < 15
+
+
+def test_a_log_that_repeats_itself_is_explained_once():
+    again = "".join(SCALE.replace("465", str(i)) + f"ValueError: request {i} failed\n" for i in range(2_000))
+    begun = time.process_time()
+    assert said(again).rule == "qmm.a2.dtypes.scale"
+    assert time.process_time() - begun < 15
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
