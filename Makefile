@@ -71,9 +71,10 @@ docs: $(VENV)/test.stamp coverage ## make the generated pages
 coverage: $(VENV)/test.stamp ## what is read of each tool: run the tools, write docs/coverage.md
 	$(RUN) -m tests.coverage.table
 
-bench: $(VENV)/test.stamp ## time the pass beside Inductor's, and the reading of large weights beside running them
+bench: $(VENV)/test.stamp ## time the pass beside Inductor's, the reading of large weights, and what runs on a CPU
 	$(RUN) benchmarks/pass_speed.py
 	$(RUN) benchmarks/real_weights.py
+	$(RUN) benchmarks/cpu_run.py
 
 clean: ## remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
