@@ -261,6 +261,19 @@ def test_layers_that_are_alike_are_one_row_and_reasons_are_told_once():
     assert all(len(line) <= 80 for line in report.text(width=80).splitlines())
 
 
+def test_a_narrow_terminal_has_a_paragraph_a_site_and_loses_no_verdict():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Layer(group=i % 2) for i in range(4)))
+    lines = qp.explain(model, (rows(2),), target=["ascend310p", "ascend910b"]).text(width=60).splitlines()
+    assert all(len(line) <= 60 for line in lines)
+    begin = lines.index("{1,3}.down x2")
+    assert lines[begin + 1 : begin + 4] == [
+        "  float16 x int4 per group of 32; 64 x 64",
+        "  ascend310p: not fused, see 1",
+        "  ascend910b: WQMM ND, exact",
+    ]
+
+
 EXPECTED = """
   ascend310p: 10 of 12 quantized matmuls fused
     12 of 12 with allow=('weights.refit',), SQNR at least 45.1 dB

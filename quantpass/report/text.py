@@ -7,10 +7,11 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -30,6 +31,8 @@ _RULED = box.Box("    \n    \n -- \n" + "    \n" * 5, ascii=True)
 """A line below the headers; ASCII, for any terminal."""
 
 _FOR_NAMES = 24
+_FOR_READINGS = 24
+"""Columns that are left to names, and to what sites are quantized as, before they are broken."""
 
 _NOTHING = """No quantized matmul was found{targets}. The likely causes:
   - the weights were folded into floats before the pass (constant folding, freezing): run quantpass first
@@ -125,7 +128,7 @@ def _numbers(sites: Iterable[Site], found: Sequence[Cause]) -> dict[Any, int]:
     return {cause_key(s): order[cause_key(s)] for s in sites if not s.fused}
 
 
-def _site_table(report: Report, whole: bool, numbers: dict[Any, int]) -> Table:
+def _site_table(report: Report, whole: bool, numbers: dict[Any, int]) -> _SiteTable:
     rows = matmuls(report.sites)
     told = {t: tuple(verdict(row.get(t), numbers) for row in rows) for t in report.targets}
     columns: dict[tuple[str, ...], list[str]] = {}  # chips that say the same share one
@@ -133,17 +136,60 @@ def _site_table(report: Report, whole: bool, numbers: dict[Any, int]) -> Table:
         columns.setdefault(cells, []).append(target)
     first = [next(iter(row.values())) for row in rows]
     alike = [(first[i].reading, *(cells[i] for cells in columns)) for i in range(len(rows))]
-    table = table_of("site", "quantized as", "K x N", *(", ".join(targets) for targets in columns.values()))
     groups = fold(
         range(len(rows)),
         lambda i: first[i].name,
         lambda i: (i if whole else None, first[i].op, shape_of(first[i]), *alike[i]),
     )
+    found = []
     for piece in groups if whole else siblings(groups, lambda i: alike[i]):
         reading, *verdicts = alike[piece.members[0]]
         shapes = ", ".join(dict.fromkeys(filter(None, (shape_of(first[i]) for i in piece.members))))
-        table.add_row(Text.assemble(piece.name, (piece.times, "bold")), reading, shapes, *map(_coloured, verdicts))
-    return _with_names(table)
+        name = Text.assemble(piece.name, (piece.times, "bold"))
+        found.append(_SiteRow(name, reading, shapes, tuple(map(_coloured, verdicts))))
+    return _SiteTable([", ".join(targets) for targets in columns.values()], found)
+
+
+class _SiteRow(NamedTuple):
+    name: Text
+    reading: str
+    shapes: str
+    verdicts: tuple[Text, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _SiteTable:
+    """A row a site; where the names or verdicts do not fit beside each other, a paragraph a site."""
+
+    targets: Sequence[str]
+    rows: Sequence[_SiteRow]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._table() if self._needs <= options.max_width else Group(*self._paragraphs())
+
+    @property
+    def _needs(self) -> int:
+        """Columns of the table where nothing but what a site is quantized as is broken."""
+        cells = [(r.name, r.reading[:_FOR_READINGS], r.shapes, *r.verdicts) for r in self.rows]
+        headers = ("", "", "", *(max(t.split(), key=len) for t in self.targets))
+        widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
+        return sum(widths) + 2 * (len(widths) - 1)
+
+    def _table(self) -> Table:
+        table = table_of("site", "quantized as", "K x N", *self.targets)
+        for row in self.rows:
+            table.add_row(row.name, row.reading, row.shapes, *row.verdicts)
+        for column in table.columns:
+            longest = max(map(len, column.cells))  # type: ignore[arg-type]
+            column.min_width = min(_FOR_READINGS, longest) if column.header == "quantized as" else longest
+        return table
+
+    def _paragraphs(self) -> Iterator[Any]:
+        for row in self.rows:
+            yield row.name
+            yield from _indented("  ", Text("; ".join(filter(None, (row.reading, row.shapes)))))
+            for target, said in zip(self.targets, row.verdicts, strict=True):
+                yield from _indented(f"  {target}: ", said)
 
 
 def matmuls(sites: Iterable[Site]) -> list[dict[str, Site]]:
