@@ -228,14 +228,16 @@ def edits_of(name, value):
                 yield T(value.dtype, shape, form, turned)
     elif name == "group_sizes":
         yield from ([0, 0, 128], [0, 0, 256], [2, 0, 256], None)
+    elif name == "active_expert_range":
+        yield from ([0, 4], [1, 8], [4, 4], [0, 9], [0])
     elif isinstance(value, torch.dtype):
         yield from (*DTYPES, torch.qint8, torch.quint8, torch.qint32, torch.quint4x2)
     elif isinstance(value, bool):
         yield not value
     elif isinstance(value, int) or value is None:
-        yield from (None, -1, 0, 1, 2, 3, 29, 32, 48, 64, 128, 255, 256)
+        yield from (None, -2, -1, 0, 1, 2, 3, 29, 32, 48, 64, 128, 255, 256, 8192, 20000)
     else:
-        yield "other"
+        yield from ("other", None)
 
 
 def edited(arguments, op):

@@ -1,7 +1,8 @@
-"""Atlas A3 (Ascend 910_93): the same architecture as A2, so the same rules."""
+"""Atlas A3 (Ascend 910_93): the same architecture as A2, so the same rules, but for what is not there."""
 
 from dataclasses import replace
 
+from quantpass.chips import neighbours
 from quantpass.chips.ascend910b import ASCEND910B
 
 ASCEND910_93 = replace(
@@ -11,4 +12,5 @@ ASCEND910_93 = replace(
     soc_prefixes=("Ascend910_93",),
     soc_names=tuple(f"Ascend910_93{v}" for v in (62, 63, 72, 81, 82, 91, 92)),
     typical_soc="Ascend910_9392",
+    rules=(*ASCEND910B.rules, *neighbours.RULES_A3),
 )

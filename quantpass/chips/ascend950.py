@@ -1,10 +1,12 @@
-"""Ascend 950, newer than the two module documents: A2's rules, and an int64 scale with bfloat16 results."""
+"""Ascend 950, newer than the two module documents: A2's two matmuls, with an int64 scale beside bfloat16 results; experts and
+the operators around them from aclnn's pages.
+"""
 
 from dataclasses import replace
 
 from quantpass.chips import (
     companions,
-    grouped_matmul,
+    grouped_matmul_950,
     neighbours,
     norms,
     quant_matmul,
@@ -53,11 +55,10 @@ ASCEND950 = replace(
         *quant_matmul.GROUPED_A2,
         *weight_quant_matmul.rules(weight_quant_matmul.ROWS_A2, "a2", weight_quant_matmul.HINT_A2),
         *weight_quant_matmul.RULES_A2,
-        *companions.RULES_A2,
+        *companions.RULES_950,
         *norms.RULES_A2,
         *quant_matmul_dequant.ELSEWHERE,
-        *grouped_matmul.rules(grouped_matmul.ROWS_A2, "a2"),
-        *grouped_matmul.RULES_A2,
-        *neighbours.RULES_A2,
+        *grouped_matmul_950.RULES,
+        *neighbours.RULES_950,
     ),
 )

@@ -93,7 +93,9 @@ def _argument(asked: str, name: str, value: Any) -> Any:
         return value
     if name in op.integers and not isinstance(value, int):
         raise TypeError(f"{asked}: {name} is {value!r}; it takes an integer")
-    if op.types[name] == "int[]" and not (isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)):
+    if op.types[name].startswith("int[") and not (
+        isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
+    ):
         raise TypeError(f"{asked}: {name} is {value!r}; it takes a list of integers, e.g. [0, 0, 256]")
     if is_tensor(value):
         return spec_of_tensor(value)

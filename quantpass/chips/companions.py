@@ -209,6 +209,11 @@ _A2_ONLY = (
 
 RULES_A2 = (*_COMMON, *_A2_ONLY)
 
+RULES_950 = (
+    *(rule for rule in RULES_A2 if rule.op != ANTI_QUANT),
+    Rule("anti_quant.unavailable", ANTI_QUANT, Unavailable("npu_weight_quant_batchmatmul, or arithmetic of its own"), "aclnnAscendAntiQuant.md: supported products"),
+)  # fmt: skip
+
 RULES_310P = (
     *_COMMON,
     Rule("int4pack.310p", INT4PACK, Unavailable("int8 weights"), "npu_convert_weight_to_int4pack.md: supported products", "documented"),

@@ -132,7 +132,7 @@ def _edits(call: OpCall, argument: str, found: str, kind: str) -> Iterator[OpCal
     flags = re.findall(r"true|false", found)
     op = call.op
     if argument in op.numbers:
-        value: Any = numbers[0] if len(numbers) == 1 and op.types[argument] != "int[]" else None
+        value: Any = numbers[0] if len(numbers) == 1 and not op.types[argument].startswith("int[") else None
         value = dtype if dtype and argument not in op.integers else value
         if value is not None:
             yield call.replaced(**{argument: value})

@@ -93,6 +93,25 @@ _ALIASES: Mapping[str, Mapping[str, str]] = {
         "x_scale": "xscale(optional)?",
         "smooth_scale": "smoothscale(optional)?",
     },
+    "npu_quant_grouped_matmul_dequant": {
+        "quantized_weight": "weight|quantizedweight",
+        "weight_scale": "weightscale",
+        "x_scale": "xscale(optional)?",
+        "smooth_scale": "smoothscale(optional)?",
+    },
+    "npu_mm_all_reduce_base": {
+        "dequant_scale": r"dequant(scale)?(optional)?|x2scale",
+        "pertoken_scale": r"per_?token(scale)?(optional)?|x1scale(optional)?",
+        "antiquant_scale": r"antiquantscale(optional)?",
+        "antiquant_offset": r"antiquantoffset(optional)?",
+        "comm_quant_scale_1": r"comm_?quant_?scale_?1(optional)?",
+        "comm_quant_scale_2": r"comm_?quant_?scale_?2(optional)?",
+        "antiquant_group_size": "antiquantgroupsize",
+    },
+    "npu_moe_init_routing_v2": {
+        "active_expert_range": r"(active)?_?expert_?range(optional)?",
+        "expert_tokens_num_type": "expert_?tokens_?num_?type",
+    },
 }
 """An operator's arguments to what aclnn and GE call them, where that is something else."""
 
