@@ -31,6 +31,7 @@ from quantpass.lowering.cpu_products import (
 )
 from quantpass.lowering.expansion import expand
 from quantpass.operators.arguments import Arguments, matrix_shape
+from quantpass.operators.integer_matmul import rows_apart
 from quantpass.operators.quant_matmul import QUANT_MATMUL, dequantized
 from quantpass.operators.results import to_float
 from quantpass.operators.weight_quant_matmul import WEIGHT_QUANT_MATMUL
@@ -160,7 +161,8 @@ class _NativeGraph:
         def run(*values: torch.Tensor) -> torch.Tensor:
             at = dict(zip(inputs, values, strict=True))
             flat = at[x].reshape(-1, at[x].shape[-1]) if stacked else at[x]
-            acc = product.run(flat.contiguous(), *(at[n] for n in kept))
+            flat = rows_apart(flat) if set(rows) == {1} else flat.contiguous()
+            acc = product.run(flat, *(at[n] for n in kept))
             acc = acc.view(*rows, acc.shape[-1]) if stacked else acc
             result: torch.Tensor = tail(acc, {name: at[n] for name, n in others.items()})
             return result

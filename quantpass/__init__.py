@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from quantpass.doors.explain import diff, explain, fuse
     from quantpass.doors.npu import npu_backend, npugraph_ex_options, register
     from quantpass.doors.preview import GePreview, preview_ge
+    from quantpass.doors.selftest import SelfTest, selftest
     from quantpass.doors.verification import Verification, verify
     from quantpass.graph.records import Numerics, Plan, Site, WeightFormat
     from quantpass.lowering.emulation import emulate_npu
@@ -39,6 +40,7 @@ __all__ = [
     "Plan",
     "Reject",
     "Report",
+    "SelfTest",
     "Site",
     "TensorSpec",
     "Verification",
@@ -57,6 +59,7 @@ __all__ = [
     "npugraph_ex_options",
     "preview_ge",
     "register",
+    "selftest",
     "verify",
 ]
 
@@ -70,6 +73,7 @@ _NAMES = {
     "doors.npu": ("npu_backend", "npugraph_ex_options", "register"),
     "doors.preview": ("GePreview", "preview_ge"),
     "doors.differences": ("Difference",),
+    "doors.selftest": ("SelfTest", "selftest"),
     "doors.verification": ("Verification", "verify"),
     "graph.records": ("Numerics", "Plan", "Site", "WeightFormat"),
     "lowering.emulation": ("emulate_npu",),

@@ -324,3 +324,15 @@ class TestGraph(expecttest.TestCase):
 %_to_copy_5: bf16[4, 96] = aten._to_copy(%mul_3, dtype=bfloat16)
 return [%_to_copy_5]""",
         )
+
+
+@pytest.mark.parametrize("lowering", ["reference", "native"])
+def test_one_row_that_is_a_transposed_view(lowering):
+    """A float matmul with its operands in float64's range: what _int_mm makes of strides (1, 1) must not come through."""
+    codes = torch.randint(-127, 128, (512, 128), dtype=torch.int8)
+
+    def columns(x):
+        return (x.round().clamp(-128, 127).to(torch.int8).t().float() @ codes.float()) * 2.0**-12
+
+    x = torch.randint(-127, 128, (512, 1)).float()
+    assert torch.equal(run(columns, x, lowering), columns(x))

@@ -552,3 +552,14 @@ OPCHECKS = {
 def test_opcheck(name):
     op, args, kwargs = OPCHECKS[name]
     torch.library.opcheck(op, args, kwargs)
+
+
+@pytest.mark.parametrize("n", [1, 128])
+def test_one_row_that_is_a_transposed_view(n):
+    """Strides (1, 1) are those of a contiguous row as well, and PyTorch's _int_mm takes them for another matrix."""
+    g = generator(0)
+    x, w = codes(g, 512, 1), codes(g, 512, n)
+    scale = torch.full((n,), 2.0**-12)
+    y = ops.quant_matmul(x.t(), w, scale, output_dtype=torch.float32)
+    assert torch.equal(y, (x.t().double() @ w.double() * 2.0**-12).float())
+    assert torch.equal(ops.quant_matmul(x, w, scale, output_dtype=torch.float32, transpose_x1=True), y)

@@ -67,6 +67,11 @@ def dtype_numbered(number: int | torch.dtype | None, default: torch.dtype | None
     return _DTYPES[number]
 
 
+def dtype_number(dtype: torch.dtype) -> int:
+    """The number of a dtype, for the vendor's integer arguments."""
+    return _DTYPES.index(dtype)
+
+
 def matrix_shape(t: torch.Tensor, transposed: bool) -> tuple[Any, Any]:
     """Logical ``(rows, columns)`` of a stored matrix; int32 holds eight int4 along its last stored axis."""
     rows, columns = t.shape[-2], t.shape[-1] * (8 if t.dtype == torch.int32 else 1)

@@ -14,9 +14,19 @@ def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """
     # PyTorch 2.13's _int_mm leaves its result unwritten where K is 1 and b is a transposed view.
     if a.dim() == b.dim() == 2 and a.numel() and b.numel() and a.shape[1] > 1 and _int_mm_is_exact():
-        return torch._int_mm(a.contiguous(), b)
+        return torch._int_mm(rows_apart(a), b)
     # Products are at most 2^14 in size: float64 holds any sum of 65535 of them exactly.
     return torch.matmul(a.to(torch.float64), b.to(torch.float64)).to(torch.int32)
+
+
+def rows_apart(matrix: torch.Tensor) -> torch.Tensor:
+    """``matrix``, contiguous, with the strides of a contiguous one.
+
+    A single row may have any stride from row to row, and PyTorch 2.13's _int_mm multiplies something else where it is
+    1, as in the view ``(K, 1).t()``.
+    """
+    dense = matrix.contiguous()
+    return dense.view(-1).view(dense.shape)
 
 
 @cache

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from quantpass.doors.cli import checkpoint, doctor, errors, explain, graphs, preview, rules, verify
+from quantpass.doors.cli import checkpoint, doctor, errors, explain, graphs, preview, rules, selftest, verify
 from quantpass.doors.cli.failures import Failing
 from quantpass.version import __version__
 
@@ -27,6 +27,7 @@ COMMANDS: tuple[click.Command, ...] = (
     rules.chips,
     rules.reasons,
     doctor.doctor,
+    selftest.selftest,
 )
 """Every command, in the order of ``--help``; a command of another file is a line here."""
 
