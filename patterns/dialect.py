@@ -11,7 +11,7 @@ from quantpass.graph.schema import ReaderTable
 
 if TYPE_CHECKING:
     from quantpass.graph.expr import Recentred
-    from quantpass.graph.row_blocks import Needs
+    from quantpass.graph.row_rules import Formula, Needs
     from quantpass.patterns.activations import Quantizer
     from quantpass.patterns.affine import Affine, NotAffine
     from quantpass.patterns.contractions import Contraction, NoContraction
@@ -49,7 +49,8 @@ class Dialect:
             a :class:`~quantpass.patterns.magnitudes.ChosenScale` or None.
         rows: what operators do to rows, so that large weights are read in blocks. Readers take
             ``(node, dim, **arguments)``, with the dimension of the result along which rows lie, and return for each
-            operand along which of its dimensions they lie (None: it is needed whole), or None for "may mix rows".
+            operand along which of its dimensions they lie (None: it is needed whole), or None for "may mix rows"; or a
+            :class:`~quantpass.graph.row_rules.Formula`, which also says what the operator computes.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Dialect:
     steps: Readers[Step | None] = field(default_factory=dict)
     quantizers: Readers[Quantizer | None] = field(default_factory=dict)
     scales: Readers[ChosenScale | None] = field(default_factory=dict)
-    rows: Readers[Needs | None] = field(default_factory=dict)
+    rows: Readers[Needs | Formula | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Dialects:
     steps: ReaderTable[Step | None]
     quantizers: ReaderTable[Quantizer | None]
     scales: ReaderTable[ChosenScale | None]
-    rows: ReaderTable[Needs | None]
+    rows: ReaderTable[Needs | Formula | None]
 
     def know(self, target: Any) -> bool:
         """True for an operator that something is known of."""

@@ -9,7 +9,8 @@ import torch
 from torch.fx import Node
 
 from quantpass.graph.grids import Grid
-from quantpass.graph.row_blocks import NotByRows, RowBlocks, RowRules
+from quantpass.graph.row_blocks import RowBlocks
+from quantpass.graph.row_rules import NotByRows, RowRules
 from quantpass.graph.static_values import StaticValues
 
 BLOCKWISE = 1 << 18

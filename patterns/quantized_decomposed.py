@@ -7,6 +7,7 @@ zero_point, quant_min, quant_max)`` and ``dequantize = (codes - zero_point) * sc
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch.fx import Node
 
 from quantpass.graph.expr import Call, Recentred
+from quantpass.graph.grids import Grid, pointwise
+from quantpass.graph.row_rules import Formula, of_elements
 from quantpass.patterns.activations import Quantizer
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
@@ -50,6 +53,14 @@ def dialect() -> Dialect:
         scales={
             "quantized_decomposed::choose_qparams_symmetric.tensor": _chosen_for_all,
             "quantized_decomposed::choose_qparams_per_token": _chosen_for_rows,
+        },
+        rows={
+            "quantized_decomposed::dequantize_per_tensor": _rows_per_tensor,
+            "quantized_decomposed::dequantize_per_tensor.tensor": _rows_per_tensor,
+            "quantized_decomposed::dequantize_per_tensor.tensor2": _rows_per_tensor,
+            "quantized_decomposed::dequantize_per_channel": _rows_per_channel,
+            "quantized_decomposed::dequantize_per_token": _rows_per_token,
+            "quantized_decomposed::dequantize_per_channel_group": _rows_per_group,
         },
     )
 
@@ -180,3 +191,111 @@ def _chosen_for_all(*, input_: Any, quant_min: Any, quant_max: Any, eps: Any, dt
 
 def _chosen_for_rows(*, input_: Any, dtype: torch.dtype) -> ChosenScale | None:
     return ChosenScale(input_, False, 127.0, 1e-5, 0, input_.meta["val"].dtype) if dtype == torch.int8 else None
+
+
+# -- by rows -----------------------------------------------------------------------------------------------------------
+
+
+def _rows_per_tensor(
+    node: Node,
+    dim: int,
+    *,
+    input_: Node,
+    scale: Any,
+    zero_point: Any,
+    quant_min: Any,
+    quant_max: Any,
+    dtype: Any,
+    out_dtype: Any,
+) -> Formula | None:
+    del node, quant_min, quant_max, dtype, out_dtype
+    given = [p for p in (scale, zero_point) if isinstance(p, Node)]
+    if any(p.meta["val"].numel() != 1 for p in given):
+        return None
+
+    def compute(values: Mapping[Node, Grid]) -> Grid:
+        scale_, zero_ = (
+            values[p].dense().double().reshape(()) if isinstance(p, Node) else p for p in (scale, zero_point)
+        )
+        return pointwise(lambda t: (t[0].double() - zero_) * scale_, [values[input_]])
+
+    return Formula({input_: dim, **dict.fromkeys(given)}, compute)
+
+
+def _rows_per_channel(
+    node: Node,
+    dim: int,
+    *,
+    input_: Node,
+    scales: Node,
+    zero_points: Any,
+    axis: int,
+    quant_min: Any,
+    quant_max: Any,
+    dtype: Any,
+    out_dtype: Any,
+) -> Formula | None:
+    del quant_min, quant_max, dtype, out_dtype
+    rank = node.meta["val"].dim()
+    given = [p for p in (scales, zero_points) if isinstance(p, Node)]
+    if any(p.meta["val"].dim() != 1 for p in given):
+        return None
+
+    def compute(values: Mapping[Node, Grid]) -> Grid:
+        shape = [values[scales].shape[0] if d == axis % rank else 1 for d in range(rank)]
+        return pointwise(_rebuilt, [values[input_], *(values[p].reshaped(shape) for p in given)])
+
+    return Formula({input_: dim, **dict.fromkeys(given, 0 if dim == axis % rank else None)}, compute)
+
+
+def _rows_per_token(
+    node: Node,
+    dim: int,
+    *,
+    input_: Node,
+    scales: Node,
+    zero_points: Node,
+    quant_min: Any,
+    quant_max: Any,
+    dtype: Any,
+    output_dtype: Any,
+) -> Formula:
+    del quant_min, quant_max, dtype, output_dtype
+    return Formula(
+        of_elements(node, dim), lambda values: pointwise(_rebuilt, [values[i] for i in (input_, scales, zero_points)])
+    )
+
+
+def _rows_per_group(
+    node: Node,
+    dim: int,
+    *,
+    input_: Node,
+    scales: Node,
+    zero_points: Any,
+    quant_min: Any,
+    quant_max: Any,
+    dtype: Any,
+    group_size: int,
+    output_dtype: Any,
+) -> Formula | None:
+    del quant_min, quant_max, dtype, output_dtype
+    n, k = node.meta["val"].shape
+    group = k if group_size > k else group_size
+    given = [p for p in (scales, zero_points) if isinstance(p, Node)]
+    if dim or any(p.meta["val"].numel() != n * k // group for p in given):
+        return None
+
+    def compute(values: Mapping[Node, Grid]) -> Grid:
+        codes = values[input_]
+        blocks = codes.shape[0] * k // group
+        grouped = [codes.reshaped((blocks, group)), *(values[p].reshaped((blocks, 1)) for p in given)]
+        return pointwise(_rebuilt, grouped).reshaped(codes.shape)
+
+    return Formula(dict.fromkeys((input_, *given), 0), compute)
+
+
+def _rebuilt(given: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``(codes - zero_point) * scale`` of codes, scale and maybe zero point; integers are subtracted as integers."""
+    codes, scale, *zero = (t.double() if t.is_floating_point() else t for t in given)
+    return (codes - zero[0] if zero else codes) * scale

@@ -6,13 +6,15 @@ scale for each block of ``block_size`` elements.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from quantpass.basics.symbolic import is_one, same_size
-from quantpass.graph.row_blocks import Needs
+from quantpass.graph.grids import Grid, pointwise
+from quantpass.graph.row_rules import Formula
 from quantpass.graph.schema import op_name
 from quantpass.patterns.activations import Quantizer
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
@@ -72,13 +74,34 @@ def _rows(
     quant_min: Any,
     quant_max: Any,
     output_dtype: Any,
-) -> Needs | None:
+) -> Formula | None:
     """Rows stay apart where a block lies within one: the parameters then have a row for each."""
     del input_dtype, quant_min, quant_max, output_dtype
     shape = node.meta["val"].shape
     given = [p for p in (scale, zero_point) if p is not None]
     aligned = all(isinstance(p, Node) and _has_rows(p, shape, dim) for p in given)
-    return dict.fromkeys((input_, *given), dim) if is_one(block_size[dim]) and aligned else None
+    if not is_one(block_size[dim]) or not aligned:
+        return None
+
+    def compute(values: Mapping[Node, Grid]) -> Grid:
+        codes = values[input_]
+        whole, one_each = _blocks(codes.shape, block_size)
+        found = pointwise(_rebuilt, [codes.reshaped(whole), *(values[p].reshaped(one_each) for p in given)])
+        return found.reshaped(codes.shape)
+
+    return Formula(dict.fromkeys((input_, *given), dim), compute)
+
+
+def _rebuilt(given: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``(codes - zero_point) * scale`` of codes, scale and maybe zero point; all are cast before."""
+    codes, scale, *zero = (t.double() for t in given)
+    return (codes - zero[0] if zero else codes) * scale
+
+
+def _blocks(shape: Sequence[int], block_size: Sequence[int]) -> tuple[list[int], list[int]]:
+    """``shape`` with blocks as dimensions of their own, and the same of their parameters."""
+    pairs = [(size, 1) if block == 1 else (size // block, block) for size, block in zip(shape, block_size, strict=True)]
+    return [size for pair in pairs for size in pair], [size for count, _ in pairs for size in (count, 1)]
 
 
 def _has_rows(parameter: Node, shape: Any, dim: int) -> bool:

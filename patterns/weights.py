@@ -19,7 +19,7 @@ from quantpass.graph.decode import decode
 from quantpass.graph.expr import Call, Const, Expr, Recentred, Ref
 from quantpass.graph.instructions import Move
 from quantpass.graph.records import Weight
-from quantpass.graph.row_blocks import RowRules
+from quantpass.graph.row_rules import RowRules
 from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine, along_k
 from quantpass.patterns.evidence import Evidence, evidence, is_readable, judged

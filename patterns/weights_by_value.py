@@ -14,7 +14,7 @@ from torch.fx import Node
 from quantpass.graph.expr import Const
 from quantpass.graph.instructions import Round
 from quantpass.graph.records import Weight
-from quantpass.graph.row_blocks import NotByRows, RowRules
+from quantpass.graph.row_rules import NotByRows, RowRules
 from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.affine import NotAffine
 from quantpass.patterns.code_lines import (
@@ -280,7 +280,9 @@ def shifted_by_group(
     if bool((high - low >= 2**bits).any()):
         return None
     shift = low + 2 ** (bits - 1)
-    moved = (blocks - shift[:, None]).flatten(0, 1).to(torch.int8)
+    moved = torch.empty_like(codes, dtype=torch.int8)
+    for own, block, less in zip(moved.unflatten(0, (-1, group)), blocks, shift, strict=True):
+        own.copy_(block - less)
     return moved, (zero - shift).reshape(-1, n) if k // group > 1 else (zero - shift).reshape(n)
 
 

@@ -375,6 +375,11 @@ def _decomposed():
 
         return build
 
+    def per_group(x, w, s):
+        real = qd.dequantize_per_channel_group.default(w, s, None, -127, 127, i8, K // 2, F32)
+        return linear_t(x, real)
+
+    yield Spelling("decomposed: groups", per_group, X, (W, scales(N, 2)))
     for build in (per_tensor, tensors, tensors2):
         yield Spelling(f"decomposed: {build.__name__}", build, X, (W, WS.flatten()))
     for name, choose in (("", qd.choose_qparams.tensor), (" symmetrically", qd.choose_qparams_symmetric.tensor)):

@@ -5,8 +5,7 @@ or of a fixed number of its rows. Where every operator between the stored tensor
 is computed in blocks that stay in the processor's cache, and nothing of its size is ever in memory. Along a row,
 parameters stay as small as they are (:mod:`quantpass.graph.grids`).
 
-What an operator does to rows is known of movements and elementwise operators, and by the table below; of anything
-else nothing is assumed.
+What an operator does to rows is told by :mod:`quantpass.graph.row_rules`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -24,39 +22,34 @@ from torch.fx import Node
 
 from quantpass.graph.grids import Grid, constant, dense, pointwise
 from quantpass.graph.instructions import Cast, Move
-from quantpass.graph.schema import ReaderTable, bind, call_reader
+from quantpass.graph.row_rules import (
+    Formula,
+    NotByRows,
+    RowRules,
+    is_pointwise,
+    needs_by_rule,
+    of_elements,
+    source_dim,
+)
+from quantpass.graph.schema import bind
 from quantpass.graph.static_values import PARAMETER_SHARE, SMALL, StaticValues, call
 
 aten = torch.ops.aten
 
 _WIDE = torch.float64
 
-_UNTAGGED = frozenset(f"aten::__{name}__" for name in ("and", "or", "xor", "lshift", "rshift"))
-"""Elementwise operators that PyTorch does not tag as such."""
-
 ELEMENTS = 1 << 17
 """How many elements a block has: one megabyte in float64."""
 
 _MOST_BLOCKS = 64
 
-_SIDE_BY_SIDE = 64
+_SIDE_BY_SIDE = 16
 """How many rows a block has at least where rows are columns of what is stored: as many as come with a cache line."""
 
 _REPEATING = (aten.index.Tensor, aten.index_select.default, aten.repeat_interleave.self_int)
 
 _MOST = 1 << 21
 """A block whose rows can't be told apart any finer is computed up to this size."""
-
-Needs: TypeAlias = "dict[Node, int | None]"
-"""For each operand, along which of its dimensions the rows lie; None for an operand that is needed whole."""
-
-RowRules: TypeAlias = "ReaderTable[Needs | None]"
-"""Readers take ``(node, dim, **arguments)``, with ``dim`` of the result along which rows lie."""
-
-
-class NotByRows(Exception):
-    """A value can't be computed by rows."""
-
 
 _Key: TypeAlias = tuple[Node, bool, int | None]
 """A node, whether it is computed in float64, and along which dimension its rows lie (None: it is needed whole)."""
@@ -70,6 +63,7 @@ class _Step:
     kind: str
     ratio: Fraction
     inputs: dict[Node, _Key]
+    formula: Formula | None = None
 
 
 class RowBlocks:
@@ -186,7 +180,7 @@ class RowBlocks:
             return _Step(node, "leaf", ratio, {})
         move = self._values.decode(node)
         if isinstance(move, Move):
-            source = _source_dim(move, fake.shape, dim)
+            source = source_dim(move, fake.shape, dim)
             return _Step(node, move.kind, ratio, {move.source: (move.source, wide, source)})
         if not isinstance(node.target, OpOverload):
             raise NotByRows(f"{node.name} is no operator")
@@ -195,24 +189,20 @@ class RowBlocks:
             given, index, unit = shuffled
             self._align((ratio / unit).denominator)
             return _Step(node, "shuffle", ratio, {given: (given, wide, dim), index: (index, False, 0)})
-        by_element = isinstance(move, Cast) or _is_pointwise(node.target)
-        needs = _of_elements(node, dim) if by_element else self._by_rule(node, dim)
+        by_element = isinstance(move, Cast) or is_pointwise(node.target)
+        known = of_elements(node, dim) if by_element else needs_by_rule(node, dim, self._rules)
+        formula = known if isinstance(known, Formula) else None
+        needs = known.needs if isinstance(known, Formula) else known
         if wide and any(d is None and self._is_widened(i) for i, d in needs.items()):
             raise NotByRows(f"{node.name} needs a part of the weight whole")
         inputs = {i: (i, wide and d is not None, d) for i, d in needs.items()}
+        if formula is not None and wide:
+            return _Step(node, "formula", ratio, inputs, formula)
         return _Step(node, "pointwise" if by_element else "call", ratio, inputs)
 
     def _is_widened(self, node: Node) -> bool:
         fake = node.meta["val"]
         return bool(fake.is_floating_point()) and not self._taken_as_it_is(node)
-
-    def _by_rule(self, node: Node, dim: int) -> Needs:
-        for table in (_rules(), self._rules):
-            reader = None if table is None else table.get(node.target)
-            needs = None if reader is None else call_reader(reader, node, node, dim)
-            if needs is not None:
-                return needs
-        raise NotByRows(f"{node.target} may mix rows")
 
     def _shuffled(self, node: Node, dim: int) -> tuple[Node, Node, int] | None:
         """Operand and index of rows put into another order, and the least number of rows that stay together."""
@@ -272,6 +262,8 @@ class RowBlocks:
         if step.kind in ("same", "reshape", "permute", "expand"):
             (found,) = given.values()
             return self._moved(step, found, _shape(step, dim, rows))
+        if step.formula is not None:
+            return step.formula.compute(given)
         if step.kind == "shuffle":
             (source, index) = given
             whole = {source: given[source].dense(), index: given[index].dense() - _scaled(step.ratio, rows).start}
@@ -357,115 +349,3 @@ def _shape(step: _Step, dim: int | None, rows: slice) -> list[int]:
 def _filled(node: Node, shape: Sequence[int], code: int) -> Grid:
     dtype = node.meta["val"].dtype
     return constant(torch.tensor(code, dtype=torch.float64 if dtype.is_floating_point else dtype), shape)
-
-
-def _is_pointwise(target: OpOverload) -> bool:
-    return torch.Tag.pointwise in target.tags or target._schema.name in _UNTAGGED
-
-
-# -- where an operand's rows lie ---------------------------------------------------------------------------------------
-
-
-def _source_dim(move: Move, shape: Sequence[int], dim: int) -> int:
-    before = move.source.meta["val"].shape
-    if move.kind == "same":
-        return dim
-    if move.kind == "permute":
-        return move.order[dim]
-    if move.kind == "expand":
-        source = dim - (len(shape) - len(before))
-        if source < 0 or before[source] != shape[dim]:
-            raise NotByRows("rows are copies of each other")
-        return source
-    outside = math.prod(shape[:dim])
-    for e in reversed(range(len(before))):
-        if math.prod(before[:e]) == outside:
-            return e
-    raise NotByRows("a view mixes rows with what lies outside of them")
-
-
-def _of_elements(node: Node, dim: int) -> Needs:
-    shape = node.meta["val"].shape
-    needs: Needs = {}
-    for i in node.all_input_nodes:
-        fake = i.meta.get("val")
-        if not isinstance(fake, torch.Tensor):
-            raise NotByRows(f"{i.name} is no tensor")
-        own = dim - (len(shape) - fake.dim())
-        needs[i] = own if own >= 0 and fake.shape[own] == shape[dim] and shape[dim] > 1 else None
-    return needs
-
-
-def _stack(node: Node, at: int, *, tensors: Sequence[Node], dim: int) -> Needs | None:
-    dim %= node.meta["val"].dim()
-    return None if at == dim else dict.fromkeys(tensors, at - (at > dim))
-
-
-def _cat(node: Node, at: int, *, tensors: Sequence[Node], dim: int) -> Needs | None:
-    return None if at == dim % node.meta["val"].dim() else dict.fromkeys(tensors, at)
-
-
-def _select(node: Node, at: int, *, self: Node, dim: int, index: Any) -> Needs | None:
-    del index  # along another dimension
-    dim %= self.meta["val"].dim()
-    return {self: at + (at >= dim)} if node.meta["val"].dim() else None
-
-
-def _slice(node: Node, at: int, *, self: Node, dim: int, start: Any, end: Any, step: Any) -> Needs | None:
-    del start, end, step  # along another dimension, or all of it
-    whole = node.meta["val"].shape == self.meta["val"].shape
-    return {self: at} if at != dim % self.meta["val"].dim() or whole else None
-
-
-def _index(node: Node, at: int, *, self: Node, indices: Sequence[Any]) -> Needs | None:
-    del node
-    return _indexed(at, self, indices)
-
-
-def _indexed(at: int, self: Node, indices: Sequence[Any]) -> Needs | None:
-    """One index: rows along what is left of the operand's dimensions, or along those of the index."""
-    where = [d for d, i in enumerate(indices) if i is not None]
-    if len(where) != 1 or not isinstance(indices[where[0]], Node):
-        return None
-    (first,), index = where, indices[where[0]]
-    fake = index.meta["val"]
-    if index is self or fake.dtype == torch.bool or fake.dtype == torch.uint8:
-        return None
-    if at < first:
-        return {self: at, index: None}
-    if at < first + fake.dim():
-        return {self: None, index: at - first}
-    return {self: at - fake.dim() + 1, index: None}
-
-
-def _index_select(node: Node, at: int, *, self: Node, dim: int, index: Node) -> Needs | None:
-    indices = [None] * (dim % node.meta["val"].dim()) + [index]
-    return _indexed(at, self, indices)
-
-
-def _repeat_interleave(node: Node, at: int, *, self: Node, repeats: Any, dim: Any, output_size: Any) -> Needs | None:
-    """Each of a dimension's elements several times, side by side."""
-    fixed = output_size is not None and at == dim % node.meta["val"].dim() if dim is not None else True
-    return {self: at} if isinstance(repeats, int) and not fixed else None
-
-
-def _bit_cast(node: Node, at: int, *, self: Node, dtype: torch.dtype) -> Needs | None:
-    same = dtype.itemsize == self.meta["val"].dtype.itemsize
-    return {self: at} if same or at != node.meta["val"].dim() - 1 else None
-
-
-@cache
-def _rules() -> RowRules:
-    return ReaderTable(
-        {
-            aten.stack.default: _stack,
-            aten.cat.default: _cat,
-            aten.select.int: _select,
-            aten.slice.Tensor: _slice,
-            aten.index.Tensor: _index,
-            aten.index_select.default: _index_select,
-            aten.repeat_interleave.self_int: _repeat_interleave,
-            aten.view.dtype: _bit_cast,
-        },
-        leading=2,
-    )

@@ -17,7 +17,8 @@ from torch.fx.node import map_aggregate
 from quantpass.graph.decode import Decoder
 from quantpass.graph.expr import Const, Expr, Ref
 from quantpass.graph.instructions import Cast, Move, Part, Round
-from quantpass.graph.schema import arguments_of, bind
+from quantpass.graph.schema import arguments_of, bind, bind_call
+from quantpass.graph.sums import large_sum
 from quantpass.graph.torch_internals import can_run, is_wrapper_subclass
 from quantpass.graph.writes import written_arguments
 
@@ -268,6 +269,8 @@ class StaticValues:
 def call(n: Node, env: Mapping[Node, Any], wide: torch.dtype | None) -> Any:
     """What the operator of ``n`` makes of the values in ``env``, on a CPU; floating numbers in ``wide`` if given."""
     args, kwargs = map_aggregate((n.args, dict(n.kwargs)), lambda a: _on_cpu(env[a] if isinstance(a, Node) else a))
+    if n.target is aten.sum.dim_IntList and (found := large_sum(bind_call(n.target, args, kwargs))) is not None:
+        return found
     if wide is None or not isinstance(n.target, OpOverload):
         return n.target(*args, **kwargs)  # type: ignore[operator]
     return _run_wide(n, args, kwargs, wide)

@@ -14,6 +14,7 @@ from quantpass.basics.symbolic import same_shape
 from quantpass.graph import expr as ex
 from quantpass.graph.expr import Call, Const, Expr
 from quantpass.graph.records import Weight
+from quantpass.graph.sums import summed
 from quantpass.patterns.affine import Affine
 from quantpass.planning import conventions
 from quantpass.planning.candidates import FLOAT32_STEPS, Notes, aten, flattened
@@ -203,7 +204,7 @@ def _column_sums(weight: Weight) -> Expr:
     """Sum of the codes of each column, ``(N,)``."""
     dim = 1 if weight.transposed else 0
     if isinstance(weight.codes, Const):
-        return Const(weight.codes.tensor.sum(dim=dim, dtype=torch.int64).to(torch.float64))
+        return Const(summed(weight.codes.tensor, dim, torch.int64).to(torch.float64))
     return Call(aten.sum.dim_IntList, (weight.codes, [dim]), {"dtype": torch.int32}, torch.int32, (weight.n,))
 
 

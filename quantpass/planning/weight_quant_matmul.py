@@ -182,8 +182,8 @@ def _as_int4(weight: Weight) -> Weight | None:
         codes=Const(stored, label=weight.codes.label),
         scale=scale,
         zero_point=None if not bool(zero_point.any()) else Const(zero_point),
-        low=int(moved.min()),
-        high=int(moved.max()),
+        low=int(stored.min()),
+        high=int(stored.max()),
     )
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from quantpass.graph import row_blocks
-from quantpass.graph.row_blocks import NotByRows, RowBlocks
+from quantpass.graph.row_blocks import RowBlocks
+from quantpass.graph.row_rules import NotByRows
 from tests.unit.graphs import Traced
 
 aten = torch.ops.aten

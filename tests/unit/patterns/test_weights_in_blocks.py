@@ -5,7 +5,7 @@ import torch
 
 from quantpass.graph import row_blocks
 from quantpass.graph.records import Weight
-from quantpass.graph.row_blocks import NotByRows
+from quantpass.graph.row_rules import NotByRows
 from quantpass.patterns import operands
 from quantpass.patterns.operands import Operand, OperandBlocks
 from quantpass.patterns.weights_by_value import weight_by_value
