@@ -54,6 +54,7 @@ def default_dialects(more: tuple[Dialect, ...] = ()) -> Dialects:
         steps=_table(3, *(d.steps for d in dialects)),
         quantizers=_table(0, *(d.quantizers for d in dialects)),
         scales=_table(0, *(d.scales for d in dialects)),
+        quantized_rows=_table(1, *(d.quantized_rows for d in dialects)),
         rows=_table(2, *(d.rows for d in dialects)),
     )
 

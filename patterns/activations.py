@@ -21,7 +21,7 @@ from quantpass.graph.instructions import Add, Cast, Clamp, Move, Multiply, Round
 from quantpass.graph.static_values import as_dtype
 from quantpass.patterns.affine import AffineReader, reciprocal
 from quantpass.patterns.integers import Range, integer_span
-from quantpass.patterns.magnitudes import MAGNITUDE, Magnitude, MagnitudeReader, widens
+from quantpass.patterns.magnitudes import MAGNITUDE, Magnitude, MagnitudeReader, QuantizedRows, widens
 from quantpass.patterns.norms import NormReader
 from quantpass.patterns.steps import Operand, arguments, dtype_of, shape_of, step_of, view
 from quantpass.patterns.terms import Term, term_of
@@ -154,6 +154,9 @@ class ActivationReader:
             named = self._named(e)
             if named is not None:
                 return self._by_name(walk, named)
+            rows = self.magnitudes.quantized_rows(e, 0)
+            if rows is not None:
+                return self._by_operator(walk, rows)
             step = step_of(self._reader, e)
             match step:
                 case Round(source, "nearest" | "down" as to):
@@ -185,7 +188,7 @@ class ActivationReader:
     def smoothed(self, q: Quantization) -> Quantization | None:
         """A dynamic quantization of what a known factor along K was taken of; None where there is none."""
         step, m = step_of(self._reader, q.x), q.magnitude
-        if not isinstance(step, Multiply) or m is None:
+        if not isinstance(step, Multiply) or m is None or q.smooth is not None:
             return None
         shape, own = shape_of(q.x), torch.finfo(dtype_of(q.x))
         for way in ways(step):
@@ -364,6 +367,18 @@ class ActivationReader:
             walk.rounded(q.dtype)
         return self._finished(walk, self.magnitudes.origin(inner))
 
+    def _by_operator(self, walk: _Walk, rows: QuantizedRows) -> Quantization | NotRead:
+        """By an operator that finds the scales itself."""
+        smooth = None if rows.smooth is None else self._reader.values.expr(rows.smooth)
+        if smooth is not None and not isinstance(smooth, Const):
+            return NotRead(f"the smoothing factor of {rows.node.name} is known only at run time")
+        walk.clamp(*integer_span(torch.int8))
+        for _ in range(2):  # the inverse of the scale, and the product
+            walk.rounded(rows.dtype)
+        walk.magnitude = rows.magnitude
+        found = self._in_range(walk, rows.source, float(rows.largest))
+        return found if isinstance(found, NotRead) else replace(found, smooth=smooth)
+
     # -- the result ----------------------------------------------------------------------------------------------------
 
     def _finished(self, walk: _Walk, e: Operand) -> Quantization | NotRead:
@@ -383,6 +398,12 @@ class ActivationReader:
         divisor = m.factor if m.inverted else 1 / m.factor
         for factor in walk.rates:
             divisor *= float(factor.tensor) if isinstance(factor, Const) else math.nan
+        return self._in_range(walk, x, divisor)
+
+    def _in_range(self, walk: _Walk, x: Node, divisor: float) -> Quantization | NotRead:
+        """A dynamic quantization whose codes wrap around nowhere."""
+        low, high, m = walk.low, walk.high, walk.magnitude
+        assert m is not None
         error = walk.error + divisor * m.error
         largest = math.ceil(divisor + error - 0.5) + walk.offset
         smallest = -math.ceil(divisor + error - 0.5) + walk.offset

@@ -24,17 +24,20 @@ class Own:
     """Something that a matmul operator does to its product by itself.
 
     Attributes:
-        kind: ``"scale"``, ``"add"`` or ``"cast"`` (to the dtype of the operator's result).
+        kind: ``"scale"``, ``"add"``, ``"cast"`` (to the dtype of the operator's result) or ``"quantize"`` (to int8, the
+            operand is the zero point).
         operand: a node or a number.
         times: a number that the operand is multiplied by.
         along: ``"columns"`` or ``"rows"`` for a vector along N or M whatever its shape; None where the operand
             broadcasts as in arithmetic.
+        read: reads the operand where it is no plain tensor: ``(reader, operand, shape of the product) -> Term | None``.
     """
 
     kind: str
     operand: Any = None
     times: Any = 1
     along: str | None = None
+    read: Callable[[Any, Any, tuple[Any, ...]], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantpass.patterns.contractions import Contraction, NoContraction
     from quantpass.patterns.epilogues import Step
     from quantpass.patterns.integers import Bounds
-    from quantpass.patterns.magnitudes import ChosenScale
+    from quantpass.patterns.magnitudes import ChosenScale, QuantizedRows
 
 R = TypeVar("R")
 
@@ -47,6 +47,9 @@ class Dialect:
             :class:`~quantpass.patterns.activations.Quantizer` or None.
         scales: operators that choose a scale and a zero point for a tensor. Readers take ``(**arguments)`` and return
             a :class:`~quantpass.patterns.magnitudes.ChosenScale` or None.
+        quantized_rows: operators that find a scale for each row and quantize by it: the first result is the codes, the
+            second the scales. Readers take ``(node, **arguments)`` and return a
+            :class:`~quantpass.patterns.magnitudes.QuantizedRows` or None.
         rows: what operators do to rows, so that large weights are read in blocks. Readers take
             ``(node, dim, **arguments)``, with the dimension of the result along which rows lie, and return for each
             operand along which of its dimensions they lie (None: it is needed whole), or None for "may mix rows"; or a
@@ -61,6 +64,7 @@ class Dialect:
     steps: Readers[Step | None] = field(default_factory=dict)
     quantizers: Readers[Quantizer | None] = field(default_factory=dict)
     scales: Readers[ChosenScale | None] = field(default_factory=dict)
+    quantized_rows: Readers[QuantizedRows | None] = field(default_factory=dict)
     rows: Readers[Needs | Formula | None] = field(default_factory=dict)
 
 
@@ -78,10 +82,11 @@ class Dialects:
     steps: ReaderTable[Step | None]
     quantizers: ReaderTable[Quantizer | None]
     scales: ReaderTable[ChosenScale | None]
+    quantized_rows: ReaderTable[QuantizedRows | None]
     rows: ReaderTable[Needs | Formula | None]
 
     def know(self, target: Any) -> bool:
         """True for an operator that something is known of."""
         named = (self.dequantizers, self.recentre, self.integers, self.contractions, self.steps)
-        tables = (*named, self.quantizers, self.scales, decoders())
+        tables = (*named, self.quantizers, self.scales, self.quantized_rows, decoders())
         return any(table.get(target) is not None for table in tables)

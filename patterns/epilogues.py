@@ -78,6 +78,9 @@ def own_steps(reader: AffineReader, c: Contraction) -> list[Step]:
     """What the matmul operator does to its product by itself (alpha, beta and bias, scales of fused operators)."""
     dtype, steps = c.product_dtype, []
     for own in c.own:
+        if own.kind == "quantize":
+            steps.append(_own_quantize(reader, own, c))
+            continue
         if own.kind == "cast" or (own.kind == "scale" and not dtype.is_floating_point):
             dtype = c.node.meta["val"].dtype if own.kind == "cast" else torch.float32
         term = None if own.kind == "cast" else _own_term(reader, own, c)
@@ -85,8 +88,28 @@ def own_steps(reader: AffineReader, c: Contraction) -> list[Step]:
     return steps
 
 
+def _own_quantize(reader: AffineReader, own: Own, c: Contraction) -> Step:
+    """To int8, scaled already; the step has no term where its zero point is not known."""
+    one = Term(ex.reshape(ex.scalar(1.0), (1,)), (1,) * len(c.product_shape))
+    zero = 0.0 if own.operand is None else _number(_own_term(reader, own, c))
+    if zero is None:
+        return Step("quantize", c.node, own_dtype=torch.int8)
+    return Step("quantize", c.node, one, zero_point=int(zero), bounds=(-128, 127), own_dtype=torch.int8)
+
+
+def _number(term: Term | None) -> float | None:
+    """The whole number that every element of a term is."""
+    if term is None or term.constant is None or not term.constant.numel():
+        return None
+    first = float(term.constant.reshape(-1)[0])
+    return first if first.is_integer() and ex.is_all(term.expr, first) else None
+
+
 def _own_term(reader: AffineReader, own: Own, c: Contraction) -> Term | None:
     shape = c.product_shape
+    if own.read is not None:
+        term: Term | None = own.read(reader, own.operand, shape)
+        return term
     if own.along is not None:
         term = reader.vector(own.operand, shape, rows=own.along == "rows")
     else:

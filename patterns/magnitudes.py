@@ -102,6 +102,31 @@ class ChosenScale:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """An operator that finds a scale for each row of a tensor and quantizes by it, symmetrically.
+
+    Attributes:
+        node: its call.
+        source: the tensor.
+        largest: the code of a row's largest magnitude.
+        smooth: what the tensor is multiplied by first, ``(K,)``; None for nothing.
+        dtype: what it computes in.
+    """
+
+    node: Node
+    source: Node
+    largest: int
+    smooth: Node | None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def magnitude(self) -> Magnitude:
+        """Its scales. With a smoothing factor they belong to no tensor of the graph, but to this call alone."""
+        x = self.source if self.smooth is None else self.node
+        return _rounded(Magnitude(MAGNITUDE, x, whole=False, factor=1 / self.largest), self.dtype)
+
+
 class MagnitudeReader:
     """Reads the magnitudes of one graph, each node once.
 
@@ -170,10 +195,27 @@ class MagnitudeReader:
         chosen: ChosenScale | None = reader(**arguments(several))
         return chosen
 
+    def quantized_rows(self, e: Any, index: int) -> QuantizedRows | None:
+        """The operator that quantizes rows by scales of its own, where ``e`` is its result number ``index``."""
+        if not isinstance(e, Node) or e.target is not operator.getitem or e.args[1] != index:
+            return None
+        several = e.args[0]
+        if not isinstance(several, Node) or several in self._reader.values.mutated:
+            return None
+        reader = self._reader.dialects.quantized_rows.get(several.target)
+        found: QuantizedRows | None = None if reader is None else reader(several, **arguments(several))
+        if found is None or found.smooth is not None:
+            return found
+        source = self.origin(found.source)
+        return None if source is None else replace(found, source=source)
+
     def _read(self, e: Any) -> Magnitude | None:
         chosen = self._chosen_scale(e, 0)
         if chosen is not None:
             return self._by_name(chosen)
+        rows = self.quantized_rows(e, 1)
+        if rows is not None:
+            return rows.magnitude
         step = step_of(self._reader, e)
         if step is None or not dtype_of(e).is_floating_point:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -25,7 +25,15 @@ from quantpass.graph.writes import Writes, writes_of
 from quantpass.patterns import default_dialects
 from quantpass.patterns.contractions import read_contraction
 from quantpass.patterns.sites import Reading, find_sites, matmul_name, unreadable
-from quantpass.planning.already_fused import already_fused, own_calls
+from quantpass.planning.already_fused import (
+    Around,
+    already_fused,
+    completed,
+    is_own,
+    left_around,
+    may_be_completed,
+    own_calls,
+)
 from quantpass.planning.choose import Others, Planned, others_of
 from quantpass.planning.norms import PlannedNorm, plan_norms, with_norms
 from quantpass.planning.options import Options
@@ -61,13 +69,15 @@ class Outcome:
 class Analysis:
     """What is to be done with each site, and with the norms in front of them.
 
-    ``leaves`` as in :class:`Outcome`, ``mutated``: what the graph writes to.
+    ``leaves`` as in :class:`Outcome`, ``mutated``: what the graph writes to, ``left``: fused matmuls that the model
+    calls itself and that stay as they are, with what the graph does by hand around them.
     """
 
     planned: list[tuple[Reading, Planned]]
     leaves: frozenset[Node] = frozenset()
     mutated: frozenset[Node] = frozenset()
     norms: tuple[PlannedNorm, ...] = ()
+    left: Mapping[Node, Around] = field(default_factory=dict)
 
 
 def analyse(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Analysis:
@@ -88,14 +98,21 @@ def _analysed(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Opt
         others = others_of(readings, options)
         writes = writes_of(gm.graph, values.mutated)
         labels = stream_labels(gm.graph)
-        planned = []
+        planned, left = [], {}
         for reading in readings:
             found = _planned(reading, options, writes, labels, others)
+            if is_own(reading.node):
+                more = completed(reading.node, found)
+                if more is None:
+                    around = partial(left_around, reading, found, options, others.int8)
+                    left[reading.node] = guarded(around, lambda _: Around(), f"looking around {reading.name}")
+                    continue
+                found = more
             planned.append((reading, found))
             if found.plan is not None and found.plan.int8_codes is not None:
                 others.int8.add(found.plan.output)
         norms = plan_norms(gm.graph, planned, options, writes, labels)
-    return Analysis(with_norms(planned, norms), frozenset(values.read_leaves), values.mutated, norms)
+    return Analysis(with_norms(planned, norms), frozenset(values.read_leaves), values.mutated, norms, left)
 
 
 def _planned(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others) -> Planned:
@@ -103,6 +120,8 @@ def _planned(reading: Reading, options: Options, writes: Writes, labels: dict[No
 
 
 def _plan(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others) -> Planned:
+    if is_own(reading.node) and not may_be_completed(reading, options):
+        return Planned(None, None)
     planned = plan_as_allowed(reading, options.chip, options, writes, others)
     reject = stream_reject(planned.plan, labels) if planned.plan is not None else None
     return planned if reject is None else _refused(reject)
@@ -122,7 +141,11 @@ def _with_unread(
     planned = [conditional(r, p) if r.node in fed else (r, p) for r, p in found.planned]
     table = default_dialects(options.dialects).contractions
     for node in sorted(fed - known):
-        if any(made_of_integers(i, fed) for i in node.all_input_nodes) and read_contraction(table, node) is not None:
+        if (
+            not is_own(node)
+            and any(made_of_integers(i, fed) for i in node.all_input_nodes)
+            and read_contraction(table, node) is not None
+        ):
             planned.append(conditional(unreadable(node, UNREAD), _refused(UNREAD)))
     return replace(found, planned=planned)
 
@@ -135,12 +158,18 @@ def explain_graph(
 ) -> Outcome:
     """The verdict on every site of a graph, without touching it; arguments as for :func:`fuse_graph`."""
     found = _with_unread(gm, analyse(gm, leaves, options), leaves, unread or {}, options)
-    calls = own_calls(gm.graph)
+    calls = _calls_left(gm, found)
     keys = _keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
     removed = _removals(gm, found)
     sites = tuple(_site(r, p, options, keys, removed, fused=p.plan is not None) for r, p in found.planned)
-    sites = (*sites, *already_fused(calls, options, keys))
+    sites = (*sites, *already_fused(calls, options, keys, found.left))
     return Outcome(sites, found.leaves, notes=_notes(sites, unread), shown=_shown(gm, found, calls, leaves))
+
+
+def _calls_left(gm: GraphModule, found: Analysis) -> list[Node]:
+    """The model's own calls of fused matmuls that no plan completes."""
+    planned = {r.node for r, _ in found.planned}
+    return [n for n in own_calls(gm.graph) if n not in planned]
 
 
 def _keys(gm: GraphModule, sites: Sequence[Node], leaves: Mapping[Node, torch.Tensor]) -> dict[Node, Hashable]:
@@ -178,9 +207,9 @@ def fuse_graph(
     found = _with_unread(gm, analyse(gm, leaves, options), leaves, unread or {}, options)
     before = dump(gm) if keep_text else ""
     sites: list[Site] = []
-    calls = own_calls(gm.graph)
+    calls = _calls_left(gm, found)
     keys = _keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
-    called = tuple(already_fused(calls, options, keys))
+    called = tuple(already_fused(calls, options, keys, found.left))
     shown = _shown(gm, found, calls, leaves)
     removed = _removals(gm, found)
     rewriter = Rewriter(gm, add_constant) if any(p.plan for _, p in found.planned) else None

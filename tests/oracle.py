@@ -24,6 +24,7 @@ from torch.fx.node import map_arg
 
 import quantpass as qp
 from quantpass.doors.compiled import copied
+from quantpass.graph.scale_words import fp19, unpack_scale_word
 from quantpass.graph.schema import bind, op_name
 from quantpass.graph.torch_internals import fill_in_values
 
@@ -32,10 +33,12 @@ HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.
 SATURATES = {"ascend310p"}
 """Chips where float16 overflow of a fused operator gives the largest finite number (docs/semantics.md, section 1)."""
 
+OWN_MATMULS = ("npu.npu_quant_matmul", "quantpass.quant_matmul")
 CONTRACTIONS = {
     *("aten.mv", "aten.addmv", "aten.addbmm"),
     *("aten.mm", "aten.mm.dtype", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.matmul", "aten.linear"),
     *("aten._int_mm", "aten.convolution", "aten.conv1d", "aten.conv2d", "aten._weight_int8pack_mm", "out_dtype"),
+    *OWN_MATMULS,
     *("aten._weight_int4pack_mm_for_cpu", "aten.einsum", "aten._weight_int4pack_mm", "aten._dyn_quant_matmul_4bit"),
 }
 ROUNDS = {"aten.round", "aten.floor", "aten.ceil", "aten.trunc", "aten.round.decimals"}
@@ -407,6 +410,8 @@ class _Checker:
     def _contraction(self, node, name, native, inputs) -> Value:
         if native.dtype == torch.bool:
             raise Unsupported(name)
+        if name in OWN_MATMULS:
+            return self._own_matmul(node, native)
         if name == "out_dtype":
             _, _, a, b = node.args
             flip = node.args[0] is torch.ops.aten.linear.default
@@ -450,6 +455,48 @@ class _Checker:
 
         slack = self._own_rule(name, bound.get("tensors", operands), sized)
         return Value(v, True, sized(lambda i: _mag(self.values[i])), held=self._held(v, bound, name), slack=slack)
+
+    def _own_matmul(self, node, native) -> Value:
+        """``npu_quant_matmul`` as the model calls it: docs/semantics.md, section 1, in exact arithmetic."""
+        a = bind(node)
+        given = {n: self.native[t] for n, t in a.items() if isinstance(t, torch.fx.Node)}
+        x, w, scale, rows, bias = (given.get(n) for n in ("x1", "x2", "scale", "pertoken_scale", "bias"))
+        others = ("x1_dtype", "x2_dtype", "pertoken_scale_dtype", "scale_dtype", "y_scale")
+        if (
+            {x.dtype, w.dtype} != {torch.int8}
+            or any(a.get(n) is not None for n in others)
+            or any(a["group_sizes"] or ())
+        ):
+            raise Unsupported(op_name(node))
+        if a.get("transpose_x1"):
+            x = x.mT
+        if a.get("transpose_x2"):
+            w = w.mT
+        floating = bias is not None and bias.is_floating_point()
+        offset, out = given.get("offset"), native.dtype
+        if scale.dtype == torch.int64:
+            scale, offset = unpack_scale_word(scale)
+        elif out in (torch.int8, torch.float16) and rows is None and not floating:
+            scale = fp19(scale)
+        by = torch.ones(()).double() if out == torch.int32 else scale.double()
+        by = by if rows is None else by * rows.double()[:, None]
+        more = torch.zeros(()).double() if bias is None else bias.double()
+
+        def product(size, plus):
+            acc = size(x.double()) @ size(w.double())
+            return (acc if floating else acc + plus) * size(by) + (plus if floating else 0.0)
+
+        v, mag = product(lambda t: t, more), product(torch.abs, more.abs())
+        slack = self.of_step * wide_abs(w).sum(0) * by.abs() if self.of_step else None
+        if out.is_floating_point and node.name in self.left:
+            self.rounding += HALF_UNIT[out]
+        value = Value(v, True, mag, held=v.clamp(-65504.0, 65504.0) if self.saturates else None, slack=slack)
+        if out != torch.int8:
+            return value
+        off = self.allowance(value, node)
+        zero = 0 if offset is None else offset.double()
+        low, high = (((v + s * off).round().clamp(-256, 255) + zero).clamp(-128, 127).to(out) for s in (-1, 1))
+        return Value(low, True, None, low, high)
 
     def _held(self, v, bound, name):
         """``v`` with the product's infinities limited to float16's largest number; an addend's own stay."""

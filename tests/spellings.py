@@ -435,7 +435,31 @@ def _vendor():
         w16 = torch.ops.npu.npu_anti_quant.default(w, s, offset=z, dst_dtype=F16)
         return aten.mm.default(x, w16)
 
+    def codes(x):
+        rounded = aten.round.default(aten.div.Tensor(x, 0.03))
+        return aten._to_copy.default(aten.clamp.default(rounded, -128, 127), dtype=torch.int8)
+
+    def called(x, w, s, b):
+        word = torch.ops.npu.npu_trans_quant_param.default(s)
+        y = torch.ops.npu.npu_quant_matmul.default(codes(x), w, word, bias=b, output_dtype=5)
+        return codes(y)
+
+    def called_by_its_name_here(x, w, s, b):
+        y = torch.ops.quantpass.quant_matmul.default(
+            codes(x), w, s, bias=b, output_dtype=torch.bfloat16, transpose_x2=True
+        )
+        return codes(y)
+
+    def rows(x, w, s):
+        q, t = torch.ops.npu.npu_dynamic_quant.default(x)
+        real = aten.mul.Tensor(aten._to_copy.default(q, dtype=F32), aten.unsqueeze.default(t, 1))
+        return linear_t(real, deq_weight(w, s))
+
+    flat, bias = WS.flatten() * 0.01, integers(N, low=-500, high=500, dtype=torch.int32)
     yield Spelling("anti_quant", anti_quant, X.half(), (WT, WS.flatten(), integers(N, low=-3, high=4).float()))
+    yield Spelling("npu_quant_matmul, quantized", called, X.half(), (WT, flat, bias))
+    yield Spelling("quant_matmul, quantized", called_by_its_name_here, X.half(), (W, flat, bias))
+    yield Spelling("npu_dynamic_quant", rows, X.half(), (W, WS))
 
 
 # -- matmuls -------------------------------------------------------------------------------------------------------

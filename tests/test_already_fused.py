@@ -84,26 +84,34 @@ class Around(nn.Module):
         return (y / 0.5).round().clamp(-128, 127).to(torch.int8) if self.requantizes else y
 
 
-@pytest.mark.parametrize("numerics", ["strict", "vendor"])
 @pytest.mark.parametrize("requantizes", [False, True])
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_what_the_graph_quantizes_around_a_call_is_said(by_hand, requantizes, numerics):
+def test_what_the_graph_quantizes_around_a_call_is_said(by_hand, requantizes):
+    """Where nothing can take it in: the codes are asked of no operator, and beside a scale for each row it gives none."""
     qp.emulate_npu()
     program = torch.export.export(Around(by_hand, requantizes), (Y,))
-    (site,) = qp.explain(program, target="ascend910b", numerics=numerics).sites
+    (site,) = qp.explain(program, target="ascend910b", numerics="strict").sites
     assert site.fused
     notes = " ".join(site.plan.notes)
-    assert ("the graph makes the codes of x1" in notes) == by_hand
-    assert ("the quantize that follows is not part of the matmul" in notes) == requantizes
+    would = "the graph makes the codes of x1 (to_1): numerics='vendor' would have npu_dynamic_quant make them"
+    assert (would in notes) == by_hand
+    assert ("qmm.requantize.pertoken: the result is quantized and x has a scale for each row" in notes) == requantizes
 
 
-@pytest.mark.parametrize("rows", [False, True])
-def test_codes_are_asked_for_where_the_operator_gives_them(rows):
+def test_the_reason_is_said_where_no_operator_makes_the_codes():
     qp.emulate_npu()
-    program = torch.export.export(Around(True, True, rows), (Y,))
-    (site,) = qp.explain(program, target="ascend910b").sites
-    assert ("ask it for output_dtype=torch.int8" in " ".join(site.plan.notes)) != rows
-    assert ("no codes where x has a scale for each row" in " ".join(site.plan.notes)) == rows
+
+    class Narrow(Around):
+        def forward(self, x):
+            s = x.float().abs().amax(-1, keepdim=True) / 7
+            q = (x / s).round().clamp(-8, 7).to(torch.int8)
+            return torch.ops.npu.npu_quant_matmul(
+                q, self.weight.t(), self.scale, output_dtype=5, pertoken_scale=s[:, 0]
+            )
+
+    program = torch.export.export(Narrow(True, False), (Y,))
+    (site,) = qp.explain(program, target="ascend910b", numerics="vendor").sites
+    assert "requantize.divisor: the largest magnitude of the activation becomes 7" in " ".join(site.plan.notes)
 
 
 class Completed(nn.Module):

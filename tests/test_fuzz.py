@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 from hypothesis import strategies as st
 
+import quantpass as qp
 from tests import helpers
 from tests.fuzz import graphs
 from tests.fuzz.running import judged, untouched
@@ -60,6 +61,14 @@ def test_vendor_numerics(fuzz, kind):
     """Activations that the operators quantize by their own rule: the stated bounds hold for every output."""
     cases, check = getattr(graphs, kind)(), partial(judged, numerics="vendor")
     fuzz(f"{kind}, vendor numerics", cases, check, few=60, least=0.1, targets=st.sampled_from(helpers.CHIPS))
+
+
+@pytest.mark.parametrize("numerics", ["strict", "vendor"])
+def test_own_calls(fuzz, numerics):
+    """Matmuls that the model calls as the vendor's operator, completed where the graph quantizes around them."""
+    qp.emulate_npu()
+    check = partial(judged, numerics=numerics)
+    fuzz(f"own calls, {numerics}", graphs.own_calls(), check, few=50, least=0.3, targets=CHIPS, weight=0.5)
 
 
 def test_long_sums(fuzz):

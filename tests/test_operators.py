@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantpass.graph.scale_words import fp19, pack_scale_word, unpack_scale_word
 from quantpass.lowering.fractal_nz import from_fractal_nz, nz_bytes, pack_int4_nz, tile_columns, to_fractal_nz
 from quantpass.operators.anti_quant import npu_anti_quant
 from quantpass.operators.dynamic_quant import npu_dynamic_quant
 from quantpass.operators.int4 import pack_int4, unpack_int4
 from quantpass.operators.quantize import npu_quantize
-from quantpass.operators.scale_words import fp19, pack_scale_word, unpack_scale_word
 from quantpass.operators.weight_quant_matmul import chosen_template
 
 ops = torch.ops.quantpass

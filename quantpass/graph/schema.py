@@ -4,7 +4,7 @@ A reader of an operator is a plain function whose keyword parameters are *all* a
 :func:`call_reader` binds a node's arguments, defaults included, and calls it; a reader that does not name every
 argument can't be put into a table, and a linter rule forbids a named but unused one. So no argument of a consumed
 node goes unexplained, and a schema that grows an argument in a newer PyTorch turns into a clear error, not into a
-wrong reading.
+wrong reading. A parameter with a default stands for an argument that older versions of the operator lack.
 """
 
 from __future__ import annotations
@@ -134,12 +134,12 @@ class ReaderTable(Generic[R]):
 
 
 def _mismatch(target: OpOverload, reader: Callable[..., Any], leading: int) -> str | None:
-    parameters = list(inspect.signature(reader).parameters)[leading:]
-    wanted = [_parameter_name(name) for name, _ in arguments_of(target)]
-    if sorted(parameters) == sorted(wanted):
+    parameters = list(inspect.signature(reader).parameters.values())[leading:]
+    wanted = {_parameter_name(name) for name, _ in arguments_of(target)}
+    missing = sorted(wanted - {p.name for p in parameters})
+    extra = sorted({p.name for p in parameters if p.default is inspect.Parameter.empty} - wanted)
+    if not missing and not extra:
         return None
-    missing = sorted(set(wanted) - set(parameters))
-    extra = sorted(set(parameters) - set(wanted))
     return (
         f"the reader {reader.__name__} of {target} must name every argument of the operator's schema: "
         f"missing {missing}, unknown {extra}"

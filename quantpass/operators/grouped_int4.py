@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from quantpass.graph.scale_words import unpack_scale_word
 from quantpass.operators.arguments import require
-from quantpass.operators.scale_words import unpack_scale_word
 
 
 def int4_grouped(

@@ -9,17 +9,17 @@ from torch.fx import Node
 
 from quantpass.chips.companions import FORMAT_CAST as NPU_FORMAT_CAST
 from quantpass.chips.companions import INT4PACK, TQP
+from quantpass.graph.scale_words import pack_scale_word
 from quantpass.operators.arguments import ND, NZ, Arguments, require
 from quantpass.operators.ge import Ge, whole
 from quantpass.operators.int4 import pack_int4
 from quantpass.operators.operator import AclnnGraph, Operator
-from quantpass.operators.scale_words import pack_scale_word
 
 _FORMATS = {ND: "ND", NZ: "FRACTAL_NZ"}
 
 
 def trans_quant_param(scale: torch.Tensor, offset: torch.Tensor | None = None, round_mode: int = 0) -> torch.Tensor:
-    """``npu_trans_quant_param``: scale and offset as the int64 word of :mod:`quantpass.operators.scale_words`.
+    """``npu_trans_quant_param``: scale and offset as the int64 word of :mod:`quantpass.graph.scale_words`.
 
     Args:
         scale: float32, ``(n,)``, ``(1,)`` or ``(1, n)``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quantpass.operators.scale_words import pack_scale_word, unpack_scale_word
+from quantpass.graph.scale_words import pack_scale_word, unpack_scale_word
 
 _FLOAT16_MAX = 65504.0
 

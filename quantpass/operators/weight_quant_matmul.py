@@ -13,13 +13,13 @@ import torch
 from torch.fx import Node
 
 from quantpass.chips.weight_quant_matmul import WQMM
+from quantpass.graph.scale_words import unpack_scale_word
 from quantpass.operators.arguments import Arguments, matrix_shape, packed_transposed, refuse_given, require
 from quantpass.operators.ge import Ge, padded, turned
 from quantpass.operators.int4 import unpack_int4
 from quantpass.operators.multi_scale import INT4_PLANES, INT8_PLANES, accumulated, half_away
 from quantpass.operators.operator import AclnnGraph, Operator
 from quantpass.operators.results import requantize, scale_and_offset, to_float
-from quantpass.operators.scale_words import unpack_scale_word
 
 TEMPLATES = ("custom", "msd", "fixpipe", "310p", "auto")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,9 +1,13 @@
-"""Fused matmuls that a graph already calls, the vendor's and quantpass's own: left as they are, and judged."""
+"""Fused matmuls that a graph already calls, the vendor's and quantpass's own: judged, and left as they are.
+
+Where the graph quantizes by hand what such a call multiplies or returns, the call is completed: it is read and planned
+like any other matmul, and the plan is taken if it has an operator do what the graph does by hand.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -18,8 +22,7 @@ from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.chips.calls import OpCall, VendorOp
 from quantpass.chips.checking import spec_of_tensor
 from quantpass.chips.legality import Verdict, judge
-from quantpass.chips.quant_matmul import QMM
-from quantpass.graph.records import Numerics, Plan, Site
+from quantpass.graph.records import Numerics, Plan, Site, Weight
 from quantpass.graph.schema import bind, op_name
 from quantpass.operators import OPERATORS
 from quantpass.operators.arguments import DTYPE_NUMBERS, NZ
@@ -27,10 +30,11 @@ from quantpass.operators.dynamic_quant import DYNAMIC_QUANT
 from quantpass.operators.operator import Operator, vendor_call
 from quantpass.operators.preparation import FORMAT_CAST
 from quantpass.operators.quantize import QUANTIZE
-from quantpass.patterns.sites import provenance
-from quantpass.planning.choose import is_quantized_behind
+from quantpass.patterns.sites import Reading, provenance
+from quantpass.planning.choose import Planned, is_quantized_behind
 from quantpass.planning.options import Options
-from quantpass.planning.requantize import is_given
+from quantpass.planning.quant_matmul_dequant import has_it
+from quantpass.planning.requantize import is_given, requantized
 
 _MATMULS: Mapping[str, VendorOp] = MappingProxyType(
     {
@@ -49,6 +53,15 @@ _JUDGED: Mapping[str, Operator] = MappingProxyType(
 _DTYPES = {number: dtype for dtype, number in DTYPE_NUMBERS.items()}
 
 _OWN_CALL = "called by the model itself"
+_COMPLETED = "completes a call of the model's own"
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What the graph does by hand around a call that stays as it is, and what would change that, for a refused one."""
+
+    notes: tuple[str, ...] = ()
+    rejects: tuple[Reject, ...] = ()
 
 
 def is_own_call(site: Site) -> bool:
@@ -58,7 +71,34 @@ def is_own_call(site: Site) -> bool:
 
 def own_calls(graph: Graph) -> list[Node]:
     """The calls of fused matmuls that are the model's, not ones that the pass has put there."""
-    return [n for n in graph.nodes if _operator(n) is not None and "quantpass" not in n.meta]
+    return [n for n in graph.nodes if is_own(n)]
+
+
+def is_own(node: Node) -> bool:
+    """True for such a call."""
+    return _operator(node) is not None and "quantpass" not in node.meta
+
+
+def may_be_completed(reading: Reading, options: Options) -> bool:
+    """False where nothing is done by hand around a call of the model's own: it is not planned in vain."""
+    if reading.contraction is None:
+        return False
+    node, x = reading.node, reading.contraction.lhs
+    takes_x = has_it(options.chip)
+    quantized = x.op == "call_function" and (takes_x or (options.numerics == "vendor" and not is_given(x)))
+    return quantized or node.meta["val"].dtype == torch.int32 or is_quantized_behind(node)
+
+
+def completed(call: Node, planned: Planned) -> Planned | None:
+    """The plan for a call of the model's own where it leaves less to the graph; None where the call stays as it is."""
+    plan, numerics = planned.plan, planned.numerics
+    if plan is None or numerics is None:
+        return None
+    scales = plan.output is not call and call.meta["val"].dtype == torch.int32
+    quantizes = plan.output is not call and plan.int8_codes is not None
+    if not (scales or quantizes or numerics.of_step):
+        return None
+    return replace(planned, plan=replace(plan, fixups=(_COMPLETED, *plan.fixups)))
 
 
 def _operator(node: Node) -> VendorOp | None:
@@ -66,12 +106,18 @@ def _operator(node: Node) -> VendorOp | None:
     return _MATMULS.get(node.target._schema.name) if is_call else None  # type: ignore[union-attr]
 
 
-def already_fused(calls: Iterable[Node], options: Options, keys: Mapping[Node, Hashable]) -> Iterator[Site]:
-    """A site for each call, ``fused`` where the chip takes it; the graph is not touched."""
+def already_fused(
+    calls: Iterable[Node], options: Options, keys: Mapping[Node, Hashable], left: Mapping[Node, Around]
+) -> Iterator[Site]:
+    """A site for each call, ``fused`` where the chip takes it; the graph is not touched.
+
+    ``left``: from :func:`left_around`.
+    """
     for node in calls:
         op = _operator(node)
         assert op is not None
-        judge_call, unjudged = partial(_judged_site, node, op, options), partial(_unjudged, node, op, options)
+        judge_call = partial(_judged_site, node, op, options, left.get(node, Around()))
+        unjudged = partial(_unjudged, node, op, options)
         yield replace(guarded(judge_call, unjudged, f"judging {node.name}"), key=keys[node])
 
 
@@ -88,8 +134,8 @@ def broken_calls(graph: Graph, options: Options) -> Iterator[str]:
         yield from (f"{node.name} for {node.meta['quantpass']!r}: {reject}" for reject in verdict.rejects)
 
 
-def _judged_site(node: Node, op: VendorOp, options: Options) -> Site:
-    return _site(node, _call(node, op, options, _described), options)
+def _judged_site(node: Node, op: VendorOp, options: Options, left: Around) -> Site:
+    return _site(node, _call(node, op, options, _described), options, left)
 
 
 def _call(node: Node, op: VendorOp, options: Options, describe: Callable[[Any], Any]) -> OpCall:
@@ -121,11 +167,11 @@ def _as_stored(value: Any) -> Any:
     return TensorSpec(spec.dtype, spec.shape, "NZ" if is_cast and value.args[1] == NZ else "ND")
 
 
-def _site(node: Node, call: OpCall, options: Options) -> Site:
+def _site(node: Node, call: OpCall, options: Options, left: Around) -> Site:
     verdict, call, weight_format = _judged(call, options)
     name, source = provenance(node)
     notes = [] if weight_format == "ND" else ["legal with the weight in FRACTAL_NZ, which the graph does not say"]
-    notes.extend(_left_around(node, call))
+    notes.extend(left.notes)
     plan = Plan(call.op.name, node, None, (_OWN_CALL,), dict(call.args), weight_format, tuple(notes))
     return Site(
         name=name,
@@ -134,29 +180,55 @@ def _site(node: Node, call: OpCall, options: Options) -> Site:
         target=options.chip.name,
         fused=verdict.legal,
         plan=plan if verdict.legal else None,
-        rejects=verdict.rejects,
+        rejects=verdict.rejects if verdict.legal else (*verdict.rejects, *left.rejects),
         numerics=Numerics("exact") if verdict.legal else None,
         reading=f"a call of {call.op}",
     )
 
 
-def _left_around(node: Node, call: OpCall) -> Iterator[str]:
-    """What the graph does around the model's own call, and an operator would do if the model asked for it."""
-    if call.op is not QMM:
+def left_around(reading: Reading, planned: Planned, options: Options, int8_already: Collection[Node]) -> Around:
+    """What there is around a call of the model's own that is not completed, and why it stays so.
+
+    Args:
+        reading: the call.
+        planned: what was found for it.
+        options: settings.
+        int8_already: nodes whose codes an earlier plan makes anyway.
+    """
+    if reading.contraction is None:
+        return Around()
+    notes = (*_codes_by_hand(reading, options, int8_already), *_quantized_behind(reading, planned))
+    return Around(notes, tuple(r for r in planned.rejects if r.rule == "requantize.strict"))
+
+
+def _codes_by_hand(reading: Reading, options: Options, int8_already: Collection[Node]) -> Iterator[str]:
+    assert reading.contraction is not None
+    x = reading.contraction.lhs
+    if x.op != "call_function" or is_given(x) or not isinstance(reading.weight, Weight):
         return
-    bound = bind(node)
-    x = bound["x1"]
-    if isinstance(x, Node) and x.op == "call_function" and not is_given(x):
-        yield (
-            f"the graph makes the codes of x1 ({x.name}), and a call of the model's own is left as it is: call "
-            "npu_dynamic_quant or npu_quantize in the model, or leave the matmul to quantpass as well"
-        )
-    if node.meta["val"].dtype.is_floating_point and is_quantized_behind(node):
-        yield "the quantize that follows is not part of the matmul: " + (
-            "a call of the model's own is left as it is; ask it for output_dtype=torch.int8 with an offset"
-            if bound["pertoken_scale"] is None
-            else "the operator gives no codes where x has a scale for each row"
-        )
+    made = requantized(reading, options.chip, replace(options, numerics="vendor"), int8_already)
+    if made is None:
+        return  # an operator makes them
+    if isinstance(made, Reject):
+        why = f"{made.rule}: {made.fact}"
+    elif made.refused is not None:
+        why = f"{made.refused.rule}: {made.refused.fact}"
+    elif options.numerics == "vendor":
+        why = "requantize.factor: the scale of the codes is no factor of what is fused"
+    else:
+        why = f"numerics='vendor' would have {made.call.op} make them"
+    yield f"the graph makes the codes of x1 ({x.name}): {why}"
+
+
+def _quantized_behind(reading: Reading, planned: Planned) -> Iterator[str]:
+    node = reading.node
+    if not node.meta["val"].dtype.is_floating_point or not is_quantized_behind(node):
+        return
+    notes = () if planned.plan is None else planned.plan.notes
+    told = [*(f"{r.rule}: {r.fact}" for r in planned.rejects if r.rule.startswith("qmm.requantize.")), *notes]
+    prefixes = ("qmm.requantize.", "what comes next stays in the graph", "the quantize that follows is not part")
+    why = next((t for t in told if t.startswith(prefixes)), "the operator takes no such quantize in")
+    yield why if why.startswith("the quantize") else f"the quantize that follows is not part of the matmul: {why}"
 
 
 def _judged(call: OpCall, options: Options) -> tuple[Verdict, OpCall, str]:

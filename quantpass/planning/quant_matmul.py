@@ -66,8 +66,8 @@ def quant_matmul_candidates(
     activation, weight = reading.activation, reading.weight
     assert isinstance(activation, Affine)
     assert isinstance(weight, Weight)
-    if isinstance(made, Requantized) and made.refused is not None:
-        made = made.refused
+    if isinstance(made, Requantized):
+        made = None if made.already else made.refused or made
     rejects = list(refusals(activation, weight))
     if rejects:
         yield from rejects

@@ -72,6 +72,7 @@ class Requantized:
         refused: why the chip does not take the call; another operator may quantize by the same rule.
         given: the operator takes the graph's own scale.
         smooth: what the operator multiplies ``x`` by first, ``(K,)``.
+        already: the model itself has an operator make the codes: only a matmul that takes ``x`` gains anything.
     """
 
     x: Expr
@@ -87,6 +88,7 @@ class Requantized:
     refused: Reject | None = None
     given: bool = False
     smooth: Const | None = None
+    already: bool = False
 
     @property
     def why(self) -> str:
@@ -127,22 +129,26 @@ def requantized(
         return None
     assert isinstance(weight, Weight)
     leaves = [leaf.node for leaf in ex.leaves_of(activation.codes) if isinstance(leaf, Ref)]
-    if not leaves or any(leaf in int8_already for leaf in leaves) or all(map(is_given, leaves)):
+    if not leaves or any(leaf in int8_already for leaf in leaves):
+        return None
+    already = all(map(is_given, leaves))
+    if already and QMMD not in chip.layouts:
         return None
     found = reader.read(activation.codes)
     if isinstance(found, NotRead):
-        return refuse(found.rule, f"the activation: {found.reason}")
+        return None if already else refuse(found.rule, f"the activation: {found.reason}")
     matrix = len(ex.shape_of(weight.codes)) == 2
     refused: Requantized | Reject | None = None
     for q in _ways(found, reader, chip):
         x = flattened(Ref(q.x)) if matrix else ex.reshape(Ref(q.x), activation.shape)
         made = (_static if q.magnitude is None else _dynamic)(q, x, reader, options)
         if isinstance(made, Requantized):
+            made = replace(made, already=already)
             verdict = judge(made.call, chip, options.allow)
             if verdict.legal:
                 return made
             made = replace(made, refused=verdict.rejects[0])
-        refused = refused if isinstance(refused, Requantized) else made
+        refused = refused if isinstance(refused, Requantized) or (already and isinstance(made, Reject)) else made
     return refused
 
 
@@ -161,7 +167,7 @@ def is_given(node: Node) -> bool:
     """True for codes that come from outside of the graph, or from one of the vendor's operators."""
     maker = node.args[0] if node.target is operator.getitem else node
     assert isinstance(maker, Node)
-    own = maker.op == "call_function" and not str(maker.target).startswith("npu.")
+    own = maker.op == "call_function" and not str(maker.target).startswith(("npu.", "quantpass."))
     return not own and not node.meta["val"].dtype.is_floating_point
 
 

@@ -200,6 +200,58 @@ def integer_matmuls(draw):
 
 
 @st.composite
+def own_calls(draw):
+    """The vendor's quantized matmul as the model calls it, its operands and its result quantized by hand or not."""
+    d = Draw(draw)
+    d.wild = False
+    dtype = d.one_of(torch.float16, torch.bfloat16)
+    m, k, n = d.int(1, 6), d.one_of(16, 64), d.one_of(16, 32)
+    x = d.floats(m, k).to(dtype)
+    w = d.given(d.codes(n, k, low=-127, high=127), "weights")
+    per = d.one_of("token", "token", "floor", "operator", "smoothed operator", "static", "static", "static along K")
+    rows = per not in ("static", "static along K")
+    out = d.one_of(torch.float16, torch.bfloat16) if rows else d.one_of(torch.float16, torch.bfloat16, torch.int8)
+    out = torch.int32 if d.one_of(False, False, False, True) else out
+    word = not rows and out in (torch.float16, torch.int8) and d.maybe()
+    # Codes that are not all at the ends of their range; a bias that no bound hides.
+    scale = d.given(d.scales(*d.one_of((n,), (n,), (1,))) * (0.05 if out == torch.int8 else 1.0))
+    offset = d.int(-20, 20)
+    added = d.one_of(None, torch.int32, *((torch.float32,) if rows and out.is_floating_point else ()))
+    bias = None if added is None else d.given(d.floats(n, scale=d.one_of(200.0, 2e5)).to(added))
+    s, z, narrow = d.one_of(0.03, 0.0625), d.one_of(0, 0, 9), d.one_of(False, False, False, True)
+    smooth, codes = torch.linspace(0.5, 2, k).to(dtype), requantize(d)
+    swapped = rows and d.one_of(False, False, False, True)
+    npu = torch.ops.npu
+
+    def quantized(x):
+        if per == "operator":
+            return npu.npu_dynamic_quant(x)
+        if per == "smoothed operator":
+            return npu.npu_dynamic_quant(x, smooth_scales=smooth)
+        if rows:
+            t = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5 if per == "floor" else 0.0) / 127
+            return (x.float() / t).round().clamp(-128, 127).to(torch.int8), t.squeeze(-1)
+        x = x * smooth if per == "static along K" else x
+        return ((x.float() / s).round() + z).clamp(-127 if narrow else -128, 127).to(torch.int8), None
+
+    def graph(x):
+        q, t = quantized(x)
+        t = t.flip(0) if swapped else t
+        by = npu.npu_trans_quant_param(scale(), torch.full((1,), float(offset))) if word else scale()
+        last = npu.npu_quant_matmul(
+            q, w().t(), by, output_dtype=out, bias=None if bias is None else bias(),
+            offset=torch.full((1,), float(offset)) if out == torch.int8 and not word else None,
+            pertoken_scale=t if out.is_floating_point else None,
+        )  # fmt: skip
+        if out == torch.int8:
+            return (last,)
+        y = last if out.is_floating_point else (last.float() * scale() * (0.02 if t is None else t[:, None])).to(dtype)
+        return (y,) if codes is None else (codes(y)[0],)
+
+    return d.case(graph, x, matmuls=1, capture=d.one_of("fake", "keywords"))
+
+
+@st.composite
 def attentions(draw):
     """Two operands that are quantized when the graph runs."""
     d = Draw(draw)
