@@ -20,6 +20,7 @@ from quantpass.operators.int4 import unpack_int4
 from quantpass.operators.multi_scale import INT4_PLANES, INT8_PLANES, accumulated, half_away
 from quantpass.operators.operator import AclnnGraph, Operator
 from quantpass.operators.results import requantize, scale_and_offset, to_float
+from quantpass.operators.weight_dequantization import dequantized_to
 
 TEMPLATES = ("custom", "msd", "fixpipe", "310p", "auto")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -85,6 +86,7 @@ def weight_quant_matmul(
     k, n = codes.shape
     require(left.shape[-1] == k, f"weight_quant_matmul: x has K = {left.shape[-1]} and weight has K = {k}", "wqmm.k")
     scale, offset = _parameters(antiquant_scale, antiquant_offset, x.dtype, k, n, antiquant_group_size)
+    group = antiquant_group_size
     added = _bias(bias, n)
     if template == "auto":
         template = chosen_template(
@@ -93,10 +95,10 @@ def weight_quant_matmul(
     if template == "msd":
         require(antiquant_scale.dtype != torch.int64, "weight_quant_matmul: the msd template takes no int64 scale")
         planes = INT4_PLANES if weight.dtype == torch.int32 else INT8_PLANES
-        acc = accumulated(left, codes, scale, offset, antiquant_group_size, planes, bool(inner_precise))
+        spread = _spread(scale, k, group), None if offset is None else _spread(offset, k, group)
+        acc = accumulated(left, codes, *spread, group, planes, bool(inner_precise))
     else:
-        w = _dequantized(codes, scale, offset, x.dtype)
-        acc = left.to(torch.float32) @ w.to(torch.float32)
+        acc = left.to(torch.float32) @ _dequantized(codes, scale, offset, group, x.dtype, torch.float32)
     if added is not None:
         acc = acc + added
     if quant_scale is None:
@@ -171,27 +173,28 @@ def dequantized_weight(
     codes = weight_codes(weight, transpose_weight)
     k, n = codes.shape
     scale, offset = _parameters(antiquant_scale, antiquant_offset, dtype, k, n, group_size)
-    return _dequantized(codes, scale, offset, dtype)
+    return _dequantized(codes, scale, offset, group_size, dtype, dtype)
 
 
 def _dequantized(
-    codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, dtype: torch.dtype
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+    held_in: torch.dtype,
 ) -> torch.Tensor:
     if scale.dtype == torch.int64:  # the fixpipe template: integers, then one FP19 multiplication
         factor, _ = unpack_scale_word(scale)
         whole = codes.to(torch.int32) if offset is None else codes.to(torch.int32) + offset
-        return (whole.to(torch.float32) * factor).to(torch.float16)
-    work = torch.float16 if dtype == torch.float16 else torch.float32
-    w = codes.to(work)
-    if offset is not None:
-        w = w + offset.to(work)
-    return (w * scale.to(work)).to(dtype)
+        return (whole.to(torch.float32) * factor).to(torch.float16).to(held_in)
+    return dequantized_to(held_in, codes, scale, offset, group_size, dtype)
 
 
 def _parameters(
     scale: torch.Tensor, offset: torch.Tensor | None, dtype: torch.dtype, k: int, n: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and offset checked and spread, so that both broadcast against ``(K, N)``."""
+    """Scale and offset checked, ``(1, 1)``, ``(1, N)`` or a row a group."""
     word = scale.dtype == torch.int64
     if word:
         fits = dtype == torch.float16 and group_size == 0
@@ -216,12 +219,13 @@ def _parameters(
             f"weight_quant_matmul: antiquant_offset is {offset.dtype}; with a {scale.dtype} scale it must be {wanted}",
             "wqmm.offset.dtype",
         )
-    spread = _spread(scale, k, n, group_size)
-    return spread, None if offset is None else _spread(offset, k, n, group_size)
+    _check_shape(tuple(scale.shape), k, n, group_size)
+    if group_size:
+        return scale, offset
+    return scale.reshape(1, -1), None if offset is None else offset.reshape(1, -1)
 
 
-def _spread(parameter: torch.Tensor, k: int, n: int, group_size: int) -> torch.Tensor:
-    shape = tuple(parameter.shape)
+def _check_shape(shape: tuple[int, ...], k: int, n: int, group_size: int) -> None:
     if group_size == 0:
         accepted = ((1,), (1, 1), (n,), (1, n))
         require(
@@ -229,7 +233,7 @@ def _spread(parameter: torch.Tensor, k: int, n: int, group_size: int) -> torch.T
             f"weight_quant_matmul: antiquant_scale has shape {shape}; accepted: {accepted}",
             "wqmm.scale.shape",
         )
-        return parameter.reshape(1, -1)
+        return
     require(
         group_size > 0,
         f"weight_quant_matmul: antiquant_group_size is {group_size}; it must be 0 or positive",
@@ -241,7 +245,11 @@ def _spread(parameter: torch.Tensor, k: int, n: int, group_size: int) -> torch.T
         f"weight_quant_matmul: antiquant_scale is {shape}; with groups of {group_size} it must be ({groups}, {n})",
         "wqmm.scale.shape.group",
     )
-    return parameter.repeat_interleave(group_size, dim=0)[:k]
+
+
+def _spread(parameter: torch.Tensor, k: int, group_size: int) -> torch.Tensor:
+    """A row for each row of K where there are groups."""
+    return parameter.repeat_interleave(group_size, dim=0)[:k] if group_size else parameter
 
 
 def _bias(bias: torch.Tensor | None, n: int) -> torch.Tensor | None:
