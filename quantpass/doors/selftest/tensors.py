@@ -18,8 +18,8 @@ from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.weight_quant_matmul import WQMM
 from quantpass.doors.selftest.cases import Case
 from quantpass.doors.selftest.forms import FORMS
+from quantpass.graph.scale_words import pack_scale_word
 from quantpass.operators.int4 import pack_int4, unpack_int4
-from quantpass.operators.scale_words import pack_scale_word
 
 Tensors = Mapping[str, torch.Tensor]
 
