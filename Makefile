@@ -14,7 +14,7 @@ CELLS ?=
 SAMPLE ?= 300
 SEED ?= 0
 
-.PHONY: help demo test test-fast matrix mutants lint format docs coverage bench clean
+.PHONY: help demo test test-fast matrix mutants lint format pages docs coverage bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,7 +64,10 @@ format: $(VENV)/lint.stamp ## let ruff format and fix
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-docs: $(VENV)/test.stamp coverage ## make the generated pages
+docs: $(VENV)/docs.stamp ## the documentation as a site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
+pages: $(VENV)/test.stamp coverage ## make the generated pages of the documentation
 	$(VENV)/bin/quantpass chips --markdown > docs/chips.md
 	$(VENV)/bin/quantpass reasons --markdown > docs/reasons.md
 

@@ -13,9 +13,6 @@ from tabulate import tabulate
 from torch import nn
 
 import quantpass as qp
-from quantpass.lowering.ge_graph import first_difference
-from quantpass.lowering.standin_cann import StandinError
-from quantpass.lowering.standin_process import TorchairProcess
 
 logging.getLogger("quantpass").setLevel(logging.ERROR)
 
@@ -50,7 +47,7 @@ def main():
     float_model, model, x = make()
     rows, failures = [], 0
     try:
-        with TorchairProcess() as process:
+        with qp.TorchairProcess() as process:
             for chip in CHIPS:
                 before = qp.preview_ge(model, (x,), target=chip, fuse=False, process=process)
                 after = qp.preview_ge(model, (x,), target=chip, process=process)
@@ -59,7 +56,7 @@ def main():
                 error = (computed - float_model(x)).abs().max() / float_model(x).abs().mean()
                 failures += not same or after.report.fused != 2
                 rows.append([chip, len(before.ops), len(after.ops), "equal" if same else "different", f"{error:.3f}"])
-    except StandinError as error:
+    except qp.StandinError as error:
         print(f"No preview here: {error}")
         return 0
     columns = [
@@ -71,7 +68,7 @@ def main():
     ]
     print(tabulate(rows, headers=columns, tablefmt="simple"))
     print(f"\nWhat fusing changed on {CHIPS[-1]}:\n{qp.diff(before, after)}")
-    print(f"\nWhere the two graphs differ first:\n{first_difference(before.graphs[0].graph, after.graphs[0].graph)}")
+    print(f"\nWhere the two graphs differ first:\n{before.first_difference(after)}")
     return 1 if failures else 0
 
 

@@ -20,9 +20,10 @@ from quantpass.patterns import (
     quark,
     torchao_affine,
 )
+from quantpass.patterns.contractions import Contraction, NoContraction, Own
 from quantpass.patterns.dialect import Dialect, Dialects, R, Readers
 
-__all__ = ["Dialect", "Dialects", "default_dialects"]
+__all__ = ["Contraction", "Dialect", "Dialects", "NoContraction", "Own", "default_dialects"]
 
 KNOWN = (
     aten_packed.dialect,

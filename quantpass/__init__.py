@@ -5,6 +5,11 @@ from pathlib import Path as _Path
 from types import MappingProxyType as _MappingProxyType
 from typing import TYPE_CHECKING
 
+if __name__ != "quantpass":
+    # In a checkout the folder of this one is on its own path (below): whoever walks through the modules, as PyTorch
+    # does for TORCH_LOGS="+quantpass", would find quantpass.quantpass.quantpass and never end.
+    raise ImportError(f"{__name__} is quantpass itself", name=__name__)
+
 _root = _Path(__file__).resolve().parent.parent
 if (_root / "patterns" / "dialect.py").is_file():
     # A checkout: patterns/ and lowering/ lie beside this folder and are its subpackages, whatever else is installed.
@@ -29,7 +34,10 @@ if TYPE_CHECKING:
     from quantpass.doors.verification import Verification, verify
     from quantpass.graph.records import Numerics, Plan, Site, WeightFormat
     from quantpass.lowering.emulation import emulate_npu
+    from quantpass.lowering.standin_cann import StandinError
+    from quantpass.lowering.standin_process import PreviewError, TorchairProcess
     from quantpass.messages.explain import Explanation, explain_error
+    from quantpass.planning.options import Options
     from quantpass.report import Report
 
 __all__ = [
@@ -37,12 +45,16 @@ __all__ = [
     "Explanation",
     "GePreview",
     "Numerics",
+    "Options",
     "Plan",
+    "PreviewError",
     "Reject",
     "Report",
     "SelfTest",
     "Site",
+    "StandinError",
     "TensorSpec",
+    "TorchairProcess",
     "Verification",
     "WeightFormat",
     "__version__",
@@ -77,7 +89,10 @@ _NAMES = {
     "doors.verification": ("Verification", "verify"),
     "graph.records": ("Numerics", "Plan", "Site", "WeightFormat"),
     "lowering.emulation": ("emulate_npu",),
+    "lowering.standin_cann": ("StandinError",),
+    "lowering.standin_process": ("PreviewError", "TorchairProcess"),
     "messages.explain": ("Explanation", "explain_error"),
+    "planning.options": ("Options",),
     "report": ("Report",),
 }
 _HOMES = _MappingProxyType({name: f"quantpass.{module}" for module, names in _NAMES.items() for name in names})

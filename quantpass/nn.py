@@ -25,6 +25,9 @@ from quantpass.operators.operator import vendor_call
 ops = torch.ops.quantpass
 
 
+__all__ = ["LinearQuant", "LinearWeightQuant"]
+
+
 class _QuantizedLinear(nn.Module):
     """What the two modules share: parameters that are meant to be replaced, and constraints that are checked."""
 

@@ -1,10 +1,6 @@
 """Through torch.compile: what a user compiles, runs and reads."""
 
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -335,22 +331,3 @@ def test_weights_of_a_subclass_still_take_themselves_apart():
     actual, report = compiled(model, x)
     assert report.fused == 1
     assert_close(actual.as_subclass(torch.Tensor), model(x).as_subclass(torch.Tensor))
-
-
-def test_a_structured_trace_has_the_report_and_the_difference(tmp_path):
-    """What tlparse shows: each payload follows its line in the trace."""
-    code = (
-        "import torch, quantpass as qp\n"
-        "from tests.helpers import WeightOnly\n"
-        "with torch.no_grad():\n"
-        "    torch.compile(WeightOnly(), backend=qp.backend(target='ascend910b'))(torch.randn(2, 64).half())\n"
-    )
-    root = Path(__file__).resolve().parent.parent
-    env = {**os.environ, "TORCH_TRACE": str(tmp_path), "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    trace = "".join(p.read_text() for p in tmp_path.iterdir())
-    assert '"name": "quantpass_report"' in trace
-    assert "ascend910b: 1 of 1 quantized matmuls fused" in trace
-    assert '"name": "quantpass_diff"' in trace
-    assert "quantpass.weight_quant_matmul" in trace

@@ -522,7 +522,7 @@ def test_chips_command():
 
 def test_page_of_chips_is_up_to_date():
     page = Path(__file__).parent.parent / "docs" / "chips.md"
-    assert page.read_text() == markdown(), "run `make docs`"
+    assert page.read_text() == markdown(), "run `make pages`"
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (1, 3), (3, 1), (1, 1), (0, 3), (2, 3, 4), (2, 1, 4), (5,)])

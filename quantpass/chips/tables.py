@@ -76,7 +76,7 @@ def reasons_markdown() -> str:
     parts = [
         "# Why a site is not fused",
         "",
-        "Made by `make docs` from `quantpass/basics/reasons.py`; a test keeps it so. A report names these ids, or a rule",
+        "Made by `make pages` from `quantpass/basics/reasons.py`; a test keeps it so. A report names these ids, or a rule",
         "of the chip ([chips.md](chips.md)), and adds what was found.",
     ]
     sections = (("Reading", READING), ("Planning", PLANNING), ("Rewriting", REWRITING), ("Checkpoints", CHECKPOINTS))
@@ -90,7 +90,7 @@ def markdown() -> str:
     parts = [
         "# What each chip supports",
         "",
-        "Made by `make docs` from the rule rows in `quantpass/chips/`; a test keeps it so. *Evidence*: **documented**",
+        "Made by `make pages` from the rule rows in `quantpass/chips/`; a test keeps it so. *Evidence*: **documented**",
         "by the vendor, read in the vendor's **code**, **probed** on the vendor's wheel, **inferred**. A",
         "**contradicted** rule is one about which documents and code disagree: it forbids unless named in",
         "`allow=(...)`.",

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from quantpass.doors.compiled import CompiledGraph, OnOutcome
 from quantpass.doors.settings import BackendOptions, make_options
 from quantpass.graph.records import WeightFormat
-from quantpass.graph.torch_internals import StaticInputs, compile_with_aot, decomposition_table, trace_artifact
+from quantpass.graph.torch_internals import StaticInputs, compile_with_aot, count, decomposition_table, trace_artifact
 from quantpass.pipeline import Outcome
 from quantpass.planning.options import Options
 from quantpass.report import Report
@@ -115,10 +115,14 @@ def refuse_training(example_inputs: Sequence[Any]) -> None:
 
 
 def log_report(report: Report) -> None:
-    """A line in the log for one graph: a warning where something was not fused."""
+    """A line in the log for one graph: a warning where something was not fused; in detail, a line for each site."""
     trace_artifact("quantpass_report", lambda: report.text(width=120))
     trace_artifact("quantpass_diff", report.diff)
     left = report.total - report.fused
+    count("fused", report.fused)
+    count("not_fused", left)
+    for site in report.sites if logger.isEnabledFor(logging.DEBUG) else ():
+        logger.debug("%s: %s", site.name, site.plan or "; ".join(map(str, site.rejects)))
     if left:
         logger.warning(
             "%d of %d quantized matmuls are not fused for %s (first reason: %s); qp.explain says why for each",

@@ -21,7 +21,7 @@ from quantpass.graph.torch_internals import StaticInputs, compile_isolated, comp
 from quantpass.graph.writes import written_arguments
 from quantpass.lowering import GE
 from quantpass.lowering.fx_parcel import pack
-from quantpass.lowering.ge_graph import GeGraph
+from quantpass.lowering.ge_graph import GeGraph, first_difference
 from quantpass.lowering.standin_process import Request, TorchairProcess
 from quantpass.lowering.torchair_graphs import GraphCompiler, hand_over
 from quantpass.planning.options import Options
@@ -80,6 +80,16 @@ class GePreview:
         """The operators without their numbers, for comparing texts; see :meth:`GeGraph.outline`."""
         return "\n".join(g.graph.outline() for g in self.graphs)
 
+    def first_difference(self, other: GePreview) -> str | None:
+        """Where two previews part, following data from the inputs on; None where they compute the same.
+
+        What operators are called does not count, nor do operators that nothing needs.
+        """
+        if len(self.graphs) != len(other.graphs):
+            return f"{len(self.graphs)} and {len(other.graphs)} graphs"
+        apart = (first_difference(a.graph, b.graph) for a, b in zip(self.graphs, other.graphs, strict=True))
+        return next(filter(None, apart), None)
+
     def run(self, *, exact_gelu: bool = False) -> list[tuple[Any, ...]]:
         """Interpret the GE graphs on the inputs they were made with; one tuple of outputs for each graph.
 
@@ -128,14 +138,14 @@ def preview_ge(
         fuse: False gives the graph that the model has without quantpass.
         torch_npu: the folder that holds torch_npu, where it is not installed beside torch; default: the environment
             variable ``QUANTPASS_TORCH_NPU``.
-        process: a started :class:`quantpass.lowering.standin_process.TorchairProcess`, for many previews in a row.
+        process: a started :class:`quantpass.TorchairProcess`, for many previews in a row.
         options: as for :func:`quantpass.backend`.
 
     Raises:
         TypeError: ``args`` is not a tuple or list, or an option that does not exist.
         ValueError: a value that is not accepted.
-        quantpass.lowering.standin_cann.StandinError: torch_npu or the C compiler is missing; says what to install.
-        quantpass.lowering.standin_process.PreviewError: torchair refuses the graph; names the operator.
+        quantpass.StandinError: torch_npu or the C compiler is missing; says what to install.
+        quantpass.PreviewError: torchair refuses the graph; names the operator.
     """
     if not isinstance(args, tuple | list):
         raise TypeError(f"args is a {type(args).__name__}; give the model's inputs as a tuple, e.g. args=(x,)")

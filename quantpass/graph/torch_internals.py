@@ -409,6 +409,13 @@ def order_key(node: Node) -> Any:
     return node._sort_key
 
 
+def count(name: str, by: int) -> None:
+    """Add to ``torch._dynamo.utils.counters["quantpass"]``, which PyTorch's own tools show and tests look at."""
+    from torch._dynamo.utils import counters
+
+    counters["quantpass"][name] += by
+
+
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
     """A text of that name in PyTorch's structured trace, where one is being written (``TORCH_TRACE``; tlparse)."""
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)

@@ -75,6 +75,10 @@ class Report:
             tuple(dict.fromkeys((*self.hidden, *other.hidden))),
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Report:
+        """The report itself: nothing in it changes, and plans name nodes of graphs whose tensors hold no data."""
+        return self
+
     # -- for people ------------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:

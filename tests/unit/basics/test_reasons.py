@@ -78,4 +78,4 @@ def test_a_fact_and_what_more_is_known_go_with_the_table():
 
 
 def test_the_page_is_made_from_the_catalogue():
-    assert (ROOT / "docs" / "reasons.md").read_text() == reasons_markdown(), "run `make docs`"
+    assert (ROOT / "docs" / "reasons.md").read_text() == reasons_markdown(), "run `make pages`"
