@@ -44,6 +44,11 @@ def int4_input():
 
     exact = (codes[0] @ codes[1].t() + model.bias) * model.scale
     torch.testing.assert_close(output.float(), exact, rtol=2e-3, atol=1e-3)  # the scale keeps 10 bits, the output too
+
+    call = {"scale": qp.TensorSpec(torch.int64, (128,)), "bias": model.bias, "output_dtype": torch.float16}
+    for chip, legal in (("ascend310p", False), ("ascend910b", True), ("ascend910_93", True)):  # as the document says
+        verdict = qp.check_op("npu_quant_matmul", target=chip, mode="eager", x1=x1, x2=model.weight.t(), **call)
+        assert verdict.legal == legal, f"{chip}: {verdict}"
     return output
 
 

@@ -115,6 +115,13 @@ def test_the_name_for_torch_compile_needs_no_import():
     run("import torch; torch._dynamo.lookup_backend('quantpass'); torch.ops.quantpass.quant_matmul.default")
 
 
+@pytest.mark.slow
+def test_no_warning_is_shown_when_importing():
+    run(
+        "import torch, warnings; warnings.simplefilter('error'); import quantpass as qp; [getattr(qp, n) for n in qp.__all__]"
+    )
+
+
 def test_public_names_are_those_that_a_type_checker_sees():
     tree = ast.parse(INIT.read_text())
     checked = next(n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")

@@ -1,9 +1,11 @@
 """The package as it is installed: from a wheel, editable, and from a bare checkout."""
 
+import email.parser
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import quantpass
 from quantpass.graph.torch_versions import TESTED
 
 try:
@@ -36,7 +39,8 @@ def run(code, cwd, **environment):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def built(tmp_path_factory):
+    """The folder with what ``python -m build`` makes: the archive of sources, and the wheel that is built from it."""
     pytest.importorskip("build", reason="the 'build' package is not installed")
     out = tmp_path_factory.mktemp("wheel")
     source = tmp_path_factory.mktemp("source") / "quantpass"
@@ -49,10 +53,15 @@ def wheel(tmp_path_factory):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "build", "-q", "--wheel", "--outdir", str(out), str(source)]
+    command = [sys.executable, "-m", "build", "-q", "--outdir", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return next(out.glob("*.whl"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    return next(built.glob("*.whl"))
 
 
 def test_packages_listed_are_the_packages_there():
@@ -82,10 +91,42 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
+def test_archive_of_sources_has_what_the_wheel_is_built_from(built):
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {n.partition("/")[2] for n in opened.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "patterns/dialect.py", "lowering/lowering.py"} <= names
+    assert {"quantpass/messages/patterns.tsv", "quantpass/report/page.html"} <= names
+
+
+@pytest.mark.slow
+def test_what_the_wheel_says_of_itself(wheel):
+    with zipfile.ZipFile(wheel) as opened:
+        (name,) = (n for n in opened.namelist() if n.endswith(".dist-info/METADATA"))
+        said = email.parser.Parser().parsestr(opened.read(name).decode())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (said["Name"], said["Version"]) == ("quantpass", quantpass.__version__)
+    assert said.get_all("Project-URL") is None and said["Home-page"] is None, "an address that nobody has checked"
+    assert said["License-Expression"] == "Apache-2.0" and said.get_all("License-File") == ["LICENSE"]
+    assert set(said.get_all("Provides-Extra")) == set(project["optional-dependencies"])
+    pythons = [c.rpartition(" ")[2] for c in said.get_all("Classifier") if c.startswith("Programming Language")]
+    assert all(f"{python}.0" in SpecifierSet(said["Requires-Python"]) for python in pythons)
+    assert "## Ten lines for each door" in said.get_payload()
+
+
+def test_every_extra_is_explained():
+    """Those that users want by a row of their own, those of the Makefile by name."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "quick_start.md").read_text()
+    assert not [e for e in extras if f"`.[{e}]`" not in page]
+
+
+@pytest.mark.slow
 def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    places = run(WITHOUT_EDITABLE + USE, tmp_path, PYTHONPATH=str(site))
+    # PyTorch looks at the logs' settings while it is imported, and imports what they name.
+    places = run(WITHOUT_EDITABLE + USE, tmp_path, PYTHONPATH=str(site), TORCH_LOGS="+quantpass")
     assert all(p.startswith(str(site)) for p in places)
 
 

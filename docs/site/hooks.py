@@ -45,6 +45,8 @@ def on_page_markdown(markdown, page, **_):
     source = page.file.src_uri
     if source.startswith("source/"):
         return markdown
+    if source == "index.md":
+        page.meta["hide"] = ["navigation"]  # nothing but itself
     folder = posixpath.dirname(HOME.get(source, f"docs/{source}"))
     lines, fenced = [], ""
     for line in markdown.split("\n"):
