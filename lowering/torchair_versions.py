@@ -7,7 +7,7 @@ it:
 * ``post_grad_custom_pre_pass`` in ``CompilerConfig``: C;
 * ``torch.compile(backend="npugraph_ex")``: C, carried out by torchair; a package of its own from D on;
 * ``_compile_graph_with_aot`` and ``_get_merged_decompositions``: D; it needs no ``pkg_resources`` any more, which
-  setuptools dropped;
+  setuptools 82 dropped;
 * ``dump_config.data_dump_stage``: D;
 * graphs that are compiled after Dynamo is done, with no fake mode to be found: E.
 """
@@ -15,6 +15,7 @@ it:
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ from torch.fx import GraphModule
 
 NPUGRAPH_EX = "npugraph_ex"
 PASS_HOOK = "post_grad_custom_pre_pass"
+
+_PKG_RESOURCES = "pkg_resources"
+_DROPPED = 'which setuptools has no more since 82: pip install "setuptools<82"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +77,14 @@ GENERATIONS = (
 
 def install_line(*options: str) -> str:
     """What to install beside the PyTorch that is loaded: the newest wheel that is known for it."""
-    minor = ".".join(torch.__version__.split(".")[:2])
-    wheels = [w for g in GENERATIONS for w in g.wheels if w.startswith(f"{minor}.")]
-    return " ".join(["pip install", *options, f"torch_npu=={wheels[-1] if wheels else minor}"])
+    minor, newest = _minor(torch.__version__), GENERATIONS[-1].wheels[-1]
+    wheels = [w for g in GENERATIONS for w in g.wheels if _minor(w) == minor]
+    line = " ".join(["pip install", *options, f"torch_npu=={wheels[-1] if wheels else newest}"])
+    return line if wheels else f"{line} beside PyTorch {_minor(newest)}: none is known for {minor}"
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 def digest_of(torchair: Path) -> str:
@@ -90,6 +99,16 @@ def generation_of(torch_npu: Path) -> Generation | None:
     """The generation of torchair in a ``torch_npu`` package; None where it is none that is known."""
     digest = digest_of(torch_npu / "dynamo" / "torchair")
     return next((g for g in GENERATIONS if g.digest == digest), None)
+
+
+def missing_modules(torch_npu: Path) -> str:
+    """What the torchair in a ``torch_npu`` package imports and can't, and what to install; empty where nothing is."""
+    if importlib.util.find_spec(_PKG_RESOURCES) is not None:
+        return ""
+    imports = f"import {_PKG_RESOURCES}"
+    if any(imports in p.read_text(errors="replace") for p in (torch_npu / "dynamo" / "torchair").rglob("*.py")):
+        return f"it imports {_PKG_RESOURCES}, {_DROPPED}"
+    return ""
 
 
 def untested_note(torch_npu: Path) -> str:
@@ -123,8 +142,8 @@ def load_torchair() -> Any:
     except Exception as error:
         cause = error.__cause__ or error
         why = (str(cause).splitlines() or [""])[0] or type(cause).__name__
-        if getattr(cause, "name", None) == "pkg_resources":
-            why += ', which newest setuptools lacks: pip install "setuptools<81"'
+        if getattr(cause, "name", None) == _PKG_RESOURCES:
+            why += f", {_DROPPED}"
         raise ImportError(f"torchair does not load: {why}") from error
     return torchair
 

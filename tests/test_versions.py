@@ -232,7 +232,7 @@ def test_a_torchair_without_the_hook_names_the_door_that_works():
 @pytest.mark.parametrize(
     ("missing", "said"),
     [
-        ("pkg_resources", r"No module named 'pkg_resources'.*pip install \"setuptools<81\""),
+        ("pkg_resources", r"No module named 'pkg_resources'.*pip install \"setuptools<82\""),
         ("google", r"torchair does not load: No module named 'google'\. Install torch_npu"),
     ],
 )
@@ -294,7 +294,7 @@ def test_npugraph_ex_is_said_not_to_be_for_310p(caplog):
     [
         ("2.10.0+cpu", "pip install torch_npu==2.10.0.post7"),
         ("2.8.0", "pip install torch_npu==2.8.0.post5"),
-        ("2.99.1", "pip install torch_npu==2.99"),
+        ("2.99.1", "pip install torch_npu==2.14.0 beside PyTorch 2.14: none is known for 2.99"),
     ],
 )
 def test_what_to_install_beside_a_torch(version, line, monkeypatch):

@@ -25,11 +25,13 @@ _DRIVER = Path("/usr/local/Ascend/driver/version.info")
 _PROBE_SECONDS = 120
 _GENERATION = """
 from quantpass.lowering.standin_cann import find_torch_npu
-from quantpass.lowering.torchair_versions import generation_of
-found = generation_of(find_torch_npu() / "torch_npu")
+from quantpass.lowering.torchair_versions import generation_of, missing_modules
+package = find_torch_npu() / "torch_npu"
+found = generation_of(package)
 print(f"generation {found.name}{'' if found.tested else ', not tested'}" if found else "a generation that is not known")
+print(missing_modules(package))
 """
-"""What asks for torchair's generation: in a process of its own, for it imports PyTorch."""
+"""What asks for torchair's generation, and what it needs: in a process of its own, for it imports PyTorch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,8 @@ def _doors(parts: dict[str, Finding]) -> Iterator[Door]:
     for names, wanted in (
         ("check-op, chips, reasons, check-checkpoint", ()),
         ("explain, fuse, diff, verify, backend", ("torch",)),
-        ("preview", ("torch", "torch_npu", "gcc", "nm", "cache folder")),
-        ("npu_backend, register, npugraph_ex", ("torch", "torch_npu", "CANN", "driver", "NPU")),
+        ("preview", ("torch", "torch_npu", "torchair", "gcc", "nm", "cache folder")),
+        ("npu_backend, register, npugraph_ex", ("torch", "torch_npu", "torchair", "CANN", "driver", "NPU")),
     ):
         missing = [f"{p.name}: {p.needs}" for name in wanted if (p := parts[name]).needs]
         if "NPU" in wanted and parts["torch_npu"].found and find_spec("torch_npu") is None:
@@ -161,12 +163,14 @@ def _torch_npu() -> Finding:
 
 
 def _torchair(npu: Finding) -> Finding:
-    """The generation of torchair inside torch_npu."""
+    """The generation of torchair inside torch_npu, and what it needs."""
     if not npu.found:
-        return Finding("torchair", "", "torch_npu, which holds it")
+        return Finding("torchair", "")  # torch_npu is what is to be installed
     done = subprocess.run([sys.executable, "-c", _GENERATION], capture_output=True, text=True)
-    said = done.stdout.strip().splitlines()
-    return Finding("torchair", said[-1] if said and not done.returncode else "of a generation that could not be told")
+    if done.returncode or "\n" not in done.stdout:
+        return Finding("torchair", "of a generation that could not be told")
+    generation, needs = done.stdout.split("\n")[:2]
+    return Finding("torchair", generation, needs)
 
 
 def _cann() -> Finding:

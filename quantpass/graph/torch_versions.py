@@ -28,8 +28,8 @@ from torch.export.graph_signature import ExportGraphSignature
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-TESTED = ("2.8", "2.9", "2.10", "2.11", "2.12", "2.13", "2.14")
-"""The versions that quantpass's doors are tried with; docs/versions.md says which tests ran with which of them."""
+TESTED = ("2.8", "2.9", "2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
+"""The versions that quantpass's tests run with; docs/versions.md says which tests, and beside which torchair."""
 
 UNTESTED_VARIABLE = "QUANTPASS_UNTESTED_TORCH"
 """The environment variable that lets quantpass go on with any other version."""

@@ -12,46 +12,68 @@ COMPATIBILITY = ("quantpass/graph/torch_versions.py", "lowering/torchair_version
 """The modules that hold what differs between versions: their contents are what a cell was run with."""
 
 
+SHARES = {
+    "core": (
+        "tests/test_versions.py",
+        "tests/test_graph_diffs.py",
+        "tests/test_static_inputs.py::test_weights_are_known_with_freezing",
+        "tests/test_static_inputs.py::test_explain_and_verify_say_the_same_with_freezing",
+        "tests/test_static_inputs.py::test_an_input_is_never_taken_for_a_weight",
+        "tests/test_static_inputs.py::test_a_subclass_weight_quantized_again",
+    ),
+    "torchair": ("tests/test_npu_torchair.py",),
+    "preview": ("tests/test_preview.py", "tests/test_vendor_modules.py"),
+    "fast": ("tests", "-m", "not slow"),
+}
+"""Parts of the suite, each a column of the page. *core*: what depends on PyTorch; *torchair* and *preview*: what starts
+the real torchair; *fast*: all tests that are not marked as slow, with the two before. Besides, every door is tried."""
+
+CORE, TORCHAIR = ("core",), ("torchair", "preview")
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One combination.
 
     Attributes:
         torch: PyTorch's version.
-        torch_npu: torch_npu's version.
+        torch_npu: torch_npu's version; empty where there is none for this PyTorch.
         generation: of its torchair.
         python: the Python that it is run with.
+        shares: names of :data:`SHARES` that are run: of PyTorch in its first cell, of torchair in its generation's.
     """
 
     torch: str
     torch_npu: str
     generation: str
     python: str
+    shares: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """As ``CELLS=`` takes it."""
-        return f"{self.torch}/{self.torch_npu}"
+        return f"{self.torch}/{self.torch_npu or 'cpu'}"
 
 
 CELLS = (
-    Cell("2.10.0", "2.10.0.post4", "E", "3.12"),
-    Cell("2.9.0", "2.9.0", "C", "3.11"),
-    Cell("2.9.0", "2.9.0.post9", "F", "3.11"),
-    Cell("2.8.0", "2.8.0.post2", "C", "3.10"),
-    Cell("2.11.0", "2.11.0", "E", "3.12"),
-    Cell("2.12.0", "2.12.0", "E", "3.10"),
-    Cell("2.14.0", "2.14.0", "F", "3.13"),
-    Cell("2.13.0", "2.13.0", "F", "3.11"),
-    Cell("2.10.0", "2.10.0", "D", "3.12"),
-    Cell("2.10.0", "2.10.0.post2", "D'", "3.12"),
-    Cell("2.10.0", "2.10.0.post7", "F", "3.12"),
+    Cell("2.8.0", "2.8.0.post2", "C", "3.10", CORE),
     Cell("2.8.0", "2.8.0.post5", "D", "3.10"),
+    Cell("2.9.0", "2.9.0", "C", "3.11", CORE + TORCHAIR),
     Cell("2.9.0", "2.9.0.post2", "D", "3.11"),
     Cell("2.9.0", "2.9.0.post4", "D'", "3.11"),
     Cell("2.9.0", "2.9.0.post6", "E", "3.11"),
+    Cell("2.9.0", "2.9.0.post9", "F", "3.11"),
+    Cell("2.10.0", "2.10.0.post4", "E", "3.12", CORE + TORCHAIR),
+    Cell("2.10.0", "2.10.0", "D", "3.12", TORCHAIR),
+    Cell("2.10.0", "2.10.0.post2", "D'", "3.12", TORCHAIR),
+    Cell("2.10.0", "2.10.0.post7", "F", "3.12"),
+    Cell("2.11.0", "2.11.0", "E", "3.12", CORE),
     Cell("2.11.0", "2.11.0.post3", "F", "3.12"),
+    Cell("2.12.0", "2.12.0", "E", "3.10", CORE),
     Cell("2.12.0", "2.12.0.post3", "F", "3.10"),
+    Cell("2.13.0", "2.13.0", "F", "3.11", CORE + TORCHAIR),
+    Cell("2.14.0", "2.14.0", "F", "3.13", CORE),
+    Cell("2.15.0", "", "", "3.13", CORE),
 )
 
 

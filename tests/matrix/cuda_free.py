@@ -3,6 +3,10 @@
 Wheels of older versions are CUDA builds, and CUDA's own libraries are several times their size. On a machine without
 a GPU nothing of them is ever called; they only have to be there when PyTorch is loaded. So each of them is compiled
 here from nothing but the names that PyTorch's libraries want, and every function returns 0: there are no devices.
+
+One thing more goes into CUDA's runtime, which is loaded before PyTorch's libraries and whose names they find first. A
+CUDA build registers names of allocator settings while it is loaded, newer torch_npus register some of the same, and
+the second to do so ends the process. Nothing here allocates on a device: each registers in a set of its own.
 """
 
 from __future__ import annotations
@@ -18,13 +22,24 @@ from pathlib import Path
 
 _CUDA = re.compile(r"(__cuda|cu|nccl|nv)\w*$")
 _NO_DEVICES = {"cudaGetDeviceCount": "(int *count) { *count = 0; return 0; }"}
+_RUNTIME = "libcudart."
+_SETTINGS = """#include <string>
+#include <unordered_set>
+namespace c10::CachingAllocator {
+struct AcceleratorAllocatorConfig { static std::unordered_set<std::string> &getMutableKeys(); };
+std::unordered_set<std::string> &AcceleratorAllocatorConfig::getMutableKeys() {
+  return *new std::unordered_set<std::string>();
+}
+}
+"""
 
 
 def make_standins(lib: Path) -> list[str]:
     """Compile what is missing into ``torch/lib``, where PyTorch looks first; returns the names."""
     libraries = sorted(lib.glob("lib*.so"))
     needed, versions = _needed(libraries)
-    missing = [name for name in sorted(needed) if not (lib / name).exists() and not _loads(name)]
+    absent = [name for name in sorted(needed) if not (lib / name).exists()]
+    missing = [name for name in absent if name.startswith(_RUNTIME) or not _loads(name)]
     symbols = _wanted(libraries)
     for name in missing:
         _compile(lib / name, symbols[""], {v: symbols[v] for v in versions[name]})
@@ -74,15 +89,17 @@ def _loads(name: str) -> bool:
 
 def _compile(library: Path, plain: set[str], versioned: dict[str, set[str]]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        source, script = Path(scratch) / "standin.c", Path(scratch) / "versions"
+        source, script = Path(scratch) / "standin.cpp", Path(scratch) / "versions"
         names = sorted(plain.union(*versioned.values()))
-        source.write_text("".join(f"long {n}{_NO_DEVICES.get(n, '(void) { return 0; }')}\n" for n in names))
+        functions = "".join(f"long {n}{_NO_DEVICES.get(n, '(void) { return 0; }')}\n" for n in names)
+        settings = _SETTINGS if library.name.startswith(_RUNTIME) else ""
+        source.write_text(f'{settings}extern "C" {{\n{functions}}}\n')
         blocks = (f"{v} {{ global: {' '.join(f'{n};' for n in sorted(ns))} }};\n" for v, ns in versioned.items())
         script.write_text("".join(blocks))
         options = ["-shared", "-fPIC", "-O1", "-w", "-fno-builtin", f"-Wl,-soname,{library.name}"]
         if versioned:
             options.append(f"-Wl,--version-script,{script}")
-        _run("gcc", *options, "-o", str(library), str(source))
+        _run("g++", *options, "-o", str(library), str(source))
 
 
 def _run(*command: str) -> str:

