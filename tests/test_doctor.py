@@ -68,6 +68,30 @@ def test_each_missing_part_is_named_by_the_doors_that_need_it(machine, monkeypat
     assert all(any(needs in need for need in found[name].needs) for name in lacking)
 
 
+def test_a_torchair_that_lacks_a_module_is_what_its_doors_need(machine, monkeypatch):
+    needs = 'it imports pkg_resources: pip install "setuptools<82"'
+    monkeypatch.setattr(doctor, "_torchair", lambda npu: doctor.Finding("torchair", "generation C", needs))
+    found = doors()
+    assert {name for name, d in found.items() if not d.found} == {"preview", "npu_backend"}
+    assert found["preview"].needs == (f"torchair: {needs}",)
+
+
+@pytest.mark.parametrize("imports", [True, False])
+def test_a_torchair_older_than_setuptools_82(tmp_path, monkeypatch, imports):
+    """Generation C: its files are looked at, in a process that has no ``pkg_resources``."""
+    torchair = tmp_path / "torch_npu" / "dynamo" / "torchair"
+    torchair.mkdir(parents=True)
+    (torchair / "__init__.py").write_text("import pkg_resources\n" if imports else "")
+    hidden = "import importlib.util\nfound = importlib.util.find_spec\n"
+    hidden += "importlib.util.find_spec = lambda name, *of: None if name == 'pkg_resources' else found(name, *of)\n"
+    monkeypatch.setattr(doctor, "_GENERATION", hidden + doctor._GENERATION)
+    monkeypatch.setenv("QUANTPASS_TORCH_NPU", str(tmp_path))
+    told = doctor._torchair(doctor._torch_npu())
+    assert told.found == "a generation that is not known"
+    wanted = 'it imports pkg_resources, which setuptools has no more since 82: pip install "setuptools<82"'
+    assert told.needs == (wanted if imports else "")
+
+
 def test_a_broken_package_says_how_it_breaks(tmp_path, monkeypatch):
     (tmp_path / "brokenpackage.py").write_text("raise OSError('libascendcl.so: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,10 +1,12 @@
 """The versions page says what was run, and with which state of the code."""
 
+import itertools
+
 import pytest
 
 from quantpass.graph.torch_versions import TESTED
 from quantpass.lowering.torchair_versions import GENERATIONS
-from tests.matrix import page
+from tests.matrix import page, tools
 from tests.matrix.cells import CELLS, COMPATIBILITY, ROOT, TORCHAIR, code_version
 
 
@@ -41,6 +43,28 @@ def test_every_pytorch_has_the_core_and_every_generation_its_tests():
     assert {c.torch for c in CELLS if "core" in c.shares} == {c.torch for c in CELLS} == {f"{v}.0" for v in TESTED}
     assert {c.generation for c in CELLS if {*TORCHAIR} <= {*c.shares}} == {g.name for g in GENERATIONS if g.tested}
     assert {c.python for c in CELLS} == {"3.10", "3.11", "3.12", "3.13"}
+
+
+def test_the_page_for_an_ascend_machine_names_the_cells():
+    text = (ROOT / "docs" / "npu.md").read_text()
+    for torch, group in itertools.groupby(CELLS, key=lambda c: c.torch):
+        cells = list(group)
+        beside = [f"{c.torch_npu} ({c.generation})" for c in cells if c.torch_npu]
+        beside = beside or ["none: there is no torch_npu for it; on the CPU"]
+        assert f"| {torch} | {cells[0].python} | {', '.join(beside)} |" in text
+
+
+def test_two_versions_of_a_tool_are_compared():
+    counts = {"sites": 2, "cpu": 2, "ascend310p": 0, "ascend910b": 2}
+    versions = {
+        "2.0": {"torch": "2.13.0", "schemes": {"acme, int8": counts, "acme, int4": counts}},
+        "1.0": {"torch": "2.13.0", "schemes": {"acme, int8": counts, "acme, int4": "ImportError: no int4"}},
+    }
+    text = tools.section({"acme": versions})
+    assert "| acme | 2.0 | 2.13.0 | 2 of 2 | 4 | 4 | 0 | 4 |" in text
+    assert "| acme | 1.0 | 2.13.0 | 1 of 2 | 2 | 2 | 0 | 2 |" in text
+    assert "* acme, int4: sites 2" in text and "with 2.0; ImportError: no int4 with 1.0" in text
+    assert "Every scheme is read alike." in tools.section({"acme": {"2.0": versions["2.0"], "1.0": versions["2.0"]}})
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)

@@ -42,7 +42,8 @@ MLP. The tool's own graph is captured through `torch.compile`, judged for each t
 result has to agree with the tool's. NPUs are asked with `numerics="vendor"`, the default of their doors, the `cpu` with
 `"strict"`, which keeps the tool's own codes. *sites* is the number of quantized matmuls; the columns after it say how many of
 them are fused. Rows whose tool the tests do not install are read from graphs stored in `tests/coverage/captures`
-(`python -m tests.coverage.store` makes them anew).
+(`python -m tests.coverage.store` makes them anew). *version* is the tool's that made the graph, with PyTorch 2.13; another
+version of some of them: [versions.md](versions.md).
 
 A site that no column counts is refused by the rules named in the last column; a rule there beside a full count says
 why another, better fused operator was not taken on some target, or why a chip refuses what another takes.
