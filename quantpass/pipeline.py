@@ -80,17 +80,22 @@ class Analysis:
     left: Mapping[Node, Around] = field(default_factory=dict)
 
 
-def analyse(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Analysis:
-    """Read and plan every site; pure."""
+def analyse(
+    gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options, *, measured: bool = False
+) -> Analysis:
+    """Read and plan every site; pure.
+
+    ``measured``: what a permission would cost is measured on whole weights, which takes its time.
+    """
 
     def nothing(reject: Reject) -> Analysis:
         whole = unreadable(gm.graph.output_node(), reject)
         return Analysis([(replace(whole, name="(the whole graph)"), _refused(reject))])
 
-    return guarded(partial(_analysed, gm, leaves, options), nothing, "reading the graph")
+    return guarded(partial(_analysed, gm, leaves, options, measured), nothing, "reading the graph")
 
 
-def _analysed(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options) -> Analysis:
+def _analysed(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options, measured: bool) -> Analysis:
     values = StaticValues(gm.graph, leaves)
     # A compiler calls this with its fake mode on; constants are computed on real tensors.
     with torch.no_grad(), real_tensors():
@@ -100,7 +105,7 @@ def _analysed(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Opt
         labels = stream_labels(gm.graph)
         planned, left = [], {}
         for reading in readings:
-            found = _planned(reading, options, writes, labels, others)
+            found = _planned(reading, options, writes, labels, others, measured)
             if is_own(reading.node):
                 more = completed(reading.node, found)
                 if more is None:
@@ -115,14 +120,19 @@ def _analysed(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Opt
     return Analysis(with_norms(planned, norms), frozenset(values.read_leaves), values.mutated, norms, left)
 
 
-def _planned(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others) -> Planned:
-    return guarded(partial(_plan, reading, options, writes, labels, others), _refused, f"planning {reading.name}")
+def _planned(
+    reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others, measured: bool
+) -> Planned:
+    plan = partial(_plan, reading, options, writes, labels, others, measured)
+    return guarded(plan, _refused, f"planning {reading.name}")
 
 
-def _plan(reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others) -> Planned:
+def _plan(
+    reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others, measured: bool
+) -> Planned:
     if is_own(reading.node) and not may_be_completed(reading, options):
         return Planned(None, None)
-    planned = plan_as_allowed(reading, options.chip, options, writes, others)
+    planned = plan_as_allowed(reading, options.chip, options, writes, others, measured=measured)
     reject = stream_reject(planned.plan, labels) if planned.plan is not None else None
     return planned if reject is None else _refused(reject)
 
@@ -157,7 +167,7 @@ def explain_graph(
     unread: Mapping[Node, str] | None = None,
 ) -> Outcome:
     """The verdict on every site of a graph, without touching it; arguments as for :func:`fuse_graph`."""
-    found = _with_unread(gm, analyse(gm, leaves, options), leaves, unread or {}, options)
+    found = _with_unread(gm, analyse(gm, leaves, options, measured=True), leaves, unread or {}, options)
     calls = _calls_left(gm, found)
     keys = _keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
     removed = _removals(gm, found)

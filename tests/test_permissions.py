@@ -9,6 +9,8 @@ import torch
 from torch.nn.functional import linear
 
 import quantpass as qp
+from quantpass.planning import permissions
+from quantpass.planning.refit import SAMPLE
 from tests.helpers import CHIPS
 
 K, N, GROUP = 64, 48, 32
@@ -316,6 +318,59 @@ def test_what_each_permission_would_gain_is_said_before_it_is_given():
     one = qp.explain(model, (x,), target="ascend310p", allow=(HALF,))
     assert one.fused == 1 and one.offers[0].startswith(f"3 of 3 with allow=('{HALF}', '{REFIT}'), SQNR")
     assert all(o["allow"] for s in report.as_dict()["sites"] for o in s["offers"])
+
+
+class Wide(torch.nn.Module):
+    """A Linear of many columns; one weight of a column may be so large that a re-fit rounds the others away."""
+
+    def __init__(self, spoilt):
+        super().__init__()
+        n, g = 8 * SAMPLE, torch.Generator().manual_seed(0)
+        codes = torch.randint(-8, 8, (n, 32, GROUP), dtype=torch.int8, generator=g)
+        scale = torch.rand(n, 32, 1, generator=g) * 1e-3 + 5e-3
+        scale[spoilt, 0] *= 150
+        codes[spoilt, 0] = 7 * (torch.arange(GROUP) == 0).to(torch.int8)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale.half())
+
+    def forward(self, x):
+        return linear(x, (self.codes.half() * self.scale).flatten(1))
+
+
+@pytest.mark.parametrize(("spoilt", "seen"), [(slice(0, 0), None), (slice(1, 2), False), (slice(0, 1), True)])
+def test_compiling_without_permission_fits_a_sample_and_says_so(spoilt, seen, monkeypatch):
+    """What ``explain`` says is measured on every column."""
+    model, x = Wide(spoilt), randn(5, 32 * GROUP).half()
+    program = torch.export.export(model, (x,))
+    (least,) = (r.sqnr for r in _refits(qp.explain(program, target="ascend310p", allow=(f"{REFIT}:0",))))
+    with monkeypatch.context() as patched:
+        patched.setattr(permissions, "refit", _never)
+        report = qp.fuse(program, target="ascend310p")
+    (site,) = report.sites
+    assert not report.fused and REFIT in {r.rule for r in site.rejects}
+    hint = next(r.hint for r in site.rejects if r.rule == REFIT)
+    if seen:
+        assert not report.offers and "not all columns were looked at, explain looks at all" in hint
+    else:
+        (offer,) = site.offers
+        assert offer.sampled and 30 < offer.sqnr < 60
+        assert re.fullmatch(rf"1 of 1 with allow=\('{REFIT}',\), SQNR about [\d.]+ dB", *report.offers)
+    measured = qp.explain(program, target="ascend310p")
+    if seen is None:
+        (offer,) = measured.sites[0].offers
+        assert not offer.sampled and offer.sqnr == pytest.approx(least, abs=0.5)
+        assert "SQNR at least" in measured.offers[0]
+    else:
+        assert not measured.offers and least < 30
+        assert "not all columns" not in str(measured)
+
+
+def _refits(report):
+    return [s.plan.refit for s in report.sites]
+
+
+def _never(*args, **options):
+    raise AssertionError("a whole weight was fitted, and nobody permitted it")
 
 
 def test_an_offer_is_a_hint_of_the_refusal():

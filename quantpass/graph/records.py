@@ -63,12 +63,14 @@ class Refit:
         largest_error: the largest ``|fitted - w|``.
         largest: the largest ``|w|``.
         growth: the largest ``sum_k |fitted| / sum_k |w|`` of a column.
+        columns: how many columns say so, where that is not all of them, else 0; for offers only.
     """
 
     sqnr: float
     largest_error: float
     largest: float
     growth: float = 1.0
+    columns: int = 0
 
     def __str__(self) -> str:
         return (
@@ -79,10 +81,14 @@ class Refit:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What would make a refused site legal: ``allow`` as it would have to be, and the least SQNR of a re-fit, in dB."""
+    """What would make a refused site legal: ``allow`` as it would have to be, and the least SQNR of a re-fit, in dB.
+
+    ``sampled``: not all columns were fitted, and another may have less.
+    """
 
     allow: tuple[str, ...]
     sqnr: float = math.inf
+    sampled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,21 +18,26 @@ from quantpass.chips import NPUS
 from quantpass.chips.legality import HALF_OPT_IN, REFIT_OPT_IN, REFIT_SQNR, refit_limit
 from quantpass.chips.rules import Chip
 from quantpass.graph.expr import dtype_of
-from quantpass.graph.records import Offer, Weight
+from quantpass.graph.records import Offer, Refit, Weight
 from quantpass.graph.writes import Writes
 from quantpass.patterns.affine import Affine, NotAffine
 from quantpass.patterns.sites import Reading
 from quantpass.planning.choose import Others, Planned, plan_site
 from quantpass.planning.options import Options
-from quantpass.planning.refit import can_be_refitted, refit
+from quantpass.planning.refit import can_be_refitted, refit, refit_of_sample
 
 
-def plan_as_allowed(reading: Reading, chip: Chip, options: Options, writes: Writes, others: Others) -> Planned:
-    """The best legal fused call for one site; arguments as for :func:`plan_site`."""
+def plan_as_allowed(
+    reading: Reading, chip: Chip, options: Options, writes: Writes, others: Others, *, measured: bool = False
+) -> Planned:
+    """The best legal fused call for one site; arguments as for :func:`plan_site`.
+
+    ``measured``: what re-fitting a refused weight would cost is measured on all of it, not on a sample of its columns.
+    """
     own = plan_site(reading, chip, options, writes, others)
     if own.plan is not None or chip.name not in NPUS:
         return own
-    site = _Refused(reading, chip, options, writes, others)
+    site = _Refused(reading, chip, options, writes, others, measured)
     limit = refit_limit(options.allow)
     if limit is not None:
         found = site.refitted(options.allow, limit)
@@ -57,6 +62,7 @@ class _Refused:
     options: Options
     writes: Writes
     others: Others
+    measured: bool
     _fitted: list[Reading | None] = field(default_factory=list)
 
     def refitted(self, allow: tuple[str, ...], limit: float) -> Planned | Reject | None:
@@ -71,8 +77,7 @@ class _Refused:
         if fitted is None:
             return refuse(REFIT_OPT_IN, "the weight holds values that are not finite")
         assert isinstance(fitted.weight, Weight)
-        cost = fitted.weight.refit
-        assert cost is not None
+        cost = _cost(fitted.weight)
         if cost.sqnr < limit:
             lower = f"{REFIT_OPT_IN}:{math.floor(cost.sqnr)}"
             return refuse(
@@ -84,11 +89,12 @@ class _Refused:
         return plan_site(fitted, self.chip, replace(self.options, allow=allow), self.writes, self.others)
 
     def _with_fit(self) -> Reading | None:
-        """The site as it is with the re-fit; what is only an offer is fitted in one step."""
+        """The site as it is with the re-fit; what is only an offer is fitted in one step, and from a sample."""
         if not self._fitted:
             source = self.reading.own_value or self.reading.weight
             assert not isinstance(source, NotAffine)
-            weight = refit(source, thorough=refit_limit(self.options.allow) is not None)
+            asked = refit_limit(self.options.allow) is not None
+            weight = refit(source, thorough=asked) if asked or self.measured else refit_of_sample(source)
             self._fitted.append(None if weight is None else replace(self.reading, weight=weight, rejects=()))
         return self._fitted[0]
 
@@ -115,7 +121,11 @@ class _Refused:
             sqnr = self._legal_with((*given, *more))
             if sqnr is not None:
                 found.append(more)
-                yield Offer((*given, *more), sqnr)
+                yield Offer((*given, *more), sqnr, sampled=REFIT_OPT_IN in more and self._is_sampled())
+
+    def _is_sampled(self) -> bool:
+        (fitted,) = self._fitted or [None]
+        return fitted is not None and isinstance(fitted.weight, Weight) and bool(_cost(fitted.weight).columns)
 
     def _may_gain_by_half(self) -> bool:
         """False where all is in float16 already: planning it once more would lay the weight out in vain."""
@@ -127,7 +137,8 @@ class _Refused:
     def _legal_with(self, allow: tuple[str, ...]) -> float | None:
         """The SQNR of the re-fit with which the site is legal, infinite for none; None where it is not legal."""
         options = replace(self.options, allow=allow)
-        if plan_site(self.reading, self.chip, options, self.writes, self.others).plan is not None:
+        in_half = HALF_OPT_IN in allow and HALF_OPT_IN not in self.options.allow  # else it was refused already
+        if in_half and plan_site(self.reading, self.chip, options, self.writes, self.others).plan is not None:
             return math.inf
         if refit_limit(allow) is None:
             return None
@@ -137,16 +148,16 @@ class _Refused:
         fitted = self._with_fit()
         assert fitted is not None
         assert isinstance(fitted.weight, Weight)
-        assert fitted.weight.refit is not None
-        return fitted.weight.refit.sqnr
+        return _cost(fitted.weight).sqnr
 
     def offered(self, offer: Offer) -> Reject:
         """An offer as a reason why the site is not fused."""
         if offer.sqnr < REFIT_SQNR:
+            sampled = "; not all columns were looked at, explain looks at all" if offer.sampled else ""
             return refuse(
                 REFIT_OPT_IN,
                 f"the chip has no form for the weight, and a re-fit has an SQNR of {offer.sqnr:.1f} dB in one column",
-                hint=f"'{REFIT_OPT_IN}:{math.floor(offer.sqnr)}' in allow would accept it",
+                hint=f"'{REFIT_OPT_IN}:{math.floor(offer.sqnr)}' in allow would accept it{sampled}",
             )
         hint = f"allow={offer.allow!r} would have it fused"
         if REFIT_OPT_IN not in offer.allow or refit_limit(self.options.allow) is not None:
@@ -159,3 +170,8 @@ class _Refused:
         if dtype.is_floating_point:
             return f"the activation is {str(dtype).removeprefix('torch.')}"
         return "the integer product is scaled in a way that the chip's operator does not take"
+
+
+def _cost(fitted: Weight) -> Refit:
+    assert fitted.refit is not None
+    return fitted.refit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -25,6 +26,10 @@ than an operator takes.
 """
 
 _ELEMENTS = 1 << 17
+
+SAMPLE = 128
+"""How many columns of a weight are fitted at most to say what a permission that nobody has given might cost."""
+
 _SMALLEST_HALF = torch.finfo(torch.float16).smallest_normal
 
 
@@ -48,24 +53,65 @@ def refit(source: Weight | Callable[[], torch.Tensor], *, thorough: bool = True)
     value = None if isinstance(source, Weight) else source().double()
     k, n = (source.k, source.n) if isinstance(source, Weight) else value.shape  # type: ignore[union-attr]
     codes, scales = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n, dtype=torch.float64)
-    largest, largest_error, sqnr, growth = 0.0, 0.0, math.inf, 0.0
+    costs = []
     for columns in _columns_at_a_time(k, n):
         w = value[:, columns].t().contiguous() if value is not None else _columns(source, columns)  # type: ignore[arg-type]
-        if not bool(torch.isfinite(w).all()):
+        found = _fitted(w, thorough)
+        if found is None:
             return None
-        s = _fit(w, thorough)
-        q = _nearest(w, s)
-        error = torch.addcmul(w, q, s[:, None], value=-1)
-        signal, noise = w.square().sum(1), error.square().sum(1)
-        largest, largest_error = max(largest, float(w.abs().max())), max(largest_error, float(error.abs().max()))
-        sqnr = min(sqnr, float(torch.where(noise == 0, math.inf, 10 * (signal / noise).log10()).min()))
-        size = w.abs().sum(1)
-        growth = max(growth, float(torch.where(size > 0, q.abs().sum(1) * s / size, 0.0).max()))
-        codes[columns], scales[columns] = q.to(torch.int8), s
+        codes[columns], scales[columns] = found[0].to(torch.int8), found[1]
+        costs.append(found[2])
+    return _as_weight(codes, scales, _together(costs))
+
+
+def refit_of_sample(source: Weight | Callable[[], torch.Tensor]) -> Weight | None:
+    """What :func:`refit` would give, as far as every so manieth column tells: to plan with, and for what it may cost.
+
+    The codes hold no values of the weight. A weight of few columns is fitted whole.
+    """
+    value = None if isinstance(source, Weight) else source()
+    k, n = (source.k, source.n) if isinstance(source, Weight) else value.shape  # type: ignore[union-attr]
+    if n <= SAMPLE:
+        return refit(source, thorough=False)
+    step = -(-n // SAMPLE)
+    some = slice(0, n, step)
+    w = value[:, some].t().double() if value is not None else _columns(source, some)  # type: ignore[arg-type]
+    found = _fitted(w.contiguous(), thorough=False)
+    if found is None:
+        return None
+    codes = torch.full((1, 1), _LEVELS, dtype=torch.int8).expand(n, k)
+    cost = replace(found[2], columns=w.shape[0])
+    return _as_weight(codes, found[1].repeat_interleave(step)[:n], cost)
+
+
+def _fitted(w: torch.Tensor, thorough: bool) -> tuple[torch.Tensor, torch.Tensor, Refit] | None:
+    """Codes and scales of columns ``(n, K)``, and what they cost; None where an element is not finite."""
+    if not bool(torch.isfinite(w).all()):
+        return None
+    s = _fit(w, thorough)
+    q = _nearest(w, s)
+    error = torch.addcmul(w, q, s[:, None], value=-1)
+    signal, noise, size = w.square().sum(1), error.square().sum(1), w.abs().sum(1)
+    sqnr = float(torch.where(noise == 0, math.inf, 10 * (signal / noise).log10()).min())
+    growth = float(torch.where(size > 0, q.abs().sum(1) * s / size, 0.0).max())
+    return q, s, Refit(sqnr, float(error.abs().max()), float(w.abs().max()), growth)
+
+
+def _together(costs: list[Refit]) -> Refit:
+    """The worst of several parts of a weight."""
+    return Refit(
+        min((c.sqnr for c in costs), default=math.inf),
+        max((c.largest_error for c in costs), default=0.0),
+        max((c.largest for c in costs), default=0.0),
+        max((c.growth for c in costs), default=0.0),
+    )
+
+
+def _as_weight(codes: torch.Tensor, scales: torch.Tensor, cost: Refit) -> Weight:
+    n, k = codes.shape
     # A column of zeros has no scale of its own; a large one would loosen bounds.
     scales = torch.where(scales > 0, scales, scales.max() if bool(scales.any()) else 1.0)
-    low, high = int(codes.min()), int(codes.max())
-    cost = Refit(sqnr, largest_error, largest, growth)
+    low, high = (-_LEVELS, _LEVELS) if cost.columns else (int(codes.min()), int(codes.max()))
     return Weight(Const(codes, label="refit"), True, k, n, Const(scales), None, 0, low, high, proved=True, refit=cost)
 
 

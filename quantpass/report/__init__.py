@@ -188,7 +188,8 @@ def _offers(report: Report) -> Iterator[str]:
     for allow in dict.fromkeys((*asked, everything) if asked else ()):
         taken = [[o for o in s.offers if {*o.allow} <= {*allow}] for s in refused]
         worst = min((max(o.sqnr for o in offers) for offers in taken if offers), default=math.inf)
-        cost = f", SQNR at least {math.floor(worst * 10) / 10:g} dB" if worst < math.inf else ""
+        how = "about" if any(o.sampled for offers in taken for o in offers) else "at least"
+        cost = f", SQNR {how} {math.floor(worst * 10) / 10:g} dB" if worst < math.inf else ""
         yield f"{report.fused + sum(map(bool, taken))} of {report.total} with allow={allow!r}{cost}"
 
 

@@ -30,7 +30,10 @@ def site_data(s: Site) -> dict[str, Any]:
         "operators_removed": s.operators,
         "plan": None if s.plan is None else _plan(s.plan),
         "numerics": None if s.numerics is None else _finite({**asdict(s.numerics), "why": list(s.numerics.why)}),
-        "offers": [{"allow": list(o.allow), "sqnr": o.sqnr if o.sqnr < math.inf else None} for o in s.offers],
+        "offers": [
+            {"allow": list(o.allow), "sqnr": o.sqnr if o.sqnr < math.inf else None, "sampled": o.sampled}
+            for o in s.offers
+        ],
         "rejects": [asdict(r) for r in s.rejects],
     }
 
