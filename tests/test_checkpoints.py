@@ -490,9 +490,27 @@ def test_experts_where_no_rule_speaks_of_them(tmp_path):
 
 
 def test_quantized_experts_on_the_310p(tmp_path):
-    report = qp.check_checkpoint(experts(tmp_path / "x", 1536, dtype="float16"), targets="ascend310p")
-    assert report.fused("ascend310p") == 0
-    assert "gmm.310p.dtypes.x" in str(report)
+    """The operator that quantizes the rows itself; in float16, where n and k are multiples of 16."""
+    (gate, down) = qp.check_checkpoint(experts(tmp_path / "x", 1536, dtype="float16"), targets="ascend310p").lines
+    verdict = gate.verdicts["ascend310p"]
+    assert (verdict.op, verdict.format) == ("npu_quant_grouped_matmul_dequant", "ND")
+    assert str(verdict.weight) == "int8(4, 1536, 2048)"
+    assert verdict.notes == ("the operator quantizes x itself",)
+    assert gate.bytes_on("ascend310p") == down.bytes_on("ascend310p") == 2048 * 1536
+    shards = qp.check_checkpoint(experts(tmp_path / "x", 1000, dtype="float16"), targets="ascend310p", tp=8)
+    assert shards.fused("ascend310p") == 0 and "qgmmd.n.multiple" in str(shards)
+    bfloat = qp.check_checkpoint(experts(tmp_path / "x", 1536), targets="ascend310p")
+    assert bfloat.fused("ascend310p") == 0 and "gmm.310p.dtypes.x" in str(bfloat)
+    with_half = qp.check_checkpoint(experts(tmp_path / "x", 1536), targets="ascend310p", allow=(HALF_OPT_IN,))
+    assert with_half.all_fused
+
+
+def test_static_and_int4_experts_on_the_310p(tmp_path):
+    static = experts(tmp_path / "static", 1536, kind="W8A8", dtype="float16")
+    (gate, _) = qp.check_checkpoint(static, targets="ascend310p").lines
+    assert str(gate.verdicts["ascend310p"].call.args["x_scale"]) == "float32(1)"
+    int4 = experts(tmp_path / "int4", 1536, kind="W4A8_DYNAMIC", dtype="float16")
+    assert qp.check_checkpoint(int4, targets="ascend310p").fused("ascend310p") == 0
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,21 @@ CALLS = """
     assert npu.npu_quantize(x, one * 0.1, None, torch.qint8, -1, True).dtype == torch.int8
     assert npu.npu_anti_quant(w, one).dtype == torch.float16
     assert torch.equal(npu.npu_format_cast(w, 29), w)
+    assert torch.equal(npu.npu_format_cast(w, 29, customize_dtype=3), w)              # other tiles, the same numbers
+    heads, each = torch.randn(4, 2, 32, generator=g), torch.tensor([10.0, 20.0])
+    by_head = npu.npu_quantize(heads, each, None, torch.qint8, -2, False)
+    assert torch.equal(by_head, (heads * each[:, None]).round().clamp(-128, 127).to(torch.int8))
+    assert torch.equal(by_head, npu.npu_quantize(heads, each.reshape(1, 2, 1), None, torch.qint8, -2, False))
+    ends, smooth = torch.tensor([1, 1, 4], dtype=torch.int32), torch.rand(3, 32, generator=g).half()
+    codes, rows = npu.npu_dynamic_quant(x, smooth_scales=smooth, group_index=ends)
+    for i, group in enumerate((0, 2, 2, 2)):                                          # the second group has no rows
+        alone = npu.npu_dynamic_quant(x[i : i + 1], smooth_scales=smooth[group])
+        assert torch.equal(codes[i : i + 1], alone[0]) and torch.equal(rows[i : i + 1], alone[1])
+    many = torch.randint(-128, 128, (2, 1, 32, 16), dtype=torch.int8, generator=g)    # as torch_npu's test of the 310P
+    left = torch.randn(1, 3, 4, 32, generator=g).half()
+    y = npu.npu_weight_quant_batchmatmul(left, many, ws[None], ws[None])
+    assert y.shape == (2, 3, 4, 16)
+    assert torch.equal(y[1, 2], npu.npu_weight_quant_batchmatmul(left[0, 2], many[1, 0], ws[None], ws[None]))
 """
 
 
@@ -113,6 +128,11 @@ def test_opcheck():
         check(npu.npu_anti_quant.default, (w, torch.ones(1)))
         check(npu.npu_convert_weight_to_int4pack.default, (torch.ones(16, 32, dtype=torch.int32),))
         check(npu.npu_format_cast.default, (w, 29))
+        check(npu.npu_quantize.default, (x[None], torch.ones(4), None, 12, -2, False))
+        many = torch.ones(2, 32, 16, dtype=torch.int8)
+        check(npu.npu_weight_quant_batchmatmul.default, (x.expand(2, 4, 32), many, torch.ones(1, 16).half()))
+        groups = {"smooth_scales": torch.ones(2, 32).half(), "group_index": torch.tensor([1, 4], dtype=torch.int32)}
+        check(npu.npu_dynamic_quant.default, (x,), groups)
     """)
 
 
@@ -125,6 +145,15 @@ def test_opcheck():
         ("npu.npu_convert_weight_to_int4pack(torch.ones(4, 9, dtype=torch.int32))", "[int4pack.last]"),
         ("npu.npu_weight_quant_batchmatmul(torch.ones(2, 8).half(), i, torch.ones(8))", "[wqmm.scale.dtype]"),
         ("npu.npu_trans_quant_param(torch.ones(2).half())", "[tqp.scale.dtype]"),
+        (
+            "npu.npu_weight_quant_batchmatmul(torch.ones(2, 8).half(), i, torch.ones(8).bfloat16())",
+            "[wqmm.scale.dtype]",
+        ),
+        (
+            "npu.npu_dynamic_quant(torch.ones(2, 8).half(), group_index=torch.ones(2).int())",
+            "[dynamic_quant.group.scales]",
+        ),
+        ("npu.npu_quantize(torch.ones(2, 4, 8), torch.ones(8), None, 12, -2, False)", "scales has shape (8,)"),
     ],
 )
 def test_bad_input_names_argument_value_and_rule(call, message):

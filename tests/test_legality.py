@@ -153,7 +153,10 @@ BASES = {
     ],
     TQP: [{"scale": T(F32, (128,)), "offset": T(F32, (128,)), "round_mode": 0}],
     INT4PACK: [{"weight": T(I32, (256, 128))}],
-    FORMAT_CAST: [{"input": T(I8, (256, 128)), "acl_format": 29}],
+    FORMAT_CAST: [
+        {"input": T(I8, (256, 128)), "acl_format": 29, "customize_dtype": None},
+        {"input": T(I32, (256, 128)), "acl_format": 29, "customize_dtype": I32},
+    ],
     DYNAMIC_QUANT: [
         {"input": T(F16, (4, 128)), "smooth_scales": T(F16, (128,)), "dst_type": I8, "quant_mode": "pertoken"},
         {"input": T(F16, (4, 128)), "dst_type": torch.quint4x2},
@@ -183,6 +186,14 @@ BASES = {
             "zero_points": None,
             "dtype": torch.quint4x2,
             "axis": -1,
+            "div_mode": False,
+        },
+        {
+            "input": T(F16, (8, 4, 128)),
+            "scales": T(F16, (1, 4, 1)),
+            "zero_points": T(F16, (1, 4, 1)),
+            "dtype": torch.qint8,
+            "axis": -2,
             "div_mode": False,
         },
     ],

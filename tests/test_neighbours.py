@@ -91,6 +91,37 @@ def test_where_documents_disagree():
     assert times.contradicted and rules(times) == {"add_rms_norm_quant.div_mode"}
 
 
+QUANTIZED = "input=float16[8,4,128] dtype=qint8 div_mode=False"
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "legal", "illegal"),
+    [
+        ("npu_quantize", f"{QUANTIZED} scales=float16[4] axis=-2", [A2, A3, A5], {P310: "quantize.310p.axis"}),
+        ("npu_quantize", f"{QUANTIZED} scales=float16[1,4,1] axis=-2", [A2], {}),
+        ("npu_quantize", f"{QUANTIZED} scales=float16[4] axis=-1", [], {A2: "quantize.scales.shape", P310: "quantize.scales.shape"}),
+        ("npu_quantize", f"{QUANTIZED} scales=float16[128] axis=1", [A2, P310], {}),
+        ("npu_format_cast", "input=int32[128,256] acl_format=29 customize_dtype=int32", [A2, A3], {P310: "format_cast.310p.customize", A5: "format_cast.950.customize"}),
+        ("npu_format_cast", "input=int32[128,256] acl_format=2 customize_dtype=int32", [], {A2: "format_cast.customize"}),
+        ("npu_dynamic_quant", "input=float16[8,128] smooth_scales=float16[4,128] group_index=int32[4]", [A2, A3], {P310: "dynamic_quant.310p"}),
+        ("npu_dynamic_quant", "input=float16[8,128] smooth_scales=float16[128] group_index=int32[4]", [], {A2: "dynamic_quant.group.smooth"}),
+    ],
+)  # fmt: skip
+def test_arguments_of_companions(op, arguments, legal, illegal):
+    test_what_chips_take(op, arguments, legal, illegal)
+
+
+def test_scales_in_the_other_16_bit_float():
+    mixed = "x=float16[16,256] weight=int8[256,128] antiquant_scale=bfloat16[128]"
+    graph = asked(A2, "npu_weight_quant_batchmatmul", mixed, "graph")
+    assert graph.contradicted and rules(graph) == {"wqmm.a2.mixed"} and "converts" in str(graph)
+    eager = asked(A2, "npu_weight_quant_batchmatmul", mixed, "eager")
+    assert not eager.contradicted and "wqmm.scale.dtype" in rules(eager)
+    batched = "x=float16[4,16,256] weight=int8[4,256,128] antiquant_scale=float16[128]"
+    assert asked(P310, "npu_weight_quant_batchmatmul", batched).contradicted
+    assert not asked(A2, "npu_weight_quant_batchmatmul", batched).contradicted
+
+
 def test_the_command_knows_them():
     run = CliRunner().invoke(main, ["check-op", "npu_mm_all_reduce_base", "-t", A2, *REDUCED.split()])
     assert run.exit_code == 0 and "legal" in run.output, run.output

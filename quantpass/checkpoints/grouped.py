@@ -1,4 +1,6 @@
-"""The calls of ``npu_grouped_matmul`` that a stack of experts allows: all of a layer's experts in one."""
+"""The calls that a stack of experts allows, all of a layer's in one: of ``npu_grouped_matmul``, or on the 310P of the
+operator that quantizes their rows itself.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,46 @@ from typing import Any
 
 from quantpass.basics.reject import Reject
 from quantpass.basics.tensor_spec import TensorSpec
-from quantpass.basics.torch_types import BF16, F32, I8, I32, I64
+from quantpass.basics.torch_types import BF16, F16, F32, I8, I32, I64
 from quantpass.checkpoints.calls import ROWS, Call, Engine, refusals, regular_group
 from quantpass.checkpoints.scheme import Quantized
 from quantpass.chips.calls import INT4_PER_INT32, OpCall
+from quantpass.chips.expert_matmuls import QGMMD
 from quantpass.chips.grouped_matmul import GMM
+from quantpass.chips.legality import HALF_OPT_IN
+from quantpass.chips.rules import Chip
 
 _LAYOUTS = (("NZ", False), ("NZ", True), ("ND", True))
 """How servers store the stack, best first: format, and whether each matrix lies as ``(N, K)``."""
 
 
-def grouped_calls(q: Quantized, experts: int, engine: Engine) -> Iterator[Call | Reject]:
+def grouped_calls(q: Quantized, experts: int, chip: Chip, engine: Engine) -> Iterator[Call | Reject]:
     """Possible calls for ``experts`` linears of one scheme, the best first, and reasons where there can be none."""
+    if QGMMD in chip.layouts:
+        yield from _dequantizing_call(q, experts, engine)
+    yield from _multiplying_calls(q, experts, engine)
+
+
+def _dequantizing_call(q: Quantized, experts: int, engine: Engine) -> Iterator[Call]:
+    """The operator that takes rows of floats and quantizes them; a bias is added behind it."""
+    w, x = q.weight, q.activation
+    if w is None or x is None or x.bits != 8 or w.bits != 8 or x.zero_point or any(refusals(w, x, q.k)):
+        return
+    if engine.dtype != F16 and HALF_OPT_IN not in engine.allow:
+        return
+    rows = None if x.dynamic and x.per == "token" else TensorSpec(F32, (1,))
+    arguments = {
+        "x": TensorSpec(F16, (ROWS, q.k)),
+        "quantized_weight": TensorSpec(I8, (experts, q.n, q.k)),
+        "weight_scale": TensorSpec(F32, (experts, q.n)),
+        "group_list": TensorSpec(I64, (experts,)),
+        "x_scale": rows,
+        "quant_mode": "pertoken" if rows is None else "pertensor",
+    }
+    yield Call(OpCall(QGMMD, engine.mode, arguments), "ND")
+
+
+def _multiplying_calls(q: Quantized, experts: int, engine: Engine) -> Iterator[Call | Reject]:
     w, x = q.weight, q.activation
     assert w is not None
     group = regular_group(w, q.k)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from quantpass.basics.folding import ranges
+from quantpass.basics.json_text import json_text
 from quantpass.basics.reject import Reject
 from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.basics.torch_types import I32
@@ -227,10 +227,7 @@ class CheckpointReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON; also written to ``path`` where one is given."""
-        text = json.dumps(self.as_dict(), indent=2)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+        return json_text(self.as_dict(), path)
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one HTML page."""

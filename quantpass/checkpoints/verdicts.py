@@ -14,6 +14,7 @@ from quantpass.checkpoints.grouped import grouped_calls
 from quantpass.checkpoints.shards import Shard
 from quantpass.chips import NPUS
 from quantpass.chips.calls import OpCall
+from quantpass.chips.expert_matmuls import QGMMD
 from quantpass.chips.grouped_matmul import GMM
 from quantpass.chips.legality import HALF_OPT_IN, REFIT_OPT_IN, judge, refit_limit
 from quantpass.chips.quant_matmul import QMM
@@ -93,8 +94,9 @@ def verdict_on_experts(shard: Shard, experts: int, chip: Chip, engine: Engine) -
         return each
     if not chip.rules_of(GMM):
         return Verdict(False, covered=False, rejects=(refuse("checkpoint.experts", by_itself),))
-    found = _first_legal(grouped_calls(q, experts, engine), [], chip, engine)
-    return replace(found, notes=() if found.fused else (by_itself,), offers=())
+    found = _first_legal(grouped_calls(q, experts, chip, engine), [], chip, engine)
+    notes = tuple(_weaker(shard, found)) if found.fused else (by_itself,)
+    return replace(found, notes=notes, offers=())
 
 
 def _chosen(shard: Shard, chip: Chip, engine: Engine) -> Verdict:
@@ -133,8 +135,10 @@ def _weaker(shard: Shard, found: Verdict) -> list[str]:
     x, call = shard.quantized.activation, found.call
     if call is None or x is None:
         return []
-    if call.op is QMMD:
+    if call.op in (QMMD, QGMMD):
         return ["the operator quantizes x itself" + (", and the graph adds the bias" if shard.quantized.bias else "")]
+    if call.op is GMM:
+        return []
     if call.op is QMM:
         return ["the graph takes x's zero points from the product, and adds the bias"] if corrected_in_graph(x) else []
     against = [r for r in found.rejects if not r.rule.startswith(f"{WQMM.family}.")]

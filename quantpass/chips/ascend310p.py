@@ -9,6 +9,7 @@ from quantpass.chips import (
     quant_matmul_dequant,
     weight_quant_matmul,
 )
+from quantpass.chips.expert_matmuls import QGMMD
 from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.rules import Chip, WeightLayout
@@ -39,11 +40,12 @@ ASCEND310P = Chip(
         *neighbours.RULES_310P,
     ),
     costs=(*quant_matmul.COSTS_310P, *quant_matmul_dequant.COSTS_310P),
-    layouts={QMM: (_NZ,), WQMM: (_NZ,), QMMD: (_ROWS,)},
+    layouts={QMM: (_NZ,), WQMM: (_NZ,), QMMD: (_ROWS,), QGMMD: (_ROWS,)},
     saturates=True,
     eager_layouts={
         QMM: (WeightLayout("NZ", True, "saves the operator's own conversion"), _ND),
         WQMM: (_ND,),
         QMMD: (_ROWS,),
+        QGMMD: (_ROWS,),
     },
 )

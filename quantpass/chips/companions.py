@@ -10,6 +10,7 @@ from quantpass.basics.tensor_spec import TensorSpec
 from quantpass.basics.torch_types import BF16, F16, F32, I8, I32
 from quantpass.chips.calls import OpCall, VendorOp, last_size
 from quantpass.chips.requirements import (
+    Absent,
     DtypeIn,
     Finding,
     Layout,
@@ -17,6 +18,7 @@ from quantpass.chips.requirements import (
     Present,
     Rank,
     SameDtype,
+    SameShape,
     Shape,
     Size,
     Value,
@@ -27,7 +29,7 @@ TQP = VendorOp("npu_trans_quant_param(Tensor scale, Tensor? offset=None, int? ro
 INT4PACK = VendorOp("npu_convert_weight_to_int4pack(Tensor weight, int inner_k_tiles=0) -> Tensor")
 FORMAT_CAST = VendorOp(
     "npu_format_cast(Tensor input, int acl_format, *, int? customize_dtype=None, int? input_dtype=None) -> Tensor",
-    unjudged=("customize_dtype", "input_dtype"),
+    unjudged=("input_dtype",),
 )
 
 
@@ -124,6 +126,40 @@ class Unavailable:
         return [Finding(f"{call.op} in {call.mode} mode", self.want)]
 
 
+@dataclass(frozen=True, slots=True)
+class AlongAxis:
+    """Parameters of ``npu_quantize`` that multiplies: for the last axis, or with ``axis=-2`` for the one before it."""
+
+    arg: str
+
+    @property
+    def want(self) -> str:
+        return f"{self.arg} of shape (1,), (size of the axis,), or as many dimensions as input with 1 in all others"
+
+    def check(self, call: OpCall) -> list[Finding]:
+        x, given = call.tensor("input"), call.tensor(self.arg)
+        at = -2 if call.args.get("axis") == -2 else -1
+        if x is None or given is None or x.rank < -at:
+            return []
+        size = x.shape[at]
+        whole = (1,) * (x.rank + at) + (size,) + (1,) * (-at - 1)
+        forms = [(1,), (size,), *([whole, (1,) * x.rank] if x.rank > 1 else [])]
+        verdicts = [_matches(given.shape, form) for form in forms]
+        if any(v is True for v in verdicts):
+            return []
+        fact = f"{self.arg} has shape {given.shape} for axis {at} of input {x.shape}"
+        if any(v is None for v in verdicts):
+            return [Finding(fact, self.want, undecided=True)]
+        return [Finding(fact, self.want, {self.arg: TensorSpec(given.dtype_name, (size,))})]
+
+
+def _matches(shape: tuple[Any, ...], form: tuple[Any, ...]) -> bool | None:
+    if len(shape) != len(form):
+        return False
+    verdicts = [statically_true(a == b) for a, b in zip(shape, form, strict=True)]
+    return False if False in verdicts else None if None in verdicts else True
+
+
 def _is_int4(arg: str) -> When:
     def test(call: OpCall) -> bool:
         return bool(call.value(arg) == "quint4x2")
@@ -135,6 +171,7 @@ def _one_of(*accepted: Any) -> Any:
     return lambda value, call: value in accepted
 
 
+CUSTOMIZED = When("customize_dtype given", lambda call: call.args.get("customize_dtype") is not None)
 _GROUPED = When("group_index given", lambda call: call.args.get("group_index") is not None)
 DIVIDES = When("div_mode=True", lambda call: call.args.get("div_mode") in (None, True))
 MULTIPLIES = When("div_mode=False", lambda call: call.args.get("div_mode") is False)
@@ -176,10 +213,17 @@ _COMMON = (
     Rule("quantize.scales.multiply", QUANTIZE, SameDtype("scales", "input"), f"{_Q}: scales has the dtype of self with div_mode=False", when=MULTIPLIES,
          hint="give 1 / scale in the dtype of the tensor"),
     Rule("quantize.scales.divide", QUANTIZE, DtypeIn("scales", (F32, BF16)), f"{_Q}: scales with div_mode=True", when=DIVIDES),
+    *(Rule(f"quantize.{a}.shape", QUANTIZE, AlongAxis(a), f"{_Q}: {a} with div_mode=False; aclnnAscendQuantV3.md", when=MULTIPLIES,
+           hint="the last axis is meant unless axis is -2: a scale for each head of (..., heads, h)") for a in ("scales", "zero_points")),
+    Rule("quantize.zero_points.alike", QUANTIZE, SameShape("zero_points", "scales"), f"{_Q}: zero_points has the shape of scales with div_mode=False", when=MULTIPLIES),
+    Rule("quantize.axis", QUANTIZE, Value("axis", lambda v, call: (x := call.tensor("input")) is None or -2 <= v < max(x.rank, 2), "axis from -2 to the last dimension", lambda v, call: -1, 1),
+         f"{_Q}: axis with div_mode=False; QuantizeKernelNpuOpApi.cpp: below -1 it is handed over, else it is -1", "documented, code", when=MULTIPLIES),
     Rule("quantize.zero_points.multiply", QUANTIZE, SameDtype("zero_points", "scales"), f"{_Q}: zero_points has the dtype of scales with div_mode=False", when=MULTIPLIES),
 )  # fmt: skip
 
 _A2_ONLY = (
+    Rule("format_cast.customize", FORMAT_CAST, Value("acl_format", _one_of(_NZ), "acl_format 29", lambda v, call: _NZ), "npu_format_cast.md: customize_dtype sets the tiles of FRACTAL_NZ", "documented",
+         when=CUSTOMIZED),
     Rule("quantize.int4.last", QUANTIZE, LastMultiple("input", 8), f"{_Q}: quint4x2 packs eight along the last dimension", "documented, code", when=_is_int4("dtype")),
     Rule("int4pack.weight.present", INT4PACK, Present("weight"), "npu_convert_weight_to_int4pack.md: weight"),
     Rule("int4pack.dtype", INT4PACK, DtypeIn("weight", (I32,)), "npu_convert_weight_to_int4pack.md: weight is int32", "documented, code"),
@@ -211,11 +255,16 @@ RULES_A2 = (*_COMMON, *_A2_ONLY)
 
 RULES_950 = (
     *(rule for rule in RULES_A2 if rule.op != ANTI_QUANT),
+    Rule("format_cast.950.customize", FORMAT_CAST, Absent("customize_dtype"), "npu_format_cast.md: customize_dtype on A2 and A3 with CANN 9.1.0 alone", contradicted=True,
+         hint="FormatCastKernelNpu.cpp:105-133 hands it over on the Ascend 950, and a vendor test gives it there"),
     Rule("anti_quant.unavailable", ANTI_QUANT, Unavailable("npu_weight_quant_batchmatmul, or arithmetic of its own"), "aclnnAscendAntiQuant.md: supported products"),
 )  # fmt: skip
 
 RULES_310P = (
     *_COMMON,
+    Rule("format_cast.310p.customize", FORMAT_CAST, Absent("customize_dtype"), "npu_format_cast.md: customize_dtype on A2 and A3 with CANN 9.1.0 alone; FormatCastKernelNpu.cpp:189", "documented, code"),
+    Rule("quantize.310p.axis", QUANTIZE, Value("axis", lambda v, call: v != -2, "axis -1", lambda v, call: -1, 1), f"{_Q}: axis -2 on the Atlas inference series", when=MULTIPLIES,
+         hint="lay the heads out as the last dimension, or quantize each by itself"),
     Rule("int4pack.310p", INT4PACK, Unavailable("int8 weights"), "npu_convert_weight_to_int4pack.md: supported products", "documented"),
     Rule("dynamic_quant.310p", DYNAMIC_QUANT, Unavailable("a static scale"), "npu_dynamic_quant.md: supported products", "documented", contradicted=True,
          hint="aclnnDynamicQuant.md lists the Atlas inference series, and kernels for it exist (dynamic_quant_align_310p.h)"),

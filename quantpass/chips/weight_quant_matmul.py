@@ -48,6 +48,12 @@ NO = (None,)
 ROWS_310P = DtypeTable(COLUMNS, (Row(((F16,), (I8,), (F16,), (F16, None), (F16, None), NO, NO)),))
 
 
+_MIXED = (
+    "float16 and bfloat16 beside each other in a graph: npu_weight_quant_batchmatmul.md says that the operator converts, its "
+    "tiling wants one dtype (weight_quant_batch_matmul_v2_tiling.cpp:817-838)"
+)
+
+
 def _a2_rows() -> tuple[Row, ...]:
     rows = []
     for x, bias in ((F16, F16), (BF16, F32)):
@@ -56,6 +62,12 @@ def _a2_rows() -> tuple[Row, ...]:
             Row((*operands, NO, NO)),
             Row((*operands, (I64,), (F32, None))),
             Row((*operands, (F32,), (F32, None)), modes=EAGER),
+        ]
+        other = BF16 if x == F16 else F16
+        mixed = ((x,), (I8, I32), (other,), (other, None), (bias, None))
+        rows += [
+            Row((*mixed, quant, shift), GRAPH, "wqmm.a2.mixed", _MIXED)
+            for quant, shift in ((NO, NO), ((I64,), (F32, None)))
         ]
     return (*rows, Row(((F16,), (I8,), (I64,), (I32, None), (F16, None), NO, NO)))
 
@@ -71,8 +83,18 @@ ROWS_A2 = DtypeTable(
     },
 )
 
+
+def _is_mixed(call: OpCall) -> bool:
+    dtypes = {spec.dtype_name for spec in (call.tensor("x"), call.tensor("antiquant_scale")) if spec is not None}
+    return call.mode == "graph" and dtypes == {F16, BF16}
+
+
 INT64_SCALE = dtype_is("antiquant_scale", I64)
 NO_INT64_SCALE = When("antiquant_scale not int64", lambda call: not INT64_SCALE.test(call))
+NOT_MIXED = When(
+    "antiquant_scale not int64, nor the other 16-bit float in a graph",
+    lambda call: NO_INT64_SCALE.test(call) and not _is_mixed(call),
+)
 INT4 = dtype_is("weight", I32)
 INT8 = dtype_is("weight", I8)
 PER_CHANNEL = (("n",), (1, "n"))
@@ -100,7 +122,8 @@ def rules(dtypes: DtypeTable, chip: str, hint: str) -> tuple[Rule, ...]:
         Rule("wqmm.x.present", WQMM, Present("x"), _module("inputs: x")),
         Rule("wqmm.weight.present", WQMM, Present("weight"), _module("variables: weight")),
         Rule("wqmm.scale.present", WQMM, Present("antiquant_scale"), _module("variables: antiquant_scale")),
-        Rule("wqmm.weight.rank", WQMM, Rank("weight", 2, 2), _module("variables: weight has 2 dimensions"), "documented, code"),
+        Rule("wqmm.weight.rank", WQMM, Rank("weight", 2, 2), _module("variables: weight has 2 dimensions"), "documented, code", contradicted=chip == "310p",
+             hint="aclnnWeightQuantBatchMatmulV2.md and a vendor test have a matrix for each batch on the Atlas inference series" if chip == "310p" else ""),
         Rule("wqmm.empty", WQMM, NotEmpty(("x", "weight", "antiquant_scale")), _module("constraints: no empty tensors"), "documented, code"),
         Rule("wqmm.k", WQMM, EqualSizes("k", "k_of_weight", "x (m, k) and weight (k, n) with the same k"), _module("constraints: (M, K) and (N, K)"), "documented, code"),
         Rule("wqmm.k.range", WQMM, Size("k", 1, 65535), _module("constraints: K, N in [1, 65535]"), "documented, code"),
@@ -144,7 +167,7 @@ RULES_A2 = (
     Rule("wqmm.m.range.transposed", WQMM, Size("m", 1, 65535), _module("constraints: M in [1, 65535] where x is transposed"), "documented, code", when=transposed("x")),
     Rule("wqmm.quant_offset", WQMM, Present("quant_scale"), _module("constraints: quant_offset needs quant_scale"), "documented, code", when=given("quant_offset")),
     Rule("wqmm.x.rank", WQMM, Rank("x", 2, 2), _module("inputs: x is (M, K)"), "documented, code", hint="flatten x to (m, k)"),
-    Rule("wqmm.scale.dtype", WQMM, SameDtype("antiquant_scale", "x"), _module("variables: antiquant_scale has the dtype of x"), "documented, code", when=NO_INT64_SCALE),
+    Rule("wqmm.scale.dtype", WQMM, SameDtype("antiquant_scale", "x"), _module("variables: antiquant_scale has the dtype of x"), "documented, code", when=NOT_MIXED),
     Rule("wqmm.offset.dtype", WQMM, SameDtype("antiquant_offset", "antiquant_scale"), _module("variables: antiquant_offset has the dtype of antiquant_scale"), "documented, code", when=NO_INT64_SCALE),
     Rule("wqmm.nz.eager", WQMM, Layout("weight", "ND"), _module("constraints: a FRACTAL_NZ weight in graph mode only"), "documented", modes=EAGER, contradicted=True,
          hint="the aclnn operator takes it on A2/A3, and deployments rely on it"),

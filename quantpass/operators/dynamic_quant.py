@@ -35,6 +35,7 @@ def npu_dynamic_quant(
     x: torch.Tensor,
     *,
     smooth_scales: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
     dst_type: torch.dtype = torch.int8,
     quant_mode: str = "pertoken",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +47,8 @@ def npu_dynamic_quant(
 
     Args:
         x: ``(..., K)`` float16 or bfloat16.
-        smooth_scales: ``(K,)``, the dtype of x.
+        smooth_scales: ``(K,)``, the dtype of x; ``(groups, K)`` beside ``group_index``.
+        group_index: ``(groups,)`` int32: behind which row each group ends. Rows behind the last are not smoothed.
         dst_type: ``torch.int8`` (or ``torch.qint8``), or ``torch.quint4x2``.
         quant_mode: ``"pertoken"`` or ``"pertensor"``.
 
@@ -67,11 +69,12 @@ def npu_dynamic_quant(
     require(dst_type in known, f"npu_dynamic_quant: dst_type is {dst_type}; it must be one of {known}")
     wide = x.to(torch.float32)
     if smooth_scales is not None:
-        shape = tuple(smooth_scales.shape)
-        require(
-            shape == (x.shape[-1],), f"npu_dynamic_quant: smooth_scales has shape {shape}; it must be ({x.shape[-1]},)"
-        )
-        wide = wide * smooth_scales.to(torch.float32)
+        wide = wide * _smoothing(smooth_scales, group_index, x)
+    require(
+        group_index is None or smooth_scales is not None,
+        "npu_dynamic_quant: group_index shares out smooth_scales, which are not given",
+        "dynamic_quant.group.scales",
+    )
     levels = 7.0 if dst_type == _QUINT4X2 else 127.0
     largest = wide.abs().amax() if quant_mode == "pertensor" else wide.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest == 0, 0.0, levels / largest)
@@ -79,6 +82,25 @@ def npu_dynamic_quant(
     scale = largest * (1.0 / levels)
     scale = scale.reshape(1) if quant_mode == "pertensor" else scale.squeeze(-1)
     return (pack_int4(codes) if dst_type == _QUINT4X2 else codes), scale
+
+
+def _smoothing(scales: torch.Tensor, ends: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """Smoothing scales in float32, as they multiply x."""
+    wanted = (x.shape[-1],) if ends is None else (ends.numel(), x.shape[-1])
+    shape = tuple(scales.shape)
+    require(shape == wanted, f"npu_dynamic_quant: smooth_scales has shape {shape}; it must be {wanted}")
+    if ends is None:
+        return scales.to(torch.float32)
+    fits = ends.dtype == torch.int32 and ends.dim() == 1
+    require(
+        fits,
+        f"npu_dynamic_quant: group_index is {ends.dtype}, shape {tuple(ends.shape)}; it must be int32 of one dimension",
+        "dynamic_quant.group.dtype",
+    )
+    rows = torch.arange(x.shape[:-1].numel())
+    of_row = torch.searchsorted(ends.long(), rows, right=True)
+    each = torch.cat([scales.to(torch.float32), torch.ones_like(scales[:1], dtype=torch.float32)])[of_row]
+    return each.reshape(x.shape)
 
 
 def _fake(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,9 +140,10 @@ def _ge(ge: Ge, a: Arguments) -> Any:
 def _run(inputs: list[Any], attrs: dict[str, Any], saturates: bool) -> tuple[torch.Tensor, ...]:
     del saturates
     x, smooth, groups = padded(inputs, 3)
-    if groups is not None or attrs.get("dst_type", _GE_INT8) != _GE_INT8:
-        raise NotImplementedError("DynamicQuant with group_index, or to another dtype than int8")
-    return dynamic_quant(x, smooth, quant_mode=attrs.get("quant_mode", "pertoken"))
+    if attrs.get("dst_type", _GE_INT8) != _GE_INT8:
+        raise NotImplementedError("DynamicQuant to another dtype than int8")
+    mode = attrs.get("quant_mode", "pertoken")
+    return npu_dynamic_quant(x, smooth_scales=smooth, group_index=groups, quant_mode=mode)
 
 
 def _run_v2(inputs: list[Any], attrs: dict[str, Any], saturates: bool) -> tuple[torch.Tensor, ...]:
@@ -131,10 +154,13 @@ def _run_v2(inputs: list[Any], attrs: dict[str, Any], saturates: bool) -> tuple[
 
 
 def _emulated(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    refuse_given("npu_dynamic_quant", a, "group_index", "dst_type_max")
+    refuse_given("npu_dynamic_quant", a, "dst_type_max")
     dtype = dtype_numbered(a.dst_type, torch.int8)
     assert dtype is not None
-    return npu_dynamic_quant(a.input, smooth_scales=a.smooth_scales, dst_type=dtype, quant_mode=a.quant_mode)
+    groups = a.group_index
+    return npu_dynamic_quant(
+        a.input, smooth_scales=a.smooth_scales, group_index=groups, dst_type=dtype, quant_mode=a.quant_mode
+    )
 
 
 def _emulated_fake(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:

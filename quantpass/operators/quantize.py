@@ -49,29 +49,31 @@ def npu_quantize(
 
     * ``div_mode=True``: ``saturate(round(x / scales + zero_points))`` along ``axis``, to qint8 (int8), quint8 (uint8)
       or qint32 (int32)
-    * ``div_mode=False``: ``saturate(round(x * scales + zero_points))`` along the last axis, to qint8 (int8) or
-      quint4x2 (eight int4 packed in int32 along the last axis)
+    * ``div_mode=False``: ``saturate(round(x * scales + zero_points))`` along the last axis, or with ``axis=-2`` along
+      the one before it (a scale for each head), to qint8 (int8) or quint4x2 (eight int4 packed in int32 along the last
+      axis)
 
     Rounding is half to even, arithmetic float32.
 
     Args:
         x: floating, any shape.
-        scales: ``(1,)`` or the size of the axis.
+        scales: ``(1,)`` or the size of the axis; where they multiply, also with all dimensions of x, 1 in the others.
         zero_points: the same shape, or None.
         dtype: ``torch.qint8``, ``torch.quint8``, ``torch.qint32`` or ``torch.quint4x2``.
-        axis: which axis the parameters belong to.
+        axis: which axis the parameters belong to; where they multiply, every value but -2 means the last.
         div_mode: divide by the scales, or multiply by them.
 
-    Source: npu_quantize.md; ascend_quant_v2.h:150-190.
+    Source: npu_quantize.md; aclnnAscendQuantV3.md; ascend_quant_v2.h:150-190.
     """
     accepted = (_QINT8, _QUINT8, _QINT32) if div_mode else (_QINT8, _QUINT4X2)
     require(dtype in accepted, f"npu_quantize: dtype is {dtype}; with div_mode={div_mode} it must be one of {accepted}")
-    axis = axis % x.dim() if div_mode else x.dim() - 1
+    axis = axis % x.dim() if div_mode else x.dim() - (2 if axis == -2 else 1)
+    require(axis >= 0, f"npu_quantize: axis is -2; input has {x.dim()} dimension")
     wide = x.to(torch.float32)
-    scale = _along("scales", scales, x, axis)
+    scale = _along("scales", scales, x, axis, not div_mode)
     value = wide / scale if div_mode else wide * scale
     if zero_points is not None:
-        value = value + _along("zero_points", zero_points, x, axis)
+        value = value + _along("zero_points", zero_points, x, axis, not div_mode)
     value = value.round()
     if dtype == _QUINT4X2:
         return pack_int4(value.clamp(-8, 7).to(torch.int8))
@@ -80,14 +82,15 @@ def npu_quantize(
     return value.to(torch.float64).clamp(info.min, info.max).to(container)
 
 
-def _along(name: str, parameter: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
-    """A parameter as float32 that broadcasts along ``axis`` of x."""
-    shape = tuple(parameter.shape)
-    fits = shape in ((1,), (x.shape[axis],))
-    require(fits, f"npu_quantize: {name} has shape {shape}; it must be (1,) or ({x.shape[axis]},) for axis {axis}")
+def _along(name: str, parameter: torch.Tensor, x: torch.Tensor, axis: int, whole: bool) -> torch.Tensor:
+    """A parameter as float32 that broadcasts along ``axis`` of x; ``whole``: it may have all the dimensions of x."""
+    shape, size = tuple(parameter.shape), x.shape[axis]
     view = [1] * x.dim()
-    view[axis] = shape[0]
-    return parameter.to(torch.float32).reshape(view)
+    view[axis] = shape[0] if len(shape) == 1 else size
+    as_long = whole and shape in (tuple(view), (1,) * x.dim())
+    fits = shape in ((1,), (size,)) or as_long
+    require(fits, f"npu_quantize: {name} has shape {shape}; it must be (1,) or ({size},) for axis {axis}")
+    return parameter.to(torch.float32).reshape(shape if as_long else view)
 
 
 def _fake(a: Arguments) -> torch.Tensor:

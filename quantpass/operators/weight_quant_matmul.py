@@ -334,6 +334,7 @@ def _ge(ge: Ge, a: Arguments) -> Any:
 
 def _run(inputs: list[Any], attrs: dict[str, Any], saturates: bool) -> torch.Tensor:
     activation, weight, scale, offset, quant_scale, quant_offset, bias = padded(inputs, 7)
+    scale, offset = _as_activation(scale, activation), _as_activation(offset, activation)
     transposed = attrs["transpose_weight"]
     if transposed:
         scale, offset = turned(scale), turned(offset)
@@ -355,14 +356,42 @@ def _run(inputs: list[Any], attrs: dict[str, Any], saturates: bool) -> torch.Ten
     )
 
 
+def _as_activation(parameter: Any, x: torch.Tensor) -> Any:
+    """In a graph, npu_weight_quant_batchmatmul.md says, float16 and bfloat16 parameters take the dtype of x."""
+    halves = (torch.float16, torch.bfloat16)
+    mixed = parameter is not None and parameter.dtype in halves and x.dtype in halves
+    return parameter.to(x.dtype) if mixed else parameter
+
+
 def _emulated(a: Arguments) -> torch.Tensor:
     refuse_given("npu_weight_quant_batchmatmul", a, *WQMM.unjudged)
+    if a.weight.dim() > 2:
+        return _emulated_batch(a)
     transposed = a.weight.dtype == torch.int32 and packed_transposed(a.weight.shape[-2], a.x.shape[-1])
     weight = a.weight.transpose(-2, -1) if transposed else a.weight
     return torch.ops.quantpass.weight_quant_matmul(  # type: ignore[no-any-return]
         a.x, weight, a.antiquant_scale, a.antiquant_offset, a.quant_scale, a.quant_offset, a.bias,
         a.antiquant_group_size, a.inner_precise, transpose_weight=transposed,
     )  # fmt: skip
+
+
+def _emulated_batch(a: Arguments) -> torch.Tensor:
+    """A matrix for each batch, as the 310P has it: one after the other."""
+    leading = torch.broadcast_shapes(a.x.shape[:-2], a.weight.shape[:-2])
+    x = a.x.expand(*leading, *a.x.shape[-2:]).reshape(-1, *a.x.shape[-2:])
+    weight = a.weight.expand(*leading, *a.weight.shape[-2:]).reshape(-1, *a.weight.shape[-2:])
+    each = [_emulated(Arguments(**(vars(a) | {"x": i, "weight": w}))) for i, w in zip(x, weight, strict=True)]
+    return torch.stack(each).reshape(*leading, *each[0].shape)
+
+
+def _emulated_fake(a: Arguments) -> torch.Tensor:
+    transposed = a.weight.dtype == torch.int32 and packed_transposed(a.weight.shape[-2], a.x.shape[-1])
+    if a.weight.dim() == 2:
+        return _emulated(a)
+    leading = torch.broadcast_shapes(a.x.shape[:-2], a.weight.shape[:-2])
+    n = a.weight.shape[-1] * (8 if a.weight.dtype == torch.int32 and not transposed else 1)
+    dtype = torch.int8 if a.quant_scale is not None else a.x.dtype
+    return a.x.new_empty((*leading, a.x.shape[-2], n), dtype=dtype)  # type: ignore[no-any-return]
 
 
 WEIGHT_QUANT_MATMUL = Operator(
@@ -373,5 +402,6 @@ WEIGHT_QUANT_MATMUL = Operator(
     ge=_ge,
     ge_kernels={"WeightQuantBatchMatmulV2": _run},
     emulate=_emulated,
+    emulate_fake=_emulated_fake,
     vendor_fake="wrong",  # for x of rank above 2
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
+from quantpass.basics.json_text import json_text
 from quantpass.basics.suggestions import did_you_mean
 from quantpass.graph.dump import diff_text
 from quantpass.graph.records import Site, WeightFormat
@@ -142,10 +142,7 @@ class Report:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON; also written to ``path`` where one is given."""
-        text = json.dumps(self.as_dict(), indent=2)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+        return json_text(self.as_dict(), path)
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one HTML page."""
