@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from quantpass.basics.reasons import refuse
@@ -39,7 +40,9 @@ class Net:
             node: a node that no reader of matmuls has taken.
             looked_into: the graphs that it calls are read themselves.
         """
-        return higher_order(node, looked_into) or unread_contraction(node, self._reader.dialects.know(node.target))
+        aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"  # it is not asked for
+        known = not aten and self._reader.dialects.know(node.target)
+        return higher_order(node, looked_into) or unread_contraction(node, known)
 
     def returned(self, output: Node) -> Iterator[tuple[Node, Reject]]:
         """Weights that a graph dequantizes and returns: whoever multiplies by them is not in the graph."""

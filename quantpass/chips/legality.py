@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +139,7 @@ def broken_rules(call: OpCall, chip: Chip, allow: Collection[str] = ()) -> tuple
     broken: list[Broken] = []
     assumptions: list[str] = []
     for rule in chip.rules:
-        if rule.op != call.op or call.mode not in rule.modes or (rule.when and not rule.when.test(call)):
+        if rule.op is not call.op or call.mode not in rule.modes or (rule.when and not rule.when.test(call)):
             continue
         for finding in rule.need.check(call):
             if finding.undecided:
@@ -149,6 +149,25 @@ def broken_rules(call: OpCall, chip: Chip, allow: Collection[str] = ()) -> tuple
             if not (found.contradicted and found.rule_id in allow):
                 broken.append(found)
     return broken, list(dict.fromkeys(assumptions))
+
+
+class Judge:
+    """:func:`judge`, each call once: of a model's layers many are the same but for their values."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Verdict] = {}
+
+    def __call__(self, call: OpCall, chip: Chip, allow: Collection[str] = ()) -> Verdict:
+        # 1, 1.0 and True are equal, and are not the same in what is said of them.
+        given = tuple((name, type(value), value) for name, value in call.args.items())
+        key = (chip.name, tuple(allow), call.op, call.mode, given)
+        try:
+            known = self._known.get(key)
+        except TypeError:  # symbolic sizes, lists
+            return judge(call, chip, allow)
+        if known is None:
+            known = self._known[key] = judge(call, chip, allow)
+        return known
 
 
 def judge(call: OpCall, chip: Chip, allow: Collection[str] = ()) -> Verdict:

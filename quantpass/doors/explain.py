@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ from quantpass.pipeline import Outcome, explain_graph, fuse_graph
 from quantpass.planning.options import Options
 from quantpass.report import Report, merged
 
+logger = logging.getLogger(__name__)
+
 
 def explain(
     model: torch.nn.Module | Callable[..., Any],
@@ -47,9 +51,10 @@ def explain(
 ) -> Report:
     """The verdict on every quantized matmul of a model, for one or several targets. Needs no device, changes nothing.
 
-    The model is captured as ``torch.compile`` would (and runs once, unfused, on ``args``). A model or program whose
-    weights hold no data (on the meta device, or fake) is explained by their shapes, nothing is computed or allocated,
-    and the report marks what is conditional on the values.
+    The model is captured as ``torch.compile`` would. One that is a single graph is not run; where Python has to decide
+    between graphs, it runs once on ``args``, unfused. A model or program whose weights hold no data (on the meta
+    device, or fake) is explained by their shapes, nothing is computed or allocated, and the report marks what is
+    conditional on the values.
 
     Args:
         model: a module or function; an ``ExportedProgram`` or a ``GraphModule`` needs no ``args``. A program's own
@@ -112,8 +117,35 @@ def _explain_model(
     settings: list[Options],
     dynamic: bool | None,
 ) -> list[Report]:
+    if is_on_meta(model):
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (tuple(args), kwargs))
+    try:
+        return _captured(model, args, kwargs, settings, dynamic, whole=True)
+    except Exception as error:  # several graphs, or what is wrong with the model: then it is seen again
+        logger.debug("not captured as one graph: %s", error)
+    return _captured(model, args, kwargs, settings, dynamic, whole=False)
+
+
+class _Captured(BaseException):
+    """The model is known: it need not run."""
+
+
+def _captured(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    settings: list[Options],
+    dynamic: bool | None,
+    *,
+    whole: bool,
+) -> list[Report]:
+    """The verdicts on each graph that a model is captured in; ``whole``: on its one graph, which is not run."""
     found: list[Report] = []
     watch = Watch()
+
+    def not_run(*args: Any) -> Any:
+        del args
+        raise _Captured
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         def look(aot: GraphModule, weights: StaticInputs, fake_inputs: list[Any]) -> Callable[..., Any]:
@@ -121,14 +153,12 @@ def _explain_model(
             report, shown = _verdicts(aot, weights, settings)
             found.append(report)
             watch.add(shown, all_known=not weights.unread)
-            return without_function_modes(aot)
+            return not_run if whole else without_function_modes(aot)
 
         return compile_with_aot(gm, example_inputs, look, decomposition_table(settings[0].decompositions))
 
-    if is_on_meta(model):
-        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (tuple(args), kwargs))
-    with torch.no_grad():
-        compile_isolated(model, capture, dynamic)(*args, **kwargs)
+    with torch.no_grad(), suppress(_Captured):
+        compile_isolated(model, capture, dynamic, whole=whole)(*args, **kwargs)
     names = tuple(s.chip.name for s in settings)
     return [*found, Report((), names, settings[0].mode, hidden=watch.signs(model))]
 

@@ -50,6 +50,7 @@ class StaticValues:
         self.decode = Decoder()
         self._leaves = {n: t for n, t in leaves.items() if n not in self.mutated}
         self._static: dict[Node, bool] = {}
+        self._runs: dict[OpOverload, bool] = {}
         self._kept: dict[Node, Any] = {}
         self._uniform: dict[Node, float | None] = {}
         self.read_leaves: set[Node] = set()
@@ -87,7 +88,9 @@ class StaticValues:
             return False
         if isinstance(target, OpOverload):
             random = torch.Tag.nondeterministic_seeded in target.tags
-            return not random and can_run(target)
+            if target not in self._runs:
+                self._runs[target] = can_run(target)
+            return not random and self._runs[target]
         return getattr(target, "__module__", "") == "_operator"
 
     def value(self, node: Node) -> Any:

@@ -280,10 +280,13 @@ def attribute_tensors(gm: GraphModule) -> Iterator[tuple[Node, torch.Tensor]]:
 
 
 def compile_isolated(
-    model: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None
+    model: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None, *, whole: bool = False
 ) -> Callable[..., Any]:
-    """``torch.compile`` that shares no cache with the user's own compilations of the same model."""
-    return compile_apart(model, backend, dynamic)
+    """``torch.compile`` that shares no cache with the user's own compilations of the same model.
+
+    ``whole``: it fails where the model is more than one graph.
+    """
+    return compile_apart(model, backend, dynamic, whole=whole)
 
 
 def without_function_modes(run: Callable[..., Any]) -> Callable[..., Any]:

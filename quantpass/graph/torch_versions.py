@@ -90,8 +90,12 @@ def isolates() -> bool:
     return "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
-def compile_apart(model: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+def compile_apart(
+    model: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None, *, whole: bool = False
+) -> Callable[..., Any]:
     """``torch.compile`` that leaves the user's own compilations of the same code as they are.
+
+    ``whole`` is its ``fullgraph``.
 
     2.13 brought ``isolate_recompiles``: a cache of its own for one ``torch.compile``. Before, code has one cache: the
     limit of recompilations is lifted for the call, and what it added counts no longer afterwards.
@@ -101,8 +105,10 @@ def compile_apart(model: Callable[..., Any], backend: Callable[..., Any], dynami
         RuntimeError: when called, before 2.13: PyTorch gave up compiling this code, since it was recompiled too often.
     """
     if isolates():
-        return torch.compile(model, backend=backend, dynamic=dynamic, isolate_recompiles=True)  # type: ignore[call-overload,no-any-return]
-    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+        return torch.compile(  # type: ignore[call-overload,no-any-return]
+            model, backend=backend, dynamic=dynamic, fullgraph=whole, isolate_recompiles=True
+        )
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=whole)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         tensors = list(model.parameters()) + list(model.buffers()) if isinstance(model, torch.nn.Module) else []

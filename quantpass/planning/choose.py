@@ -18,7 +18,7 @@ from quantpass.basics.boundary import guarded
 from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.chips.calls import VendorOp
-from quantpass.chips.legality import Verdict, judge
+from quantpass.chips.legality import Judge, Verdict
 from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.rules import Chip
@@ -48,10 +48,12 @@ class Others:
     Attributes:
         needed: tensors that sites have an operator quantize.
         int8: nodes whose codes a plan makes as int8.
+        judge: judges the calls of all of them, for one set of chips.
     """
 
     needed: set[Node] = field(default_factory=set)
     int8: set[Node] = field(default_factory=set)
+    judge: Judge = field(default_factory=Judge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ def plan_site(reading: Reading, chip: Chip, options: Options, writes: Writes, ot
         if not math.isfinite(numerics.relative + numerics.absolute + numerics.of_x + numerics.of_w):
             rejects.append(_unbounded())
             continue
-        verdict = judge(candidate.call, chip, options.allow)
+        verdict = others.judge(candidate.call, chip, options.allow)
         if verdict.legal:
             plan = _as_plan(candidate, reading, _why_not(rejects, nearest), verdict)
             written = written_before(plan.value, plan.output, writes)
