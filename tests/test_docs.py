@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 import yaml
 
 import quantpass as qp
@@ -91,6 +92,39 @@ def test_commands_and_options_exist(page):
         }
         given = {w.partition("=")[0] for w in words[1:] if re.match(r"--?[a-z]", w)}
         assert given <= {*options, "--help", "-h"}, f"{where}: {given - options}"
+
+
+class Linear8(torch.nn.Module):
+    """int8 weights, a scale for each output channel or for each group of rows."""
+
+    def __init__(self, k, n, group=None):
+        super().__init__()
+        self.group = group or k
+        self.codes = torch.nn.Parameter(torch.randint(-127, 128, (n, k), dtype=torch.int8), requires_grad=False)
+        self.scale = torch.nn.Parameter(torch.rand(n, k // self.group).half() * 0.01, requires_grad=False)
+
+    def forward(self, x):
+        scale = self.scale.repeat_interleave(self.group, 1) if self.group < self.codes.shape[1] else self.scale
+        return torch.nn.functional.linear(x, self.codes.to(x.dtype) * scale)
+
+
+class Model(torch.nn.Module):
+    """What the report is of that the README explains."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = torch.nn.Module()
+        self.mlp.up, self.mlp.down = Linear8(256, 128), Linear8(128, 256, group=32)
+
+    def forward(self, x):
+        return self.mlp.down(self.mlp.up(x))
+
+
+def test_the_report_that_the_readme_explains_is_a_real_one():
+    torch.manual_seed(0)
+    report = qp.explain(Model(), (torch.randn(4, 256).half(),), target="ascend310p")
+    (shown,) = [b.text for b in blocks(ROOT / "README.md") if "mlp.down" in b.text]
+    assert agrees(report.text(width=120), shown), report.text(width=120)
 
 
 def test_how_output_is_compared():
@@ -284,8 +318,6 @@ def test_explain_error_says_the_same_of_the_operators_messages(heading, body):
 
 
 def test_pytorchs_messages_are_in_pytorch():
-    import torch
-
     folder = Path(torch.__file__).parent.parent
     headings = [h[0] for h, _ in entries("What PyTorch and torch_npu say")]
     for text, path in IN_PYTORCH.items():
