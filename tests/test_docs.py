@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ import yaml
 
 import quantpass as qp
 from quantpass.doors.cli import main
+from quantpass.doors.settings import TAKEN_BY
 from tests.run_page import CHECKED, OUTPUT, RUN, SHOWN, agrees, blocks
 
 try:
@@ -247,6 +249,18 @@ def test_the_api_page_has_every_public_name_and_no_other():
     }
     assert set(listed) == wanted
     assert len(set(listed)) == len(listed)
+
+
+def test_the_table_of_options_is_right():
+    table = (ROOT / "docs/doors.md").read_text().partition("## Options")[2].partition("\n## ")[0]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| `")]
+    listed = {}
+    for name, _, _, doors in rows:
+        listed[name.strip("`")] = set(re.findall(r"`(\w+)`", doors)) if not doors.startswith("all") else None
+    assert set(listed) == {f.name for f in fields(qp.Options)}
+    for name, doors in listed.items():
+        taken = {d for d, types in TAKEN_BY.items() if name in (*types.__optional_keys__, "target") and "(" not in d}
+        assert doors == taken or (doors is None and len(taken) == len(TAKEN_BY) - 1), name
 
 
 def test_make_targets_named_in_the_readme_exist():

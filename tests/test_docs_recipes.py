@@ -118,3 +118,14 @@ def test_a_copy_of_a_compiled_model_has_weights_of_its_own():
         assert not torch.equal(other(X), before)
     assert backend.report.fused == backend.report.total
     assert copy.deepcopy(backend.report) is backend.report
+
+
+def test_modules_that_share_a_parameter_share_what_is_prepared():
+    torch._dynamo.reset()
+    first, second = WeightOnly(64, 64), WeightOnly(64, 64)
+    second.codes, second.scale = first.codes, first.scale
+    model, backend = torch.nn.Sequential(first, second), qp.backend(target="ascend910b")
+    with torch.no_grad():
+        assert_close(torch.compile(model, backend=backend)(X), model(X))
+    (weight,) = backend.report.formats
+    assert weight.copies == 1 and len(weight.sites) == 2

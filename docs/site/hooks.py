@@ -64,8 +64,9 @@ def on_page_content(html, **_):
     """Sphinx's roles in docstrings as links within the page, where it has what they name."""
 
     def linked(match):
-        name = f"<code>{match[1].rpartition('.')[2]}</code>"
-        return f'<a href="#{match[1]}">{name}</a>' if f'id="{match[1]}"' in html else name
+        last = match[1].rpartition(".")[2]
+        anchor = next((a for a in (match[1], f"quantpass.{last}") if f'id="{a}"' in html), None)
+        return f'<a href="#{anchor}"><code>{last}</code></a>' if anchor else f"<code>{last}</code>"
 
     return _ROLE.sub(linked, html)
 
