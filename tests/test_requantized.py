@@ -366,6 +366,60 @@ def test_a_factor_that_the_scale_does_not_know_is_no_smoothing():
     assert "quantpass.dynamic_quant" not in operators(gm)
 
 
+def test_a_factor_along_k_goes_into_the_rate_of_a_static_quantization():
+    gm, report = fused(smoothed(static, SMOOTH.half()), X.half())
+    assert report.fused == 1
+    assert_expected_inline(
+        dump(gm),
+        """\
+%x_1: f16[24, 64] = input
+%quantpass_inverse_scale: f16[64] = constant quantpass_inverse_scale
+%quantpass_scale_word: i64[32] = constant quantpass_scale_word
+%quantize: i8[24, 64] = quantpass.quantize(%x_1, %quantpass_inverse_scale)
+%_tensor_constant2_1: i8[32, 64] = constant _tensor_constant2_1
+%format_cast: i8[32, 64] = quantpass.format_cast(%_tensor_constant2_1, 29)
+%quant_matmul: f16[24, 32] = quantpass.quant_matmul(%quantize, %format_cast, %quantpass_scale_word, output_dtype=float16, transpose_x2=True)
+return %quant_matmul""",
+    )
+
+
+@pytest.mark.parametrize("chip", ["ascend910b", "ascend310p"])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("quantize", STATIC, ids=lambda f: f.__name__)
+def test_static_codes_with_a_factor_along_k_are_within_the_stated_bound(quantize, divide, dtype, chip):
+    x, factor = (X * 0.5).to(dtype), SMOOTH.to(dtype)
+    gm, report = fused(smoothed(quantize, factor, divide=divide), x, target=chip)
+    if not report.fused:
+        assert chip == "ascend310p" and dtype != torch.float16
+        return
+    n = report.sites[0].numerics
+    y, magnitude, step, weights = expected(integer, quantize, x / factor if divide else x * factor)
+    bound = (n.relative + HALF_UNIT[dtype]) * magnitude + n.absolute + (n.of_step * step + n.of_w) * weights
+    assert bool((gm(x).double().sub(y).abs() <= bound + torch.finfo(dtype).tiny).all())
+    (made,) = gm.graph.find_nodes(op="call_function", target=torch.ops.quantpass.quantize.default)
+    rate = getattr(gm, made.args[1].target).double()
+    assert made.args[0].op == "placeholder"
+    wanted = (1 / SMOOTH.to(dtype).double() if divide else SMOOTH.to(dtype).double()) / 0.0213
+    assert rate.shape == (K,) and bool(((rate / wanted - 1).abs() <= torch.finfo(dtype).eps).all())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        smoothed(static, torch.rand(M, 1, generator=G).half() + 0.5),  # along the rows
+        smoothed(static, (SMOOTH * (torch.arange(K) != 3)).half()),  # a channel that is switched off
+        lambda x: integer(static)(x * (x[0] + 1)),  # of the run
+        lambda x: integer(static)(x * SMOOTH.half().expand(M, K).contiguous() * (torch.arange(M)[:, None] + 1).half()),
+    ],
+)
+def test_another_factor_stays_in_front_of_a_static_quantization(function):
+    gm, report = fused(function, X.half())
+    (made,) = gm.graph.find_nodes(op="call_function", target=torch.ops.quantpass.quantize.default)
+    assert op_name(made.args[0]) == "aten.mul.Tensor" and report.fused == 1
+    assert getattr(gm, made.args[1].target).numel() == 1
+
+
 # -- what stays the graph's --------------------------------------------------------------------------------------------
 
 

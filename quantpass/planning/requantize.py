@@ -32,6 +32,7 @@ from quantpass.patterns.activations import ActivationReader, NotRead, Quantizati
 from quantpass.patterns.affine import Affine
 from quantpass.patterns.magnitudes import Magnitude
 from quantpass.patterns.sites import Reading
+from quantpass.patterns.smoothing import smoothed
 from quantpass.planning.candidates import call_op, flattened
 from quantpass.planning.options import Options
 
@@ -154,13 +155,20 @@ def requantized(
 
 def _ways(q: Quantization, reader: ActivationReader, chip: Chip) -> Iterator[Quantization]:
     """With a factor along K that the operator takes in, if there is one, and without; a norm's weight is the norm's."""
-    smoothed, in_one = reader.smoothed(q), QMMD in chip.layouts
+    with_factor, in_one = smoothed(reader, q), QMMD in chip.layouts
+    if with_factor is not None and reader.norms.read(q.x) is None and _takes_factor(q, with_factor, in_one=in_one):
+        yield with_factor
+    yield q
+
+
+def _takes_factor(q: Quantization, with_factor: Quantization, *, in_one: bool) -> bool:
+    """True where an operator that is given the factor saves the graph a multiplication."""
+    if q.kind == "static":
+        return True
     accepted = (torch.float16,) if in_one else (torch.float16, torch.bfloat16)
     # An operator that is given the graph's scale saves nothing: the graph finds it from the product.
     saves = not in_one or q.kind == "token" or ex.dtype_of(Ref(q.x)) not in accepted
-    if smoothed is not None and saves and ex.dtype_of(Ref(smoothed.x)) in accepted and reader.norms.read(q.x) is None:
-        yield smoothed
-    yield q
+    return saves and ex.dtype_of(Ref(with_factor.x)) in accepted
 
 
 def is_given(node: Node) -> bool:

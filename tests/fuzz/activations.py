@@ -7,7 +7,7 @@ import torch.ao.quantization.fx._decomposed  # the quantized_decomposed operator
 def activation(d):
     kind = d.one_of(
         *("float", "static", "static", "asymmetric", "uint8", "token", "tensor", "fake", "operator"),
-        *("asymmetric token", "token without epsilon", "smoothed token"),
+        *("asymmetric token", "token without epsilon", "smoothed token", "smoothed static"),
     )
     if kind == "float":
         return lambda x: x
@@ -44,6 +44,9 @@ def activation(d):
     def smoothed(x):
         return token(x * torch.linspace(0.5, 2, x.shape[-1]).to(x.dtype))
 
+    def smoothed_static(x):
+        return static(x * torch.linspace(0.5, 2, x.shape[-1]).to(x.dtype))
+
     def tensor(x):
         t = x.float().abs().amax() / 127 + 1e-6
         return (quantized(x.float(), t, 0, -128, 127, torch.int8).float() * t).to(x.dtype)
@@ -65,7 +68,7 @@ def activation(d):
 
     forms = {"static": static, "asymmetric": asymmetric, "uint8": unsigned, "token": token, "tensor": tensor}
     forms |= {"fake": fake, "operator": operator, "asymmetric token": asymmetric_token, "token without epsilon": token}
-    forms["smoothed token"] = smoothed
+    forms |= {"smoothed token": smoothed, "smoothed static": smoothed_static}
     return forms[kind]
 
 
