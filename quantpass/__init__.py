@@ -21,6 +21,7 @@ from quantpass.version import __version__
 
 if TYPE_CHECKING:
     from quantpass import nn
+    from quantpass.adoption import Adoption, adopt
     from quantpass.basics.reject import Reject
     from quantpass.basics.tensor_spec import TensorSpec
     from quantpass.chips.checking import check_op
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from quantpass.report import Report
 
 __all__ = [
+    "Adoption",
     "Difference",
     "Explanation",
     "GePreview",
@@ -58,6 +60,7 @@ __all__ = [
     "Verification",
     "WeightFormat",
     "__version__",
+    "adopt",
     "backend",
     "check_checkpoint",
     "check_op",
@@ -76,6 +79,7 @@ __all__ = [
 ]
 
 _NAMES = {
+    "adoption": ("Adoption", "adopt"),
     "basics.reject": ("Reject",),
     "basics.tensor_spec": ("TensorSpec",),
     "chips.checking": ("check_op",),
@@ -108,6 +112,7 @@ _MODULES = frozenset(
             "operators",
             "planning",
             "lowering",
+            "adoption",
             "doors",
         ),
         *("nn", "pipeline", "report", "rewrite", "version"),

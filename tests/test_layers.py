@@ -17,6 +17,7 @@ LAYERS = (
     "quantpass/planning",
     "quantpass/report",
     "the pass",
+    "quantpass/adoption",
     "quantpass/doors",
 )
 THE_PASS = {"pipeline.py", "rewrite.py", "nn.py", "verify_graph.py"}

@@ -60,7 +60,7 @@ def holders(model: torch.nn.Module) -> Iterator[Holder]:
         own = dict(_tensors_of(module))
         near = {**own, **{f"{c}.{k}": t for c, child in module.named_children() for k, t in _leaf_tensors(child)}}
         scales = [t for k, t in near.items() if t.is_floating_point() and _SCALE.search(k)]
-        codes = [t for t in own.values() if _are_codes(t, scales)]
+        codes = [t for k, t in own.items() if _are_codes(t, scales) and not _ZERO.search(k)]
         weight = own.get("weight")
         is_fake = (
             weight is not None
@@ -171,7 +171,9 @@ class Watch:
         return tuple(
             f"{len(names)} {kind} of {tool} hold{'s' * (len(names) == 1)} quantized weights that no matmul of the "
             f"{graphs} reads (first: {names[0]}). They are unpacked or multiplied outside of the graphs, or were not "
-            f"called with these inputs{where}. docs/coverage.md says how each tool is read"
+            f"called with these inputs{where}. "
+            "qp.adopt(model) exchanges the modules of several tools for ones that are seen; docs/coverage.md says how "
+            "each tool is read"
             for (kind, tool), names in groups.items()
         )
 
