@@ -233,6 +233,25 @@ def test_arguments_that_a_message_names_itself():
     assert (null.argument, null.rule) == ("scale", "qmm.scale.present")
 
 
+@pytest.mark.parametrize(
+    ("operator", "message", "argument", "rule"),
+    [
+        ("aclnnQuantMatmulAllReduceV3", "Tensor dequantScale not implemented for DT_FLOAT16", "dequant_scale", "mm_all_reduce.dtypes.dequant_scale"),
+        ("aclnnMoeInitRoutingV3", "Tensor expertIdx not implemented for DT_INT64", "expert_idx", "moe_routing.expert_idx.dtype"),
+        ("aclnnQuantGroupedMatmulDequant", "Tensor weightScale not implemented for DT_FLOAT16", "weight_scale", "qgmmd.scale.dtype"),
+        ("aclnnGroupedMatmulSwigluQuantV2", "Tensor xScale not implemented for DT_FLOAT16", "x_scale", "gmm_swiglu_v2.x_scale.dtype"),
+        ("aclnnAddRmsNormQuantV2", "Tensor scales1 not implemented for DT_FLOAT16", "scales1", "add_rms_norm_quant.dtypes.scales1"),
+        ("aclnnSwiGluQuantV2", "Tensor groupIndexOptional not implemented for DT_INT64", "group_index", "swiglu_quant.group.dtype"),
+        ("aclnnDequantSwigluQuantV2", "Tensor weightScaleOptional not implemented for DT_BF16", "weight_scale", "dequant_swiglu_quant.scale.dtype"),
+        ("aclnnQuantMatmulReduceSumWeightNz", "Tensor x2Scale not implemented for DT_FLOAT", "x2_scale", "reduce_sum.x2_scale.dtype"),
+    ],
+)  # fmt: skip
+def test_operators_around_the_matmuls(operator, message, argument, rule):
+    explained = said(failed(operator, f"{message}, should be in dtype support list []."))
+    assert (explained.argument, explained.rule) == (argument, rule)
+    assert "check-op" in explained.hint
+
+
 # -- codes, our own words, what is not known --------------------------------------------------------------------------
 
 

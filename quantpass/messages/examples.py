@@ -47,6 +47,37 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "group_type=0 split_item=2 output_dtype=bfloat16",
         "x=float16[16,512] weight=float16[8,512,128] group_list=int64[8] group_type=0 split_item=2 act_type=0",
     ),
+    "npu_grouped_matmul_swiglu_quant_v2": (
+        "x=int8[16,512] weight=int8[8,512,128]:NZ weight_scale=float32[8,128] x_scale=float32[16] group_list=int64[8]",
+        "x=int8[16,512] weight=int8[8,512,128] weight_scale=float32[8,128] x_scale=float32[16] group_list=int64[8]",
+    ),
+    "npu_quant_grouped_matmul_dequant": (
+        "x=float16[16,512] quantized_weight=int8[8,128,512] weight_scale=float32[8,128] group_list=int64[8] smooth_scale=float16[512]",
+        "x=float16[16,512] quantized_weight=int8[8,128,512] weight_scale=float32[8,128] group_list=int64[8] x_scale=float32[16]",
+    ),
+    "npu_mm_all_reduce_base": (
+        "x1=int8[16,512] x2=int8[512,128] hcom=group bias=int32[128] x3=float16[16,128] dequant_scale=int64[128]",
+        "x1=int8[16,512] x2=int8[512,128] hcom=group dequant_scale=bfloat16[128] pertoken_scale=float32[16]",
+        "x1=float16[16,512] x2=int8[512,128] hcom=group antiquant_scale=float16[128] antiquant_offset=float16[128]",
+    ),
+    "npu_moe_init_routing_v2": (
+        "x=bfloat16[16,512] expert_idx=int32[16,8] expert_num=8 scale=float32[8,512] quant_mode=1 expert_tokens_num_flag=True",
+        "x=float16[16,512] expert_idx=int32[16,8] expert_num=8 expert_tokens_num_flag=True",
+    ),
+    "npu_add_rms_norm_quant": (
+        "x1=float16[16,512] x2=float16[16,512] gamma=float16[512] scales1=float32[512] zero_points1=int32[512]",
+    ),
+    "npu_rms_norm_quant": (
+        "x=float16[16,512] gamma=float16[512] beta=float16[512] scale=float16[1] offset=int8[1]",
+    ),
+    "npu_swiglu_quant": ("x=float16[16,512] smooth_scales=float32[1,256] quant_mode=1",),
+    "npu_dequant_swiglu_quant": (
+        "x=int32[16,512] weight_scale=float32[8,512] activation_scale=float32[16,1] quant_scale=float32[8,256] "
+        "group_index=int64[8] quant_mode=1",
+    ),
+    "npu_quant_matmul_reduce_sum": (
+        "x1=int8[8,16,512] x2=int8[8,512,128]:NZ x1_scale=float32[8,16] x2_scale=bfloat16[128]",
+    ),
     "npu_trans_quant_param": ("scale=float32[128] offset=float32[128] round_mode=0",),
     "npu_convert_weight_to_int4pack": ("weight=int32[512,128]",),
     "npu_format_cast": ("input=int8[512,128] acl_format=29",),
