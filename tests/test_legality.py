@@ -122,6 +122,7 @@ WQMM_BASES = [
     {"x": T(F16, (16, 256)), "weight": T(I8, (256, 128), "ND", True), "antiquant_scale": T(I64, (128,)), "antiquant_offset": T(I32, (128,)), "antiquant_group_size": 0},
     {"x": T(F16, (16, 256)), "weight": T(I32, (256, 16), "NZ"), "antiquant_scale": T(F16, (4, 128)), "antiquant_group_size": 64},
     {"x": T(F16, (16, 256)), "weight": T(I32, (32, 128), "NZ", True), "antiquant_scale": T(F16, (128,)), "antiquant_group_size": 0},
+    {"x": T(BF16, (16, 256)), "weight": T(I8, (256, 128), "NZ"), "antiquant_scale": T(BF16, (128,)), "bias": T(F32, (128,)), "antiquant_group_size": 0},
     {"x": T(F32, (16, 256)), "weight": T(I8, (256, 128)), "antiquant_scale": T(F32, (128,)), "antiquant_group_size": 0},
     {"x": T(F32, (16, 256)), "weight": T(I8, (256, 128)), "antiquant_scale": T(F32, (4, 128)), "antiquant_offset": T(F32, (4, 128)), "antiquant_group_size": 64},
 ]  # fmt: skip

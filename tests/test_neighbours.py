@@ -111,6 +111,28 @@ def test_arguments_of_companions(op, arguments, legal, illegal):
     test_what_chips_take(op, arguments, legal, illegal)
 
 
+WEIGHT_ONLY = "x=bfloat16[16,256] antiquant_scale=bfloat16[128] weight=int8[256,128]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "legal", "illegal"),
+    [
+        (f"{WEIGHT_ONLY} bias=bfloat16[128]", [A5], {A2: "wqmm.a2.dtypes.bias"}),
+        (f"{WEIGHT_ONLY}:NZ bias=bfloat16[128]", [], {A5: "wqmm.a5.nz.int8.bias"}),
+        (f"{WEIGHT_ONLY}:NZ bias=float32[128]", [A2, A5], {}),
+        (f"{WEIGHT_ONLY} quant_scale=int64[128]", [A2], {A5: "wqmm.a5.dtypes.quant_scale"}),
+        ("x=float16[16,70000] antiquant_scale=float16[128] weight=int8[70000,128]", [A5], {A2: "wqmm.k.range"}),
+        ("x=float16[16,256] antiquant_scale=float16[128] weight=int32[32,128]:NZ:T", [A2], {A5: "wqmm.a5.nz.int4"}),
+    ],
+)  # fmt: skip
+def test_weight_only_matmuls(arguments, legal, illegal):
+    for target in legal:
+        verdict = asked(target, "npu_weight_quant_batchmatmul", arguments, "graph")
+        assert verdict.legal, (target, verdict)
+    for target, rule in illegal.items():
+        assert rule in rules(asked(target, "npu_weight_quant_batchmatmul", arguments, "graph"))
+
+
 def test_scales_in_the_other_16_bit_float():
     mixed = "x=float16[16,256] weight=int8[256,128] antiquant_scale=bfloat16[128]"
     graph = asked(A2, "npu_weight_quant_batchmatmul", mixed, "graph")

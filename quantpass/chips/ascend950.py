@@ -1,5 +1,5 @@
-"""Ascend 950, newer than the two module documents: A2's two matmuls, with an int64 scale beside bfloat16 results; experts and
-the operators around them from aclnn's pages.
+"""Ascend 950, newer than the two module documents: A2's ``npu_quant_matmul``, with an int64 scale beside bfloat16 results;
+weight-only matmuls, experts and the operators around them from aclnn's pages.
 """
 
 from dataclasses import replace
@@ -53,8 +53,7 @@ ASCEND950 = replace(
         *quant_matmul.INT4_A2,
         *quant_matmul.NZ_DEGENERATE,
         *quant_matmul.GROUPED_A2,
-        *weight_quant_matmul.rules(weight_quant_matmul.ROWS_A2, "a2", weight_quant_matmul.HINT_A2),
-        *weight_quant_matmul.RULES_A2,
+        *weight_quant_matmul.RULES_950,
         *companions.RULES_950,
         *norms.RULES_A2,
         *quant_matmul_dequant.ELSEWHERE,

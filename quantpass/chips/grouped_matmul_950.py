@@ -135,7 +135,7 @@ def _nz(name: str, need: Requirement, what: str, evidence: str = "documented", *
 _ALIGNED = "aclnn_grouped_matmul.cpp:1513-1524, of A2; the page of the 950 names no multiples"
 
 RULES = (
-    *rules(ROWS, "a5"),
+    *rules(ROWS, "a5", f"{_DOC}, {_NZ}: tables of dtypes on the Ascend 950"),
     _rule("group_type", Value("group_type", one_of(-1, 0, 2), "group_type -1, 0 or 2", lambda v, call: 0), "groupType"),
     _rule("group_type.integers", Value("group_type", one_of(0), "group_type 0", lambda v, call: 0), "groupType of int8 and int4 activations", when=INTEGERS),
     _rule("group_type.weight_only", Value("group_type", one_of(-1, 0), "group_type -1 or 0", lambda v, call: 0), "groupType of weight-only forms", when=WEIGHT_ONLY),

@@ -204,3 +204,42 @@ RULES_A2 = (
     Rule("wqmm.int64.k", WQMM, Size("k", 64, None, 64), _module("variables: int64 antiquant_scale: K a multiple of 64"), "documented, code", when=INT64_SCALE),
     Rule("wqmm.int64.n", WQMM, Size("n", 64, None, 64), _module("variables: int64 antiquant_scale: N a multiple of 64"), "documented, code", when=INT64_SCALE),
 )  # fmt: skip
+
+# -- the Ascend 950 ------------------------------------------------------------------------------------------------
+
+_950, _950_NZ = "aclnnWeightQuantBatchMatmulV2.md: the Ascend 950", "aclnnWeightQuantBatchMatmulNz.md: the Ascend 950"
+_LIMITED = ("wqmm.k.range", "wqmm.n.range")
+ROWS_950 = DtypeTable(
+    COLUMNS,
+    tuple(
+        Row(((x,), (I8, I32), (x,), (x, None), (*bias, None), NO, NO))
+        for x, bias in ((F16, (F16,)), (BF16, (BF16, F32)))
+    ),
+    hints={
+        "antiquant_scale": "cast it to the dtype of x",
+        "antiquant_offset": "cast it to the dtype of x",
+        "bias": "float16 x takes a float16 bias, bfloat16 x a bfloat16 or float32 one",
+        "quant_scale": "quantize the result with an operator of its own: quant_scale is reserved on this chip",
+        "weight": "8- and 4-bit floats are outside what quantpass knows",
+    },
+)
+BF16_INT8_NZ = both(INT8, in_nz("weight"), dtype_is("x", BF16))
+
+RULES_950 = (
+    *(rule for rule in rules(ROWS_950, "a5", HINT_A2) if rule.id not in _LIMITED),
+    Rule("wqmm.a5.k.range", WQMM, Size("k", 1, 2**31 - 1), f"{_950}: k and n in [1, 2^31-1]"),
+    Rule("wqmm.a5.n.range", WQMM, Size("n", 1, 2**31 - 1), f"{_950}: k and n in [1, 2^31-1]"),
+    Rule("wqmm.x.rank", WQMM, Rank("x", 2, 2), f"{_950}: x is (m, k)", hint="flatten x to (m, k)"),
+    Rule("wqmm.a5.x.layout", WQMM, Layout("x", transposed=False), f"{_950}: x is not transposed"),
+    Rule("wqmm.scale.dtype", WQMM, SameDtype("antiquant_scale", "x"), f"{_950}: antiquantScale has the dtype of x"),
+    Rule("wqmm.offset.dtype", WQMM, SameDtype("antiquant_offset", "antiquant_scale"), f"{_950}: antiquantOffset has the dtype of x"),
+    Rule("wqmm.nz.eager", WQMM, Layout("weight", "ND"), _module("constraints: a FRACTAL_NZ weight in graph mode only"), modes=EAGER, contradicted=True,
+         hint="aclnnWeightQuantBatchMatmulNz.md is of the Ascend 950, and torch_npu calls it"),
+    Rule("wqmm.a5.nz.scale", WQMM, Shape("antiquant_scale", PER_CHANNEL), f"{_950_NZ}: a scale for each column", when=both(in_nz("weight"), grouped(False)), hint="repeat the scale for each column"),
+    Rule("wqmm.a5.nz.int8.group", WQMM, Value("antiquant_group_size", lambda v, call: v == 0, "no groups for an int8 weight in FRACTAL_NZ", lambda v, call: 0), f"{_950_NZ}: int8 weights per channel", when=both(INT8, in_nz("weight")),
+         hint="leave this weight in ND"),
+    Rule("wqmm.a5.nz.int8.k", WQMM, Size("k", 1, 65535), f"{_950_NZ}: k of int8 weights", when=both(INT8, in_nz("weight")), hint="leave this weight in ND"),
+    Rule("wqmm.a5.nz.int8.n", WQMM, Size("n", 2, 65535), f"{_950_NZ}: n of int8 weights", when=both(INT8, in_nz("weight")), hint="leave this weight in ND"),
+    Rule("wqmm.a5.nz.int8.bias", WQMM, DtypeIn("bias", (F32,)), f"{_950_NZ}: bias beside bfloat16 x and an int8 weight", when=BF16_INT8_NZ, hint="or leave this weight in ND"),
+    Rule("wqmm.a5.nz.int4", WQMM, Layout("weight", transposed=False), f"{_950_NZ}: int4 weights are not transposed", when=both(INT4, in_nz("weight")), hint="leave this weight in ND, or pack it along n"),
+)  # fmt: skip
