@@ -10,6 +10,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check -q install $(PIP_ARG
 RUN = QUANTPASS_TORCH_NPU=$(abspath $(VENV))/torch_npu $(VENV)/bin/python
 
 CELLS ?=
+SHARES ?=
 
 SAMPLE ?= 300
 SEED ?= 0
@@ -46,8 +47,8 @@ test: $(VENV)/test.stamp $(VENV)/torch_npu.stamp ## all tests
 test-fast: $(VENV)/test.stamp $(VENV)/torch_npu.stamp ## the tests that take seconds
 	$(RUN) -m pytest -n auto -m "not slow"
 
-matrix: $(VENV)/test.stamp ## other versions of PyTorch and torchair (CELLS="2.10.0/2.10.0.post4 ..."), docs/versions.md
-	$(RUN) -m tests.matrix.run $(CELLS)
+matrix: $(VENV)/test.stamp ## other versions of PyTorch and torchair (CELLS="2.10.0/2.10.0.post4 ..." SHARES="doors fast"), docs/versions.md
+	$(RUN) -m tests.matrix.run $(CELLS) $(if $(SHARES),--again $(addprefix --only ,$(SHARES)))
 
 mutants: $(VENV)/test.stamp $(VENV)/mutants.stamp $(VENV)/torch_npu.stamp ## edit the pass's code in SAMPLE places: do the fast tests notice?
 	OMP_NUM_THREADS=1 $(RUN) -m tests.mutants.run --sample $(SAMPLE) --seed $(SEED)

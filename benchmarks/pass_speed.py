@@ -87,6 +87,12 @@ def time_quantpass(gm, sites):
     return seconds
 
 
+def anchor():
+    """What quantpass is timed beside: Inductor of which PyTorch, and what it does with these graphs."""
+    does = "fuses every site" if FUSES else "has no patterns for quantized Linears: only its search is timed"
+    return f"beside Inductor of PyTorch {torch.__version__}, which {does}"
+
+
 def main():
     freezing_patterns.lazy_init()
     rows, per_site = [], {}
@@ -115,8 +121,7 @@ def main():
     print(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
     growth = per_site[SITES[-1]] / per_site[SITES[0]]
     print(f"\ntime per site at {SITES[-1]} sites / at {SITES[0]} sites: {growth:.2f} (1.00 is linear)")
-    does = "fuses every site" if FUSES else "has no patterns for quantized Linears: only its search is timed"
-    print(f"beside Inductor of PyTorch {torch.__version__}, which {does}")
+    print(anchor())
 
 
 if __name__ == "__main__":

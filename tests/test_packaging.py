@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 import quantpass
 from quantpass.graph.torch_versions import TESTED
+from tests.matrix.cells import CELLS
 
 try:
     import tomllib
@@ -182,11 +183,13 @@ def test_torch_npu_is_never_installed_unasked():
 
 
 def test_what_is_declared_is_what_is_tested():
-    """Every tested PyTorch may be installed, and older ones may not; Python from the oldest that torch_npu still has."""
+    """Every tested PyTorch may be installed, and no other; each Python that is named is one that a cell is run with."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (torch,) = (r for r in map(Requirement, settings["dependencies"]) if r.name == "torch")
     assert all(f"{version}.0" in torch.specifier for version in TESTED)
-    assert "2.7.1" not in torch.specifier
+    assert "2.7.1" not in torch.specifier and "2.16.0" not in torch.specifier
+    named = {c.rpartition(" :: ")[2] for c in settings["classifiers"] if "Python :: 3." in c}
+    assert named == {c.python for c in CELLS}
     assert "3.10.0" in SpecifierSet(settings["requires-python"])
 
 
