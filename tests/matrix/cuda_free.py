@@ -4,9 +4,9 @@ Wheels of older versions are CUDA builds, and CUDA's own libraries are several t
 a GPU nothing of them is ever called; they only have to be there when PyTorch is loaded. So each of them is compiled
 here from nothing but the names that PyTorch's libraries want, and every function returns 0: there are no devices.
 
-One thing more goes into CUDA's runtime, which is loaded before PyTorch's libraries and whose names they find first. A
-CUDA build registers names of allocator settings while it is loaded, newer torch_npus register some of the same, and
-the second to do so ends the process. Nothing here allocates on a device: each registers in a set of its own.
+One thing more: a CUDA build registers names of allocator settings while it is loaded, newer torch_npus register some of
+the same, and the second to do so ends the process. Nothing here allocates on a device, so CUDA's part of PyTorch gets a
+set of its own: the name of PyTorch's is changed in it, and the stand-in for CUDA's runtime defines the changed one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from pathlib import Path
 _CUDA = re.compile(r"(__cuda|cu|nccl|nv)\w*$")
 _NO_DEVICES = {"cudaGetDeviceCount": "(int *count) { *count = 0; return 0; }"}
 _RUNTIME = "libcudart."
+_REGISTERS, _KEYS, _OWN_KEYS = "libc10_cuda.so", b"14getMutableKeysB5cxx11", b"14getMutableKeyzB5cxx11"
 _SETTINGS = """#include <string>
 #include <unordered_set>
 namespace c10::CachingAllocator {
-struct AcceleratorAllocatorConfig { static std::unordered_set<std::string> &getMutableKeys(); };
-std::unordered_set<std::string> &AcceleratorAllocatorConfig::getMutableKeys() {
-  return *new std::unordered_set<std::string>();
-}
+struct AcceleratorAllocatorConfig {
+  __attribute__((used)) static std::unordered_set<std::string> &getMutableKeyz() {
+    static std::unordered_set<std::string> keys;
+    return keys;
+  }
+};
 }
 """
 
@@ -43,7 +46,16 @@ def make_standins(lib: Path) -> list[str]:
     symbols = _wanted(libraries)
     for name in missing:
         _compile(lib / name, symbols[""], {v: symbols[v] for v in versions[name]})
+    _keep_settings_apart(lib / _REGISTERS)
     return missing
+
+
+def _keep_settings_apart(library: Path) -> None:
+    """Rename where a library keeps the names of its settings; written beside it first, for it may be loaded."""
+    if library.exists():
+        renamed = library.with_suffix(".renamed")
+        renamed.write_bytes(library.read_bytes().replace(_KEYS, _OWN_KEYS))
+        renamed.replace(library)
 
 
 def _needed(libraries: list[Path]) -> tuple[set[str], dict[str, set[str]]]:
