@@ -30,7 +30,7 @@ def test_a_cell_says_what_was_run_and_what_failed():
     name = CELLS[0].name
     ran = {
         "doors": {"code": code_version(), "passed": 1, "failed": {"fuse": "TypeError: no"}},
-        "core": {"code": "0123", "passed": 7, "failed": {"tests.test_doors::test_one": "it | broke"}},
+        "core": {"code": "0123", "passed": 7, "failed": {"tests.test_doors::test_one": "it\n| broke"}},
     }  # fmt: skip
     text = page.page({name: {"python": "3.12.1", "ran": ran}})
     assert "| doors | core |" in text

@@ -155,7 +155,9 @@ def main() -> None:
     try:
         found |= json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        found |= dict.fromkeys(WITH_TORCHAIR, f"the process ended: {done.stderr[-200:]}")
+        lines = done.stderr.splitlines()
+        said = next((line for line in lines if "what():" in line), next(iter(lines[-1:]), ""))
+        found |= dict.fromkeys(WITH_TORCHAIR, f"the process ended: {said.strip()[:200]}")
     print(json.dumps(found))
 
 
