@@ -43,7 +43,7 @@ GMM_CALLS = [
     gmm(X8, (T(I8, (K, N)),) * E, scale=(T(F32, (N,)),) * E, bias=(T(I32, (N,)),) * E, per_token_scale=None, out=F16),
     *(gmm(X4, w, scale=T(I64, COLUMNS), per_token_scale=ROWS, out=BF16) for w in (W4, W4NZ, W4TNZ)),
     gmm(X4, W4NZ, scale=T(I64, (E, 4, N)), per_token_scale=ROWS, out=BF16),
-    gmm(X8, W4NZ, scale=T(I64, (E, 1, N)), per_token_scale=T(F32, (M, 1)), bias=T(F32, COLUMNS), out=BF16, offset=T(F32, (E, 1, N))),
+    gmm(X8, W4NZ, scale=T(I64, (E, 1, N)), per_token_scale=T(F32, (M, 1)), bias=T(F32, COLUMNS), out=BF16, offset=T(F32, (E, 1, N)), group_list_type=1),
     gmm(XF, _weights(I8)[0], antiquant_scale=HALF, antiquant_offset=HALF, bias=HALF),
     gmm(XF, W4, antiquant_scale=GROUPS, antiquant_offset=GROUPS),
     gmm(XF, W4T, antiquant_scale=HALF, antiquant_offset=HALF),

@@ -537,7 +537,7 @@ def test_int4_experts_of_compressed_tensors(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(packed_config("group", group_size=32)))
     (line,) = qp.check_checkpoint(tmp_path, targets=["ascend910b", "ascend310p"]).lines
     assert line.scheme == "int4 weight, groups of 32; float activation; 4 experts"
-    assert str(line.verdicts["ascend910b"].weight) == "int32(4, 7168, 256) NZ"
+    assert str(line.verdicts["ascend910b"].weight) == "int32(4, 896, 2048) transposed"
     assert not line.verdicts["ascend310p"].fused
 
 

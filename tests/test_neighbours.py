@@ -4,6 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 import quantpass as qp
+from quantpass import TensorSpec as T
 from quantpass.chips import NPUS, chip_named
 from quantpass.doors.cli import main
 from quantpass.doors.cli.inputs import parse_argument
@@ -54,6 +55,9 @@ ROWS = "x=float16[16,256] quantized_weight=int8[8,128,256] weight_scale=float32[
         ("npu_grouped_matmul", f"{W8A8} scale=bfloat16[8,1]", [A5], {A2: "gmm.scale.shape"}),
         ("npu_grouped_matmul", HALF_WEIGHT, [A5], {A2: "gmm.a2.dtypes.antiquant_offset"}),
         ("npu_grouped_matmul", HALF_WEIGHT.replace("weight=int8[8,256,128]", "weight=int8[8,256,128]:NZ"), [], {A5: "gmm.a5.nz.weight_only"}),
+        ("npu_grouped_matmul", f"{HALF_WEIGHT} antiquant_offset=float16[8,128]", [A2, A3, A5], {}),
+        ("npu_grouped_matmul", f"{HALF_WEIGHT} antiquant_offset=float16[8,128]".replace("[8,256,128]", "[8,256,128]:NZ"), [], {A2: "gmm.nz.weight_only"}),
+        ("npu_grouped_matmul", f"{W8A8} scale=int64[8,128]".replace("256,128]", "256,128]:NZ").replace("bfloat16", "int8"), [], {A2: "gmm.nz.output"}),
         ("npu_grouped_matmul", WIDE, [A5], {A2: "gmm.x.inner", P310: "gmm.x.inner"}),
         ("npu_grouped_matmul_swiglu_quant_v2", SWIGLU, [A5], {A2: "gmm_swiglu_v2.int8.nz", P310: "gmm_swiglu_v2.unavailable"}),
         ("npu_grouped_matmul_swiglu_quant_v2", f"{SWIGLU}:NZ", [A2, A3], {A5: "gmm_swiglu_v2.a5.nd"}),
@@ -85,6 +89,10 @@ def test_where_documents_disagree():
     assert one_row.contradicted and rules(one_row) == {"moe_routing.scale.dynamic.experts"}
     reduced = asked(A3, "npu_mm_all_reduce_base", REDUCED)
     assert reduced.contradicted and rules(reduced) == {"mm_all_reduce.unavailable"}
+    listed = {"x": T("int8", (16, 256)), "weight": [T("int8", (256, 128))] * 8, "scale": [T("float32", (128,))] * 8}
+    listed |= {"per_token_scale": T("float32", (16,)), "group_list": T("int64", (8,)), "group_type": 0, "split_item": 2}
+    verdict = qp.check_op("npu_grouped_matmul", target=A2, output_dtype="float16", **listed)
+    assert verdict.contradicted and rules(verdict) == {"gmm.integers.listed"}
     half = asked(A2, "npu_dequant_swiglu_quant", "x=float16[16,256] group_index=int64[4] quant_mode=1")
     assert half.contradicted and rules(half) == {"dequant_swiglu_quant.x.half"}
     times = asked(A2, "npu_add_rms_norm_quant", f"{NORM.replace('bfloat16', 'float16')} div_mode=False")

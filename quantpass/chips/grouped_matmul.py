@@ -57,7 +57,7 @@ GMM = VendorOp(
     family="gmm",
 )
 
-_DOC, _CODE = "npu_grouped_matmul.md", "aclnn_grouped_matmul.cpp"
+_DOC, _CODE, _ACLNN = "npu_grouped_matmul.md", "aclnn_grouped_matmul.cpp", "aclnnGroupedMatmulV5.md"
 COLUMNS = (
     *("x", "weight", "bias", "scale", "offset", "antiquant_scale", "antiquant_offset", "per_token_scale"),
     "output_dtype",
@@ -147,6 +147,29 @@ class EvenGroups:
         return [] if holds else [Finding(f"k is {k} and there are {groups} groups", self.want)]
 
 
+@dataclass(frozen=True, slots=True)
+class GroupsOf:
+    """K in groups of one of some sizes."""
+
+    sizes: tuple[int, ...]
+
+    @property
+    def want(self) -> str:
+        *most, last = self.sizes
+        return f"groups of {', '.join(map(str, most))}{' or ' if most else ''}{last} rows"
+
+    def check(self, call: OpCall) -> list[Finding]:
+        k, groups = call.sizes.get("k"), call.sizes.get("groups")
+        if k is None or groups is None:
+            return []
+        holds = [statically_true(groups * size == k) for size in self.sizes]
+        if any(h is True for h in holds):
+            return []
+        if any(h is None for h in holds):
+            return [Finding(f"{k} rows in {groups} groups of a size that is one of these", self.want, undecided=True)]
+        return [Finding(f"k is {k} and there are {groups} groups", self.want)]
+
+
 def _listed(call: OpCall) -> bool:
     weight = call.tensor("weight")
     return weight is not None and weight.rank == 2
@@ -171,7 +194,12 @@ INT8 = dtype_is("weight", I8)
 W4A4 = both(dtype_is("x", I32), INT4)
 W4A8 = both(dtype_is("x", I8), INT4)
 NOT_W4A8 = When("not int8 x with an int4 weight", lambda call: not W4A8.test(call))
+INTEGERS = When("integer x", lambda call: (x := call.tensor("x")) is not None and x.dtype_name in (I8, I32))
+FLOATS = When("float x", lambda call: not INTEGERS.test(call))
+WEIGHT_ONLY = When("float x with an integer weight", lambda call: FLOATS.test(call) and not FLOAT_WEIGHT.test(call))
+W8A8 = both(dtype_is("x", I8), INT8)
 TURNED, STRAIGHT = transposed("weight"), transposed("weight", False)
+NO_OFFSET = When("no offset", lambda call: call.args.get("offset") is None)
 NO_ROW_SCALES = When("no per_token_scale", lambda call: call.args.get("per_token_scale") is None)
 NZ_HINT = "leave this weight in ND, or pad it"
 
@@ -237,8 +265,22 @@ RULES_A2 = (
     Rule("gmm.int4.groups", GMM, EvenGroups(), f"{_DOC}: groups divide k; {_CODE}:484, 746, 910-917", "documented, code", when=INT4),
     Rule("gmm.int4.n", GMM, Size("n", 8, None, 8), f"{_CODE}:904", "code", when=W4A4),
     Rule("gmm.int4.inner", GMM, Size("weight_inner", 2, None, 2), f"{_DOC}: an int4 weight's last dimension is even; {_CODE}:1015", "documented, code", when=INT4),
-    Rule("gmm.w4a4.nz", GMM, Layout("weight", "NZ"), f"{_DOC}: formula 3-3", "documented", when=W4A4, contradicted=True, hint="grouped_matmul_def.cpp lists ND as well"),
+    Rule("gmm.w4a4.nz", GMM, Layout("weight", "NZ"), f"{_DOC}: formula 3-3", "documented", when=W4A4, contradicted=True, hint="aclnnGroupedMatmulV5.md and grouped_matmul_def.cpp list ND as well"),
     Rule("gmm.w4a4.listed", GMM, Rank("weight", 3, 3), f"{_CODE}:953-955", "code", when=W4A4),
+    Rule("gmm.w4a8.lists", GMM, Value("group_list_type", one_of(1), "group_list_type 1", lambda v, call: 1, 0), f"{_ACLNN}: A8W4 counts, and nothing checks it", when=W4A8),
+    Rule("gmm.w4a8.k", GMM, Size("k", 256, 18432, 256), f"{_ACLNN}: A8W4 without offset", when=both(W4A8, NO_OFFSET)),
+    Rule("gmm.w4a8.groups", GMM, GroupsOf((256,)), f"{_ACLNN}: A8W4 without offset", when=both(W4A8, NO_OFFSET)),
+    Rule("gmm.w4a8.n", GMM, Size("n", 8, None, 8), f"{_ACLNN}: A8W4 without offset", when=both(W4A8, NO_OFFSET)),
+    Rule("gmm.integers.group_type", GMM, Value("group_type", one_of(0), "group_type 0", lambda v, call: 0), f"{_ACLNN}: A8W8, A8W4 and A4W4 share rows out", when=INTEGERS, contradicted=True,
+         hint=f"{_DOC} has group_type -1 for quantized forms"),
+    Rule("gmm.integers.listed", GMM, Rank("weight", 3, 3), f"{_ACLNN}: A8W8 and A4W4 have one weight for all experts", when=INTEGERS, contradicted=True,
+         hint=f"{_DOC} has a list of weights for quantized forms: stack them, (experts, k, n)"),
+    Rule("gmm.nz.weight_only", GMM, Layout("weight", "ND"), f"{_ACLNN}: A16W8 and A16W4 in ND; {_CODE}:1669-1741, which torch_npu calls for FRACTAL_NZ", "documented, code", when=WEIGHT_ONLY,
+         hint="leave this weight in ND"),
+    Rule("gmm.nz.output", GMM, Value("output_dtype", one_of(F16, BF16, I32), "output_dtype float16, bfloat16 or int32", lambda v, call: BF16, I8), f"{_ACLNN}: int8 results beside a weight in ND; {_CODE}:1690-1697", "documented, code",
+         when=both(W8A8, in_nz("weight"))),
+    Rule("gmm.nz.dtype", GMM, DtypeIn("weight", (I8, I32, F16, BF16)), f"{_ACLNN}: float32 in ND; {_CODE}:1709-1726", "documented, code", when=in_nz("weight")),
+    Rule("gmm.nz.split_k", GMM, Value("group_type", one_of(-1, 0), "group_type -1 or 0", lambda v, call: 0), f"{_CODE}:1943", "code", when=in_nz("weight")),
     Rule("gmm.w4a8.bias", GMM, Shape("bias", (("experts", "n"),)), f"{_CODE}:825-827", "code", when=W4A8, hint="it holds 8 * sum_k(scale * weight): the kernel multiplies x - 8"),
     Rule("gmm.token.shape", GMM, Shape("per_token_scale", (("m",),)), f"{_DOC}: per_token_scale has one dimension; {_CODE}:573-579", "documented, code", when=NOT_W4A8, hint="flatten it to (tokens,)"),
     Rule("gmm.antiquant.shape", GMM, Shape("antiquant_scale", (("experts", "n"),)), f"{_DOC}: antiquant_scale", "documented, code", when=both(STACKED, INT8)),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from quantpass.basics.symbolic import statically_true
 from quantpass.basics.torch_types import BF16, F16, F32, I8, I32, I64
 from quantpass.chips.calls import OpCall
 from quantpass.chips.dtype_table import DtypeTable
@@ -12,9 +9,11 @@ from quantpass.chips.grouped_matmul import (
     COLUMNS,
     EAGER,
     FLOAT_WEIGHT,
+    FLOATS,
     GMM,
     INT4,
     INT8,
+    INTEGERS,
     LISTED,
     NO,
     NZ_HINT,
@@ -25,7 +24,10 @@ from quantpass.chips.grouped_matmul import (
     TURNED,
     W4A4,
     W4A8,
+    W8A8,
+    WEIGHT_ONLY,
     EvenGroups,
+    GroupsOf,
     group_type_is,
     one_of,
     row_of,
@@ -34,7 +36,6 @@ from quantpass.chips.grouped_matmul import (
 from quantpass.chips.requirements import (
     Absent,
     DtypeIn,
-    Finding,
     Layout,
     Present,
     Rank,
@@ -43,7 +44,7 @@ from quantpass.chips.requirements import (
     Size,
     Value,
 )
-from quantpass.chips.rules import Rule, When, both, dtype_is, given, in_nz
+from quantpass.chips.rules import Rule, When, both, given, in_nz
 
 _DOC, _NZ = "aclnnGroupedMatmulV5.md", "aclnnGroupedMatmulWeightNz.md"
 _HINTS = {
@@ -74,11 +75,7 @@ ROWS = DtypeTable(
     hints=_HINTS,
 )
 
-INTEGERS = When("integer x", lambda call: (x := call.tensor("x")) is not None and x.dtype_name in (I8, I32))
-FLOATS = When("float x", lambda call: not INTEGERS.test(call))
-WEIGHT_ONLY = When("float x with an integer weight", lambda call: FLOATS.test(call) and not FLOAT_WEIGHT.test(call))
 NOT_WEIGHT_ONLY = When("not weight-only", lambda call: not WEIGHT_ONLY.test(call))
-W8A8 = both(dtype_is("x", I8), INT8)
 TWICE = both(W4A8, given("antiquant_scale"))
 FUSED = both(W4A8, When("no antiquant_scale", lambda call: call.args.get("antiquant_scale") is None))
 SYMMETRIC = both(FUSED, When("no offset", lambda call: call.args.get("offset") is None))
@@ -99,29 +96,6 @@ GROUPS = both(WEIGHT_ONLY, When("a scale for each group of rows", _grouped))
 ACTIVATES = When("int8 operands with a float scale", _activates)
 IDLE = When("not int8 operands with a float scale", lambda call: not _activates(call))
 PER_COLUMN = When("a scale for each column", lambda call: (s := call.tensor("scale")) is not None and s.rank == 2)
-
-
-@dataclass(frozen=True, slots=True)
-class GroupsOf:
-    """K in groups of one of some sizes."""
-
-    sizes: tuple[int, ...]
-
-    @property
-    def want(self) -> str:
-        *most, last = self.sizes
-        return f"groups of {', '.join(map(str, most))}{' or ' if most else ''}{last} rows"
-
-    def check(self, call: OpCall) -> list[Finding]:
-        k, groups = call.sizes.get("k"), call.sizes.get("groups")
-        if k is None or groups is None:
-            return []
-        holds = [statically_true(groups * size == k) for size in self.sizes]
-        if any(h is True for h in holds):
-            return []
-        if any(h is None for h in holds):
-            return [Finding(f"{k} rows in {groups} groups of a size that is one of these", self.want, undecided=True)]
-        return [Finding(f"k is {k} and there are {groups} groups", self.want)]
 
 
 def _rule(name: str, need: Requirement, what: str, **rest: object) -> Rule:
