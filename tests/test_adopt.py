@@ -132,6 +132,7 @@ REFUSED = {
     "3 bits across words": (lambda: scheme(compressed(4, "channel"), num_bits=3), "3 bits, packed across words"),
     "wrong group": (lambda: scheme(compressed(4, "group", group=32), group_size=16), "its weight_scale has the shape"),
     "no zero point": (lambda: scheme(symmetric=False), "no weight_zero_point"),
+    "a scheme of another version": (lambda: scheme(num_bits="eight"), "reading it failed: TypeError"),
     "calibrating": (lambda: changed(compressed(), quantization_status="calibration"), "not final"),
     "switched off": (lambda: changed(compressed(), quantization_enabled=False), "switched off"),
     "output rounded": (lambda: output_rounded(compressed()), "output_activations"),

@@ -92,7 +92,7 @@ def _read_all(
     for name, module in model.named_modules():
         for tool in tables if not isinstance(module, PlainLinear) else ():
             try:
-                read = tool.read(module, allowed)
+                read = _read(tool, module, allowed)
                 if read is not None and module is model:
                     raise CannotAdopt("it is the model itself, which nothing holds: put it into a module")
             except CannotAdopt as why:
@@ -108,6 +108,15 @@ def _read_all(
         if h.name not in named and not isinstance(model.get_submodule(h.name), PlainLinear):
             left.append(Left(h.name, h.kind, h.tool, f"{asked} knows what it holds; its own forward is captured"))
     return found
+
+
+def _read(tool: Tool, module: nn.Module, allowed: Allowances) -> Found | None:
+    try:
+        return tool.read(module, allowed)
+    except CannotAdopt:
+        raise
+    except Exception as error:  # another version of the tool may hold anything under these names
+        raise CannotAdopt(f"reading it failed: {type(error).__name__}: {error}") from error
 
 
 def _proven(found: Mapping[nn.Module, Found], check: bool, left: list[Left]) -> dict[nn.Module, Proof]:

@@ -54,7 +54,10 @@ def prove(found: Found, inputs: list[torch.Tensor] | None = None) -> Proof:
             theirs = [found.own(x.clone()) for x in inputs]
         except Exception as error:  # the tool's code: whatever it raises, it can't be compared with
             return _weights_compared(found, f"its own forward fails here: {type(error).__name__}: {_line(error)}")
-        ours = [found.plain.forward(x) for x in inputs]  # not through its hooks: this may be one
+        try:
+            ours = [found.plain.forward(x) for x in inputs]  # not through its hooks: this may be one
+        except Exception as error:  # what the table says fits, and still can't be multiplied
+            raise CannotAdopt(f"a plain module of its tensors fails: {type(error).__name__}: {_line(error)}") from error
     proof = _compared(ours, theirs, "output", found.caveat)
     if proof is None:
         raise CannotAdopt("a plain module of its tensors gives other numbers than its own forward")

@@ -22,6 +22,7 @@ def schemes() -> Iterator[Scheme]:
     yield from _compressed_tensors()
     yield from _nncf()
     yield from _brevitas()
+    yield from _adopted()
 
 
 def _quanto() -> Iterator[Scheme]:
@@ -210,3 +211,33 @@ def _brevitas() -> Iterator[Scheme]:
         return model, (rows(F32),)
 
     yield Scheme("brevitas", "brevitas", "W8A8 per tensor, inference mode", build)
+
+
+def _adopted() -> Iterator[Scheme]:
+    """Modules that hide their weights, exchanged by ``qp.adopt``: the rows of :mod:`tests.coverage.unread`, and more."""
+
+    def build(function: str, *given: Any) -> Any:
+        import quantpass as qp
+        from tests import adoption_tools
+
+        model = getattr(adoption_tools, function)(*given).eval()
+        adoption = qp.adopt(model, drop_outliers=True)
+        assert adoption.exchanged and not adoption.left, str(adoption)
+        return model, (rows(),)
+
+    int8, int4 = {"num_bits": 8, "strategy": "channel"}, {"num_bits": 4, "strategy": "group", "group_size": 32}
+    token, static = {"strategy": "token", "dynamic": True}, {"strategy": "tensor", "dynamic": False}
+    for tool, package, name, *how in (
+        *(("GPTQModel", "GPTQModel", f"{bits} bits, TorchLinear", "gptq", bits) for bits in (2, 4, 8)),
+        ("GPTQModel", "GPTQModel", "4 bits, in order of activation size", "gptq", 4, True),
+        ("GPTQModel", "GPTQModel", "AWQ, 8 bits", "gptqmodel_awq", 8),
+        ("AWQ", "autoawq", "WQLinear_GEMM, 4 bits", "autoawq"),
+        ("bitsandbytes", "bitsandbytes", "LLM.int8(), threshold 6, outliers dropped", "bitsandbytes"),
+        ("compressed-tensors", "compressed-tensors", "int8 weights", "compressed_tensors", int8),
+        ("compressed-tensors", "compressed-tensors", "int4 weights, groups of 32", "compressed_tensors", int4),
+        ("compressed-tensors", "compressed-tensors", "W8A8 dynamic", "compressed_tensors", int8, token),
+        ("compressed-tensors", "compressed-tensors", "W8A8 static", "compressed_tensors", int8, static),
+        ("modelopt", "nvidia-modelopt", "W8A8 static", "modelopt", "INT8_DEFAULT_CFG"),
+        ("modelopt", "nvidia-modelopt", "int8 weights, compressed", "modelopt", "INT8_WEIGHT_ONLY_CFG", True),
+    ):
+        yield Scheme(tool, package, f"{name}, adopted", lambda how=how: build(*how))

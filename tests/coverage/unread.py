@@ -28,7 +28,8 @@ Where a tool unpacks its weight, or multiplies, outside of the graphs that Dynam
 matmul. `qp.explain` and `qp.verify` then name the tool's modules under "Quantized weights that no graph shows" (they
 look at what modules hold: codes and scales, or a float weight with the parameters of its quantization), with Dynamo's
 reasons for the breaks, and `report.require(fused=1.0)` fails. A weight that one graph dequantizes and another one
-multiplies is refused as `read.weight.returned`, by `qp.backend` too. `python -m tests.coverage.unread` looks at each
+multiplies is refused as `read.weight.returned`, by `qp.backend` too. [`qp.adopt`](adopt.md) exchanges the modules of
+most of them: none of their sites is fused before, all are fused after. `python -m tests.coverage.unread` looks at each
 row again where its tool is installed.
 """
 
@@ -97,7 +98,7 @@ def unread() -> list[Unread]:
     bnb = "the outlier path writes to `.data` and selects columns by value: graph breaks around the matmul"
     tensors = "the wrapped forward breaks the graph between the weight's quantization and the matmul"
     whole = "codes and matmul are in one packed module that PyTorch can't trace"
-    own = "unpack the codes in a forward of your own: packed or int8 codes, `(codes - zero) * scale`, then `linear`"
+    own = "`qp.adopt(model)`: the row *adopted* above"
     return [
         *(
             Unread("GPTQModel", "GPTQModel", "7.7.0", f"{bits} bits, TorchLinear", gptq, own, lambda b=bits: _gptq(b))
@@ -109,7 +110,8 @@ def unread() -> list[Unread]:
             "0.50.2",
             "LLM.int8(), threshold 6 (the default of transformers' load_in_8bit)",
             bnb,
-            "`threshold=0` (in transformers: `llm_int8_threshold=0.0`), which drops the outlier path",
+            "`threshold=0` (in transformers: `llm_int8_threshold=0.0`), which drops the outlier path, or "
+            "`qp.adopt(model, drop_outliers=True)`, which does too",
             _bitsandbytes,
         ),
         *(
