@@ -237,6 +237,11 @@ A layer of transformers' Llama, bfloat16, quantized by torchao as W8A8 with a sc
 Every operator counts here, Reshape too. Its norms become operators where those may round as they do; the norm of the
 residual sum takes in the sum and the quantization.
 
+SwiGLU stays Swish and Mul, with the Cast that torchair puts behind a Mul: `npu_swiglu_quant` has no converter in
+torchair; `npu_dequant_swiglu_quant` has one (`ge_converter/custom/npu_dequant_swiglu_quant.py`), but documents disagree
+about it on A2 and A3 without `group_index` (rule `dequant_swiglu_quant.group.present`), and it takes gate and up as the
+halves of one tensor, as `npu_swiglu` does: two matmuls would be joined by a ConcatV2 or share a copy of both weights.
+
 | form | operators | of them Reshape | norms, quantizations, matmuls |
 |---|---|---|---|"""
 

@@ -226,9 +226,11 @@ def _quantized_behind(reading: Reading, planned: Planned) -> Iterator[str]:
         return
     notes = () if planned.plan is None else planned.plan.notes
     told = [*(f"{r.rule}: {r.fact}" for r in planned.rejects if r.rule.startswith("qmm.requantize.")), *notes]
-    prefixes = ("qmm.requantize.", "what comes next stays in the graph", "the quantize that follows is not part")
-    why = next((t for t in told if t.startswith(prefixes)), "the operator takes no such quantize in")
-    yield why if why.startswith("the quantize") else f"the quantize that follows is not part of the matmul: {why}"
+    left, not_part = "what comes next stays in the graph: ", "the quantize that follows is not part of the matmul: "
+    known = (
+        t.removeprefix(left).removeprefix(not_part) for t in told if t.startswith(("qmm.requantize.", left, not_part))
+    )
+    yield not_part + next(known, "the operator takes no such quantize in")
 
 
 def _judged(call: OpCall, options: Options) -> tuple[Verdict, OpCall, str]:
