@@ -96,7 +96,7 @@ def ensure_standins(folder: str | os.PathLike[str] | None = None) -> Path:
     target = cache_folder() / _identity(package, libraries)
     if not target.is_dir():
         symbols = missing_symbols(libraries)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
             built = Path(scratch) / "libraries"
             built.mkdir()
@@ -107,6 +107,19 @@ def ensure_standins(folder: str | os.PathLike[str] | None = None) -> Path:
                 if not target.is_dir():  # another process was faster otherwise
                     raise
     return target
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise StandinError(
+            f"the stand-ins for CANN's libraries are kept in {folder}, which can't be written. Set XDG_CACHE_HOME to a "
+            "folder that can."
+        )
 
 
 def cache_folder() -> Path:
@@ -209,8 +222,8 @@ def _compile(symbols: list[str], target: Path) -> None:
 def _run(command: list[str]) -> str:
     if shutil.which(command[0]) is None:
         raise StandinError(
-            f"{command[0]} is missing, which compiles stand-ins for CANN's libraries. Install a C compiler "
-            "(Debian, Ubuntu: apt-get install gcc binutils)."
+            f"{command[0]} is missing: stand-ins for CANN's libraries are made with nm, which lists what they have to "
+            "define, and gcc, which compiles them (Debian, Ubuntu: apt-get install gcc binutils)."
         )
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -245,6 +245,12 @@ def provenance(node: Node) -> tuple[str, str]:
     return name or node.name, source
 
 
+def matmuls_named(graph: Graph, dialects: Dialects) -> list[str]:
+    """The names of all matmuls whose form is read, quantized or not, each once."""
+    found = (n for n in graph.nodes if read_contraction(dialects.contractions, n) is not None)
+    return list(dict.fromkeys(provenance(n)[0] for n in found))
+
+
 def matmul_name(node: Node) -> str:
     """The matmul's operator, for reports."""
     return op_name(node)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from quantpass.doors.npu import npu_backend, npugraph_ex_options, register
     from quantpass.doors.preview import GePreview, preview_ge
     from quantpass.doors.selftest import SelfTest, selftest
-    from quantpass.doors.verification import Verification, verify
+    from quantpass.doors.verification import verify
+    from quantpass.doors.verified import Verification
     from quantpass.graph.records import Numerics, Plan, Site, WeightFormat
     from quantpass.lowering.emulation import emulate_npu
     from quantpass.lowering.standin_cann import StandinError
@@ -90,9 +91,12 @@ _NAMES = {
     "doors.preview": ("GePreview", "preview_ge"),
     "doors.differences": ("Difference",),
     "doors.selftest": ("SelfTest", "selftest"),
-    "doors.verification": ("Verification", "verify"),
+    "doors.verification": ("verify",),
+    "doors.verified": ("Verification",),
     "graph.records": ("Numerics", "Plan", "Site", "WeightFormat"),
     "lowering.emulation": ("emulate_npu",),
+    "lowering.standin_cann": ("StandinError",),
+    "lowering.standin_process": ("PreviewError", "TorchairProcess"),
     "lowering.standin_cann": ("StandinError",),
     "lowering.standin_process": ("PreviewError", "TorchairProcess"),
     "messages.explain": ("Explanation", "explain_error"),
@@ -115,7 +119,7 @@ _MODULES = frozenset(
             "adoption",
             "doors",
         ),
-        *("nn", "pipeline", "report", "rewrite", "version"),
+        *("nn", "pipeline", "report", "rewrite", "testing", "version"),
     )
 )
 del _NAMES

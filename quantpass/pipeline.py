@@ -11,11 +11,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quantpass.basics.boundary import failed, guarded, must_raise
+from quantpass.basics.folding import folded
 from quantpass.basics.progress import counted
+from quantpass.basics.reasons import refuse
 from quantpass.basics.reject import Reject
 from quantpass.graph.dump import dump
 from quantpass.graph.hidden_weights import weights_behind
-from quantpass.graph.records import Plan, Site, Weight
+from quantpass.graph.records import FLOATS, Plan, Site, Weight
 from quantpass.graph.removals import Removals
 from quantpass.graph.site_keys import Token, site_keys
 from quantpass.graph.static_values import StaticValues
@@ -24,7 +26,7 @@ from quantpass.graph.user_streams import stream_labels, stream_reject
 from quantpass.graph.writes import Writes, writes_of
 from quantpass.patterns import default_dialects
 from quantpass.patterns.contractions import read_contraction
-from quantpass.patterns.sites import Reading, find_sites, matmul_name, unreadable
+from quantpass.patterns.sites import Reading, find_sites, matmul_name, matmuls_named, unreadable
 from quantpass.planning.already_fused import (
     Around,
     already_fused,
@@ -130,8 +132,11 @@ def _planned(
 def _plan(
     reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others, measured: bool
 ) -> Planned:
-    if is_own(reading.node) and not may_be_completed(reading, options):
+    left = options.leaves(reading.name)
+    if is_own(reading.node) and (left or not may_be_completed(reading, options)):
         return Planned(None, None)
+    if left:
+        return _refused(refuse("plan.left", f"leave names {reading.name}"))
     planned = plan_as_allowed(reading, options.chip, options, writes, others, measured=measured)
     reject = stream_reject(planned.plan, labels) if planned.plan is not None else None
     return planned if reject is None else _refused(reject)
@@ -173,7 +178,9 @@ def explain_graph(
     removed = _removals(gm, found)
     sites = tuple(_site(r, p, options, keys, removed, fused=p.plan is not None) for r, p in found.planned)
     sites = (*sites, *already_fused(calls, options, keys, found.left))
-    return Outcome(sites, found.leaves, notes=_notes(sites, unread), shown=_shown(gm, found, calls, leaves))
+    return Outcome(
+        sites, found.leaves, notes=_notes(gm, sites, unread, options), shown=_shown(gm, found, calls, leaves)
+    )
 
 
 def _calls_left(gm: GraphModule, found: Analysis) -> list[Node]:
@@ -243,7 +250,7 @@ def fuse_graph(
         if is_asked_for():
             verify_graph(gm, options)
     sites.extend(called)
-    return Outcome(tuple(sites), found.leaves, before, _notes(sites, unread), shown)
+    return Outcome(tuple(sites), found.leaves, before, _notes(gm, sites, unread, options), shown)
 
 
 def _apply_norm(rewriter: Rewriter, norm: PlannedNorm) -> None:
@@ -261,8 +268,14 @@ def _removals(gm: GraphModule, found: Analysis) -> dict[Node, int]:
     return {r.node: removals.of(p.plan.output, p.plan.value) for r, p in found.planned if p.plan and p.plan.value}
 
 
-def _notes(sites: Sequence[Site], unread: Mapping[Node, str] | None) -> tuple[str, ...]:
-    return (unread_note(unread),) if unread and sites else ()
+def _notes(
+    gm: GraphModule, sites: Sequence[Site], unread: Mapping[Node, str] | None, options: Options
+) -> tuple[str, ...]:
+    if sites:
+        return (unread_note(unread),) if unread else ()
+    table = default_dialects(options.dialects)
+    names = guarded(lambda: matmuls_named(gm.graph, table), lambda _: [], "naming matmuls")
+    return (FLOATS + ", ".join(map(str, folded(names))),) if names else ()
 
 
 def _site(

@@ -213,3 +213,53 @@ def test_the_package_is_a_program():
     )
     assert done.returncode == 0
     assert done.stdout.startswith("weights.refit\n  when: ")
+
+
+# -- every command as JSON -----------------------------------------------------------------------------------------
+
+CALL = ["x1=int8[16,512]", "x2=int8[512,128]:NZ:T", "scale=int64[128]", "output_dtype=float16"]
+
+
+@pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize(
+    ("arguments", "status", "key", "value"),
+    [
+        (["check-op", "npu_quant_matmul", "-t", "ascend310p", *CALL], 0, "legal", True),
+        (["check-op", "npu_quant_matmul", "-t", "ascend310p", *CALL, "bias=float16[128]"], 1, "legal", False),
+        (["chips"], 0, "schema", 1),
+        (["chips", "Ascend310P3"], 0, "schema", 1),
+        (["reasons", "plan.left"], 0, "schema", 1),
+        (["explain", "factories:small", "-t", "ascend310p"], 0, "fused", 1),
+        (["explain", "factories:small", "-t", "ascend310p", "--leave", "add*"], 0, "fused", 0),
+        (["verify", "factories:small", "-t", "ascend310p", "--bisect", "--histogram"], 0, "missed", []),
+        (["diff", "factories:small", "-t", "ascend310p"], 0, "equal", False),
+        (["fuse", "factories:small", "-t", "ascend310p", "-o", "fused.pt2"], 0, "fused", 1),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) and v else None,
+)
+def test_json_in_place_of_text(arguments, status, key, value):
+    run = CliRunner().invoke(main, [*arguments, "--json", "-"])
+    assert run.exit_code == status, run.output
+    assert json.loads(run.output)[key] == value
+
+
+def test_json_has_what_the_text_has():
+    data = json.loads(CliRunner().invoke(main, ["chips", "ascend310p", "--json", "-"]).output)
+    (chip,) = data["chips"]
+    (table,) = [r for r in chip["rules"] if r["id"] == "wqmm.310p.dtypes"]
+    assert table["lines"][0]["weight"] == ["int8"]
+    run = CliRunner().invoke(
+        main, ["check-op", "npu_quant_matmul", "-t", "ascend310p", *CALL, "bias=float16[128]", "--json", "-"]
+    )
+    data = json.loads(run.output)
+    assert data["rejects"][0]["rule"] == "qmm.310p.dtypes.bias"
+    assert data["nearest"] == {"bias": "int32(128)"}
+    (reason,) = json.loads(CliRunner().invoke(main, ["reasons", "plan.left", "--json", "-"]).output)["reasons"]
+    assert reason["hint"] == "take its name out of leave"
+
+
+def test_every_command_says_how_it_is_used():
+    for name in main.commands:
+        run = CliRunner().invoke(main, [name, "--help"])
+        assert run.exit_code == 0
+        assert "--json" in run.output, name

@@ -385,3 +385,27 @@ def test_json_is_typed_and_documented():
                     yield from keys(inner)
 
     assert not [k for k in keys(data) if f"`{k}`" not in page]
+
+
+# -- what objects say of themselves --------------------------------------------------------------------------------
+
+
+def test_reprs_are_short_and_tell():
+    backend = qp.backend(target="ascend310p")
+    assert repr(backend) == "<quantpass.backend, so far <quantpass.Report: ascend310p 0 of 0 fused>>"
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(WeightOnly(), backend=backend)(torch.randn(4, 64).half())
+    assert repr(backend) == "<quantpass.backend, so far <quantpass.Report: ascend310p 1 of 1 fused>>"
+    (site,) = backend.report.sites
+    assert repr(site).startswith("<quantpass.Site addmm for ascend310p: fused, npu_weight_quant_batchmatmul(x=float16(")
+    assert repr(qp.Options(target="ascend310p")).startswith("Options(target='ascend310p', lowering='reference'")
+
+
+def test_a_report_of_floats_names_their_matmuls():
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    report = qp.explain(layers, (torch.randn(2, 8),), target="ascend310p")
+    assert not report.sites
+    assert "matmuls of floats, none of them quantized: {0..2}" in str(report)
+    both = report + qp.explain(WeightOnly(), (torch.randn(4, 64).half(),), target="ascend310p")
+    assert "matmuls of floats" not in str(both)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import quantpass as qp
+from quantpass.doors.bisect import bisected
 from quantpass.doors.differences import difference
 from tests.helpers import IntegerW8A8, StaticW8A8, WeightOnly
 from tests.schemes import all_schemes
@@ -347,3 +348,87 @@ def test_the_layer_that_breaks_the_accuracy_shows_beside_the_float_model():
     found.require()  # fused and unfused are alike: the model itself is broken
     assert "against the float model" in str(found)
     assert json.loads(found.to_json())["reference"][1]["name"] == "1"
+
+
+# -- which site breaks the results ---------------------------------------------------------------------------------
+
+
+def measured(harm, names="abcdefgh", within=1.0):
+    """A bisection where each site adds what ``harm`` says to the difference of the results; the subsets measured."""
+    asked = []
+
+    def measure(fused):
+        asked.append("".join(fused))
+        return sum(harm.get(n, 0.0) for n in fused)
+
+    return bisected(tuple(names), measure, sum(harm.values()), within), asked
+
+
+def test_bisection_finds_the_one_site():
+    for culprit in "abcdefgh":
+        found, asked = measured({culprit: 5.0, "h" if culprit != "h" else "a": 0.1})
+        assert (found.site, found.is_single) == (culprit, True), found
+        assert found.runs == len(asked) == len(set(asked)) <= 3 + 2
+        assert f"leave=('{culprit}',)" in str(found)
+
+
+def test_bisection_says_where_there_is_no_one_site():
+    found, _ = measured(dict.fromkeys("bdfh", 0.4))
+    assert (found.prefix, found.site, found.is_single) == (6, "f", False)
+    assert "no single culprit" in str(found)
+    found, _ = measured({"b": 5.0, "g": 5.0})
+    assert (found.site, found.alone, found.without, found.is_single) == ("b", 5.0, 5.0, False)
+
+
+def test_bisection_has_nothing_to_find():
+    found, asked = measured({"c": 0.5})
+    assert (found.site, found.runs, asked) == ("", 0, [])
+    assert str(found) == "all 8 sites fused, the results differ by 0.5, within 1"
+    assert bisected((), lambda fused: 0.0, math.inf, 1.0).site == ""
+    assert measured({"a": math.nan})[0].site == "a"
+
+
+class OneBadLayer(torch.nn.Module):
+    """Five layers; the third has groups of very different scales, which one scale a channel can't follow."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = torch.nn.ModuleList(GroupedLinear(i == 2, generator) for i in range(5))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+class GroupedLinear(torch.nn.Module):
+    """Two groups along K; where ``bad``, the inputs of one are as small as its scale is large."""
+
+    def __init__(self, bad, generator):
+        super().__init__()
+        codes = torch.randint(-127, 128, (64, 2, 32), dtype=torch.int8, generator=generator)
+        large = torch.tensor([100.0 if bad else 1.0, 1.0])
+        self.codes = torch.nn.Parameter(codes, requires_grad=False)
+        self.scale = torch.nn.Parameter((large * 2e-3).half().reshape(1, 2, 1), requires_grad=False)
+        self.gain = torch.nn.Parameter((1 / large).half().repeat_interleave(32), requires_grad=False)
+
+    def forward(self, x):
+        weight = (self.codes.half() * self.scale).reshape(64, 64)
+        return torch.nn.functional.linear(x * self.gain, weight)
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_verify_bisects_a_model(exported):
+    model, x = OneBadLayer().eval(), torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).half()
+    options = {"target": "ascend310p", "allow": ("weights.refit:0",)}
+    given = torch.export.export(model, (x,)) if exported else model
+    found = qp.verify(given, (x,), batches=[(-x,)], bisect=True, within=0.05, **options)
+    assert found.report.fused == 5
+    assert found.bisection.site == "layers.2", found.text(histogram=True)
+    assert found.bisection.is_single, found
+    assert found.as_dict()["bisection"]["single"]
+    again = qp.verify(given, (x,), leave=("layers.[2]",), bisect=True, within=0.05, **options)
+    assert (again.report.fused, again.bisection.site) == (4, "")
+    (left,) = [s for s in again.report.sites if not s.fused]
+    assert (left.name, left.rejects[0].rule) == ("layers.2", "plan.left")

@@ -118,6 +118,8 @@ READING = (
 )  # fmt: skip
 
 PLANNING = (
+    Reason("plan.left", "the option leave names the site", "a site that leave does not name",
+           "take its name out of leave", "leave=(...) of the door that compiled it"),
     Reason("plan.none", "no fused operator takes the activation's dtype", "a floating or int8 activation"),
     Reason("plan.bound", "how far the fused result may be off rests on a value that only the run knows",
            "parameters that are known when compiling", _SEE_WEIGHTS, _FINITE),

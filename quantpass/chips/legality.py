@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Hashable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quantpass.basics.reject import Reject
@@ -95,6 +95,13 @@ class Verdict:
 
     def __bool__(self) -> bool:
         return self.legal
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer as plain data; tensors of the nearest call as text."""
+        nearest = self.nearest and {
+            k: v if isinstance(v, bool | int | float) else str(v) for k, v in self.nearest.items()
+        }
+        return {**asdict(replace(self, nearest=None)), "nearest": nearest or None}
 
     def __str__(self) -> str:
         if self.legal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tabulate import tabulate
 
@@ -61,6 +62,38 @@ def _rule_row(rule: Rule) -> list[str]:
         applies.append(f"{rule.modes[0]} mode")
     evidence = rule.evidence + (", contradicted" if rule.contradicted else "")
     return [rule.id, " and ".join(applies) or "always", rule.need.want, evidence, rule.source]
+
+
+def chip_data(chip: Chip) -> dict[str, Any]:
+    """A chip and its rules as plain data; a dtype table's lines as lists of what each column accepts."""
+    return {
+        "name": chip.name,
+        "title": chip.title,
+        "soc_names": list(chip.soc_names),
+        "rules": [_rule_data(r) for r in chip.rules],
+    }
+
+
+def _rule_data(rule: Rule) -> dict[str, Any]:
+    data = {
+        "id": rule.id,
+        "operator": rule.op.name,
+        "applies": rule.when.words if rule.when else "always",
+        "modes": list(rule.modes),
+        "demands": rule.need.want,
+        "evidence": rule.evidence.split(", "),
+        "contradicted": rule.contradicted,
+        "source": rule.source,
+        "hint": rule.hint,
+    }
+    if isinstance(rule.need, DtypeTable):
+        lines = [
+            {"modes": list(r.modes), "contradicted": r.contradicted}
+            | {c: list(cell) for c, cell in zip(rule.need.columns, r.cells, strict=True)}
+            for r in rule.need.rows
+        ]
+        data["lines"] = lines
+    return data
 
 
 def reason_table(reasons: Iterable[Reason], style: str = "simple") -> str:

@@ -31,6 +31,9 @@ class Backend:
         self.options = options
         self.report = Report((), (options.chip.name,), options.mode)
 
+    def __repr__(self) -> str:
+        return f"<quantpass.backend, so far {self.report!r}>"
+
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         return compile_graph(gm, example_inputs, self.options, self._gather)
 

@@ -58,6 +58,9 @@ class NpuBackend:
         """The verdicts so far."""
         return self._report
 
+    def __repr__(self) -> str:
+        return f"<quantpass.npu_backend, so far {self.report!r}>"
+
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         from torchair import npu_fx_compiler
 
@@ -150,6 +153,9 @@ class Registration:
         why = self._skipped()
         notes = (*self._found.notes, skip_note(why)) if why else self._found.notes
         return replace(self._found, notes=notes)
+
+    def __repr__(self) -> str:
+        return f"<quantpass.register, so far {self.report!r}>"
 
     def add(self, report: Report) -> None:
         """Take in the verdicts on one more graph."""

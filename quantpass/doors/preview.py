@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from typing_extensions import Unpack
 
@@ -63,6 +64,9 @@ class GePreview:
     graphs: tuple[PreviewedGraph, ...]
     report: Report
 
+    def __repr__(self) -> str:
+        return f"<quantpass.GePreview for {self.soc_name}: {len(self.graphs)} graphs, {len(self.ops)} operators>"
+
     @property
     def ops(self) -> list[str]:
         """The types of the operators that compute something, in order, over all graphs."""
@@ -115,7 +119,7 @@ class _Captured:
 
 
 def preview_ge(
-    model: torch.nn.Module | Callable[..., Any],
+    model: torch.nn.Module | Callable[..., Any] | ExportedProgram,
     args: Sequence[Any] = (),
     kwargs: dict[str, Any] | None = None,
     *,
@@ -131,7 +135,7 @@ def preview_ge(
     process that runs torchair, so any model that compiles can be previewed, and no weight is copied. Shapes are static.
 
     Args:
-        model: a module or function on CPU tensors.
+        model: a module, a function or an ``ExportedProgram``, on CPU tensors.
         args: positional inputs.
         kwargs: keyword inputs.
         target: one chip: ``"ascend310p"``, ``"ascend910b"``, ``"ascend910_93"``, ``"ascend950"``, or a SoC name.
@@ -153,6 +157,8 @@ def preview_ge(
     chip = settings.chip
     if chip.name not in NPUS:
         raise ValueError(f"target is {target!r}; a GE preview takes one of {', '.join(NPUS)}, or a SoC name")
+    if isinstance(model, ExportedProgram):
+        model = model.module()
     soc_name = chip.soc_name(target)
     captured, reports = _capture(model, args, kwargs or {}, settings, fuse)
     with TorchairProcess(torch_npu) if process is None else nullcontext(process) as running:

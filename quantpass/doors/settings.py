@@ -31,6 +31,7 @@ class PassOptions(TypedDict, total=False):
     numerics: NumericsContract
     nz: NzMode
     allow: Collection[str]
+    leave: Collection[str]
     dialects: Sequence[Dialect]
 
 

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+import glob
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from typing_extensions import Unpack
 
+from quantpass.basics.progress import counted
 from quantpass.doors.backend import compile_graph
+from quantpass.doors.bisect import Bisection, bisected
 from quantpass.doors.compiled import CompiledGraph, copied
-from quantpass.doors.differences import EDGES, Difference, difference
+from quantpass.doors.differences import Difference, difference
 from quantpass.doors.explain import check_call
 from quantpass.doors.float_reference import from_reference, worst_of_each
 from quantpass.doors.lower import carry_out
 from quantpass.doors.settings import CaptureOptions, make_options
+from quantpass.doors.verified import Verification
 from quantpass.graph.constants import ModuleConstants
 from quantpass.graph.exported import flat_inputs, program_values
 from quantpass.graph.hidden_weights import Watch
@@ -33,120 +34,6 @@ from quantpass.planning.already_fused import is_own_call
 from quantpass.planning.options import Options
 from quantpass.planning.unknown_values import require_data
 from quantpass.report import Report
-from quantpass.report.data import SCHEMA
-from quantpass.report.text import as_text, table_of
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What :func:`verify` measured.
-
-    Attributes:
-        report: the verdict on every quantized matmul.
-        sites: each fused site, computed from the inputs that the unfused graph gives it; the largest difference where
-            its graph ran several times.
-        outputs: the results of the whole model, differences of all sites included.
-        missed: fused sites that no run compared, by name.
-        reference: how far the quantized model, unfused, is from the float model that was given: the values of sites, in
-            order, then the results. What differs at a site comes from that site and from all before it.
-    """
-
-    report: Report
-    sites: tuple[Difference, ...]
-    outputs: tuple[Difference, ...]
-    missed: tuple[str, ...] = ()
-    reference: tuple[Difference, ...] = ()
-
-    def __str__(self) -> str:
-        return as_text(Group(*self._parts()))
-
-    def text(self, *, width: int | None = None, color: bool = False) -> str:
-        """What was measured, worst site first; arguments as for :meth:`quantpass.Report.text`."""
-        return as_text(Group(*self._parts()), width, color)
-
-    def _parts(self) -> Iterator[Any]:
-        yield Text(
-            f"{self.report.fused} of {self.report.total} quantized matmuls fused for {', '.join(self.report.targets)}"
-        )
-        yield Text("\nFused against the graph's own arithmetic, worst first (* the results of the whole model):")
-        yield _table([*sorted(self.sites, key=lambda d: -d.relative), *self.outputs], self.outputs)
-        if self.reference:
-            yield Text("\nQuantized (unfused) against the float model, in order:")
-            yield _table(self.reference, ())
-        yield from (Text(f"not compared: {name}") for name in self.missed)
-        refused = [s for s in self.report.sites if not s.fused]
-        if refused:
-            yield Text("\nNot fused, so not compared:")
-        for site in refused:
-            yield Text("\n".join([f"  {site.name} ({site.op})", *(f"    {reject}" for reject in site.rejects)]))
-        yield from (Text(f"not seen: {sign}") for sign in self.report.hidden)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The measurements as plain data; ``schema`` as in :meth:`quantpass.Report.as_dict`."""
-        return {
-            "schema": SCHEMA,
-            "report": self.report.as_dict(),
-            "sites": [d.as_dict() for d in self.sites],
-            "outputs": [d.as_dict() for d in self.outputs],
-            "missed": list(self.missed),
-            "reference": [d.as_dict() for d in self.reference],
-            "histogram_edges": list(EDGES),
-        }
-
-    def to_json(self) -> str:
-        """The measurements as JSON."""
-        return json.dumps(self.as_dict(), indent=2)
-
-    def require(self, relative: float = 0.02) -> None:
-        """Raise ``AssertionError`` unless every fused site was compared and is right.
-
-        That is: where no site was compared at all (nothing is quantized, nothing was fused, or the fused operators are
-        the model's own calls), where a fused site was not compared, and where a site's ``relative`` difference is
-        larger than given, or not a number. Sites that are not fused run as they were: ``report.require()`` is about
-        them.
-
-        Results of the model are not looked at: in a deep model a change of one rounding may grow.
-        """
-        if not self.sites:
-            raise AssertionError(f"no site was compared: {self._why_nothing()}\n{self}")
-        if self.missed:
-            fused = len(self.sites) + len(self.missed)
-            raise AssertionError(
-                f"{len(self.missed)} of {fused} fused sites were not compared: {', '.join(self.missed)}\n{self}"
-            )
-        bad = [d for d in self.sites if not d.relative <= relative]
-        if bad:
-            raise AssertionError(f"{len(bad)} of {len(self.sites)} sites differ by more than {relative:g}\n{self}")
-
-    def _why_nothing(self) -> str:
-        if not self.report.total:
-            return "no quantized matmul was found"
-        if not self.report.fused:
-            return "none is fused"
-        if not self.missed:
-            return "the fused operators are the model's own calls"
-        return f"{len(self.missed)} fused sites did not run"
-
-
-def _table(rows: Sequence[Difference], results: Sequence[Difference]) -> Table:
-    headers = (
-        "value",
-        "numerics",
-        "largest difference",
-        "relative",
-        "units: mean",
-        "max",
-        "over 1",
-        "SQNR dB",
-        "saturated",
-    )
-    table = table_of(*headers)
-    for d in rows:
-        over = sum(d.histogram[EDGES.index(1.0) + 1 :]) / max(sum(d.histogram), 1)
-        measured = (f"{d.largest:.3g}", f"{d.relative:.2g}", f"{d.mean_units:.2g}", f"{d.units:.3g}", f"{over:.1%}")
-        name = f"{d.name} *" if d in results else d.name
-        table.add_row(name, str(d.numerics or ""), *measured, f"{d.sqnr:.1f}", f"{d.saturated:.1%}")
-    return table
 
 
 @dataclass(slots=True)
@@ -180,6 +67,8 @@ def verify(
     target: str | None = None,
     batches: Sequence[Sequence[Any]] = (),
     reference: torch.nn.Module | None = None,
+    bisect: bool = False,
+    within: float = 0.02,
     **options: Unpack[CaptureOptions],
 ) -> Verification:
     """Run a model unfused and fused for ``target`` on a CPU, and compare every fused site and every result.
@@ -196,6 +85,9 @@ def verify(
         batches: more positional inputs to run; each site keeps its largest difference.
         reference: the float model that ``model`` was quantized from, with modules of the same names: says at which
             module the quantized model leaves it. Its inputs are cast to its own dtype.
+        bisect: where the results differ by more than ``within``, fuse the model's sites up to one and another (as many
+            times as the number of sites has binary digits) to find the site that breaks its accuracy.
+        within: the largest relative difference of the results that counts as right for ``bisect``.
         options: as for :func:`quantpass.backend`, without ``inner`` and ``on_report``.
 
     Raises:
@@ -214,7 +106,7 @@ def verify(
             run = _program_run(model, kwargs or {}, settings, measured)
         else:
             run = _model_run(model, kwargs or {}, settings, measured)
-        for inputs in runs:
+        for inputs in counted(runs, "quantpass verifies", "batches"):
             result = run(inputs)
             if reference is not None and measured.kept is not None:
                 from_float += from_reference(reference, inputs, kwargs or {}, measured.kept, result)
@@ -222,7 +114,31 @@ def verify(
         measured.reports.append(_hidden(model, settings, measured, watch))
     report = sum(measured.reports, Report((), (settings.chip.name,), settings.mode))
     sites, missed = _by_site(measured.graphs)
-    return Verification(report, sites, tuple(measured.outputs), missed, worst_of_each(from_float))
+    found = _bisected(model, kwargs or {}, runs, settings, measured, within) if bisect else None
+    return Verification(report, sites, tuple(measured.outputs), missed, worst_of_each(from_float), found)
+
+
+def _bisected(
+    model: Any, kwargs: dict[str, Any], runs: Sequence[Any], settings: Options, whole: _Measured, within: float
+) -> Bisection:
+    names = list(dict.fromkeys(s.name for g in whole.graphs for s in g.contracts.values()))
+
+    def measure(fused: Sequence[str]) -> float:
+        left = (*settings.leave, *(glob.escape(n) for n in names if n not in set(fused)))
+        measured = _Measured()
+        make = _program_run if isinstance(model, ExportedProgram) else _model_run
+        with torch.no_grad():
+            run = make(model, kwargs, replace(settings, leave=left), measured)
+            for inputs in runs:
+                run(inputs)
+        return _furthest(measured)
+
+    return bisected(names, measure, _furthest(whole), within)
+
+
+def _furthest(measured: _Measured) -> float:
+    """The largest relative difference of the results; infinite where one is not a number."""
+    return max((d.relative if math.isfinite(d.relative) else math.inf for d in measured.outputs), default=0.0)
 
 
 def _by_site(graphs: Sequence[_Graph]) -> tuple[tuple[Difference, ...], tuple[str, ...]]:

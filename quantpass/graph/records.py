@@ -167,6 +167,9 @@ class Plan:
         return f"{self.op}({arguments})"
 
 
+FLOATS = "matmuls of floats, none of them quantized: "
+"""What the note of a graph without quantized matmuls begins with; reports show it where no graph has one."""
+
 PREPARED = "prepared"
 """What the key of a weight begins with that the pass made."""
 
@@ -271,3 +274,7 @@ class Site:
     offers: tuple[Offer, ...] = ()
     weight: WeightUse | None = None
     operators: int = 0
+
+    def __repr__(self) -> str:
+        how = str(self.plan) if self.fused and self.plan is not None else ", ".join(r.rule for r in self.rejects)
+        return f"<quantpass.Site {self.name} for {self.target}: {'fused' if self.fused else 'not fused'}, {how}>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from quantpass.basics.suggestions import did_you_mean, either
@@ -47,6 +48,7 @@ class Options:
             ``"numerics.float16"``, which has bfloat16 and float32 sites computed in float16 where a chip needs it; and
             ``"weights.refit"``, which has a static weight re-fitted as symmetric int8 per channel where a chip has no
             form for it, if that keeps an SQNR of at least 30 dB in each column (``"weights.refit:35"`` asks for 35).
+        leave: sites to leave as they are, by name; ``*`` stands for anything (``"*.lm_head"``). The reports say so.
         decompositions: which operators are broken down before the pass sees the graph: ``"none"``, ``"inductor"``
             (Inductor's table) or ``"core"`` (core ATen); for backends only.
         dialects: tools that quantpass does not know, as :class:`quantpass.patterns.Dialect` objects.
@@ -63,6 +65,7 @@ class Options:
     mode: Mode = "graph"
     nz: NzMode = "auto"
     allow: tuple[str, ...] = ()
+    leave: tuple[str, ...] = ()
     decompositions: Decompositions = "none"
     dialects: tuple[Dialect, ...] = ()
     compare_weights: CompareWeights = "contents"
@@ -90,6 +93,11 @@ class Options:
                 extra=" Also accepted: None, or a function (graph_module, example_inputs) -> callable.",
             )
         object.__setattr__(self, "allow", checked_allow(self.allow))
+        if not isinstance(self.leave, tuple | list | set | frozenset) or not all(
+            isinstance(n, str) for n in self.leave
+        ):
+            raise TypeError(f"leave is {self.leave!r}; give a tuple of sites' names, e.g. leave=('lm_head',)")
+        object.__setattr__(self, "leave", tuple(sorted(self.leave)))
         if not isinstance(self.dialects, tuple | list) or not all(isinstance(d, Dialect) for d in self.dialects):
             raise TypeError(f"dialects is {self.dialects!r}; give a tuple of quantpass.patterns.Dialect")
         object.__setattr__(self, "dialects", tuple(self.dialects))
@@ -100,6 +108,10 @@ class Options:
     def chip(self) -> Chip:
         """The chip that ``target`` names."""
         return chip_named(self.target if self.target is not None else device_target())
+
+    def leaves(self, site: str) -> bool:
+        """Whether the site of this name is to be left as it is."""
+        return site in self.leave or any(fnmatchcase(site, pattern) for pattern in self.leave)
 
     @property
     def lowerer(self) -> Lowering:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantpass.chips.checking import OPERATORS
-from quantpass.graph.records import Site, WeightFormat
+from quantpass.graph.records import FLOATS, Plan, Site, WeightFormat
 from quantpass.report.folding import Cause, cause_key, causes, fold, names, siblings
 from quantpass.report.worth import Worth, human, worth
 from quantpass.version import __version__
@@ -346,18 +346,23 @@ def _notes(report: Report) -> Iterator[Any]:
         yield Text("\nQuantized weights that no graph shows:", style="bold")
     for sign in report.hidden:
         yield from _bullet(sign)
-    told = [*report.notes, *_of_plans(report.sites)]
+    floats = [note for note in report.notes if note.startswith(FLOATS)]
+    told = [*(n for n in report.notes if not (report.sites and n in floats)), *_of_plans(report.sites)]
     if told:
         yield Text("\nNotes:", style="bold")
     for note in told:
         yield from _bullet(note)
 
 
+def _in_nd(plan: Plan) -> tuple[str, ...]:
+    return (f"weight in ND: {plan.nd_reason}",) if plan.nd_reason and plan.weight_format == "ND" else ()
+
+
 def _of_plans(sites: Iterable[Site]) -> Iterator[str]:
     """What the plans of fused sites say of themselves, each remark once."""
     found: dict[str, list[Site]] = {}
     for s in sites:
-        for note in s.plan.notes if s.plan is not None else ():
+        for note in (*s.plan.notes, *_in_nd(s.plan)) if s.plan is not None else ():
             found.setdefault(note, []).append(s)
     for note, of in found.items():
         targets = ", ".join(dict.fromkeys(s.target for s in of))

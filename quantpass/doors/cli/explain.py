@@ -48,6 +48,7 @@ def explain(
     target: tuple[str, ...],
     mode: Mode,
     allow: tuple[str, ...],
+    leave: tuple[str, ...],
     numerics: NumericsContract,
     dynamic: bool,
     json_path: Path | None,
@@ -67,6 +68,7 @@ def explain(
             dynamic=dynamic or None,
             mode=mode,
             allow=allow,
+            leave=leave,
             numerics=numerics,
         )
     tell(report.text(sites=sites, color=in_colour()), report.to_json(), json_path)

@@ -12,13 +12,16 @@ from quantpass.doors.cli.failures import BadInput, explained, models_own
 from quantpass.doors.cli.inputs import (
     MODEL_HELP,
     PATH,
+    as_json,
     chip_name,
     factory_argument,
     in_colour,
+    json_option,
     load_model,
     load_program,
     one_target_option,
     pass_options,
+    tell,
     writable,
 )
 
@@ -30,9 +33,17 @@ if TYPE_CHECKING:
 @factory_argument
 @one_target_option
 @pass_options
+@json_option
 @click.option("--output", "-o", type=PATH, callback=writable, required=True, help="The fused program (.pt2).")
 def fuse(
-    factory: str, target: str, mode: Mode, allow: tuple[str, ...], numerics: NumericsContract, output: Path
+    factory: str,
+    target: str,
+    mode: Mode,
+    allow: tuple[str, ...],
+    leave: tuple[str, ...],
+    numerics: NumericsContract,
+    json_path: Path | None,
+    output: Path,
 ) -> None:
     """Export a model, fuse it for a chip and save the program.
 
@@ -44,10 +55,9 @@ def fuse(
 
     program = _program(factory)
     with explained():
-        report = fused(program, target=target, mode=mode, allow=allow, numerics=numerics)
-    click.echo(report.text(color=in_colour()))
+        report = fused(program, target=target, mode=mode, allow=allow, leave=leave, numerics=numerics)
     torch.export.save(program, output)
-    click.echo(f"written: {output}")
+    tell(f"{report.text(color=in_colour())}\nwritten: {output}", report.to_json(), json_path)
 
 
 @click.command(epilog=MODEL_HELP)
@@ -57,15 +67,18 @@ def fuse(
 @pass_options
 @click.option("--context", type=click.IntRange(0), default=2, show_default=True, help="Unchanged lines shown.")
 @click.option("--site", help="What fusing changes at one site alone.")
+@json_option
 def diff(
     before: str,
     after: str | None,
     target: str | None,
     mode: Mode,
     allow: tuple[str, ...],
+    leave: tuple[str, ...],
     numerics: NumericsContract,
     context: int,
     site: str | None,
+    json_path: Path | None,
 ) -> None:
     """Show what changed between two programs, or what fusing changes."""
     from quantpass.doors.explain import diff as difference
@@ -82,13 +95,14 @@ def diff(
     else:
         other = copy.deepcopy(program)
         with explained():
-            report = fused(other, target=target, mode=mode, allow=allow, numerics=numerics)
+            report = fused(other, target=target, mode=mode, allow=allow, leave=leave, numerics=numerics)
     if report is not None and site is not None:
         with explained():
             text = report.diff(site)
     else:
         text = difference(program, other, context)
-    click.echo(_coloured(text) if in_colour() else text or "no difference")
+    data = {"equal": not text, "diff": text.splitlines(), "report": None if report is None else report.as_dict()}
+    tell(_coloured(text) if in_colour() else text or "no difference", as_json(data), json_path)
 
 
 def _coloured(text: str) -> str:

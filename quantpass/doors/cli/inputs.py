@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import sys
@@ -38,12 +39,16 @@ _numerics_option = click.option(
     help="Keep the graph's own codes, or let the operators quantize as the doors to an NPU do.",
 )
 
+_leave_option = click.option(
+    "--leave", multiple=True, metavar="SITE", help="A site to leave as it is, by name, * for anything; repeatable."
+)
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def pass_options(command: Command) -> Command:
-    """The options of the pass: what the doors take as ``mode``, ``allow`` and ``numerics``."""
-    return mode_option(allow_option(_numerics_option(command)))
+    """The options of the pass: what the doors take as ``mode``, ``allow``, ``leave`` and ``numerics``."""
+    return mode_option(allow_option(_leave_option(_numerics_option(command))))
 
 
 def chip_name(context: click.Context, parameter: click.Parameter, target: str | None) -> str | None:
@@ -98,6 +103,11 @@ def tell(text: str, as_json: str, json_path: Path | None) -> None:
     click.echo(text)
     if json_path is not None:
         json_path.write_text(as_json + "\n", encoding="utf-8")
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """What a command answers, as JSON."""
+    return json.dumps({"schema": 1, **data}, indent=2)
 
 
 def load_model(text: str) -> tuple[Any, tuple[Any, ...]]:

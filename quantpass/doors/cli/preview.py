@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 import click
 
 from quantpass.doors.cli.failures import explained, running
-from quantpass.doors.cli.inputs import MODEL_HELP, PATH, factory_argument, load_model, one_target_option, writable
+from quantpass.doors.cli.inputs import (
+    MODEL_HELP,
+    PATH,
+    as_json,
+    factory_argument,
+    json_option,
+    load_model,
+    one_target_option,
+    tell,
+    writable,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
 @factory_argument
 @one_target_option
 @click.option("--output", "-o", type=PATH, callback=writable, help="Write torchair's GraphDef there, as text.")
+@json_option
 @click.option("--no-fuse", is_flag=True, help="The graph that the model has without quantpass.")
 @click.option("--diff", "show_diff", is_flag=True, help="Show what fusing changed.")
 @click.option("--run", "check", is_flag=True, help="Also interpret the graph and compare with the model's FX graph.")
@@ -31,6 +42,7 @@ def preview(
     factory: str,
     target: str,
     output: Path | None,
+    json_path: Path | None,
     no_fuse: bool,
     show_diff: bool,
     check: bool,
@@ -41,8 +53,6 @@ def preview(
 
     Needs torch_npu's wheel and gcc; no NPU and no CANN.
     """
-    from torch.export import ExportedProgram
-
     from quantpass.doors.explain import diff
     from quantpass.doors.preview import preview_ge
     from quantpass.lowering import standin_cann, standin_device
@@ -56,20 +66,19 @@ def preview(
             standin_device.install_for(target)
             emulate_npu()
         model, args = load_model(factory)
-        model = model.module() if isinstance(model, ExportedProgram) else model
         with TorchairProcess(torch_npu) as process, running(model, args):
             made = preview_ge(model, args, target=target, fuse=not no_fuse, process=process)
             before = preview_ge(model, args, target=target, fuse=False, process=process) if show_diff else None
-    click.echo(f"{made.soc_name}: {len(made.graphs)} graph(s), {len(made.ops)} operators")
+    lines = [f"{made.soc_name}: {len(made.graphs)} graph(s), {len(made.ops)} operators"]
     if not no_fuse:
-        click.echo(f"{made.report.fused} of {made.report.total} quantized matmuls fused")
-    click.echo(diff(before, made) if before is not None else str(made))
+        lines.append(f"{made.report.fused} of {made.report.total} quantized matmuls fused")
+    lines.append(diff(before, made) if before is not None else str(made))
     if output is not None:
         output.write_text(made.pbtxt)
-        click.echo(f"written: {output}")
-    if check:
-        for line in _differences(made):
-            click.echo(line)
+        lines.append(f"written: {output}")
+    found = list(_differences(made)) if check else []
+    data = {"soc_name": made.soc_name, "operators": made.ops, "report": made.report.as_dict(), "run": found}
+    tell("\n".join([*lines, *found]), as_json(data), json_path)
 
 
 def _differences(made: GePreview) -> Iterator[str]:

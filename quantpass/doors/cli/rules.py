@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+
 import click
 
-from quantpass.basics.reasons import REASONS
-from quantpass.chips import checking, chip_named, tables
+from quantpass.basics.reasons import REASONS, Reason
+from quantpass.chips import CHIPS, checking, chip_named, tables
 from quantpass.doors.cli.failures import NO, BadInput, explained
-from quantpass.doors.cli.inputs import allow_option, mode_option, one_target_option, parse_argument
+from quantpass.doors.cli.inputs import (
+    allow_option,
+    as_json,
+    json_option,
+    mode_option,
+    one_target_option,
+    parse_argument,
+    tell,
+)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -16,7 +27,10 @@ from quantpass.doors.cli.inputs import allow_option, mode_option, one_target_opt
 @one_target_option
 @mode_option
 @allow_option
-def check_op(op: str, arguments: tuple[str, ...], target: str, mode: str, allow: tuple[str, ...]) -> None:
+@json_option
+def check_op(
+    op: str, arguments: tuple[str, ...], target: str, mode: str, allow: tuple[str, ...], json_path: Path | None
+) -> None:
     """Say whether an operator call is legal on a chip, and why not.
 
     \b
@@ -28,7 +42,7 @@ def check_op(op: str, arguments: tuple[str, ...], target: str, mode: str, allow:
     with explained():
         given = dict(parse_argument(a) for a in arguments)
         verdict = checking.check_op(op, target=target, mode=mode, allow=allow, **given)
-    click.echo(str(verdict))
+    tell(str(verdict), as_json(verdict.as_dict()), json_path)
     if not verdict.legal:
         raise click.exceptions.Exit(NO)
 
@@ -36,25 +50,25 @@ def check_op(op: str, arguments: tuple[str, ...], target: str, mode: str, allow:
 @click.command()
 @click.argument("target", required=False)
 @click.option("--markdown", is_flag=True, help="Every chip, as the documentation's page.")
-def chips(target: str | None, markdown: bool) -> None:
+@json_option
+def chips(target: str | None, markdown: bool, json_path: Path | None) -> None:
     """Show what each chip supports."""
     if markdown:
         click.echo(tables.markdown(), nl=False)
         return
-    if target is None:
-        click.echo(tables.chip_overview())
-        click.echo("\nquantpass chips TARGET shows one chip's tables.")
-        return
     with explained():
-        chip = chip_named(target)
-    for title, table in tables.chip_tables(chip):
-        click.echo(f"{title}\n\n{table}\n")
+        asked = list(CHIPS.values()) if target is None else [chip_named(target)]
+    text = f"{tables.chip_overview()}\n\nquantpass chips TARGET shows one chip's tables."
+    if target is not None:
+        text = "\n\n".join(f"{title}\n\n{table}" for title, table in tables.chip_tables(asked[0]))
+    tell(text, as_json({"chips": [tables.chip_data(c) for c in asked]}), json_path)
 
 
 @click.command()
 @click.argument("reason", required=False)
 @click.option("--markdown", is_flag=True, help="All of them, as the documentation's page.")
-def reasons(reason: str | None, markdown: bool) -> None:
+@json_option
+def reasons(reason: str | None, markdown: bool, json_path: Path | None) -> None:
     """Say what an id in a report means.
 
     All of them, or those that begin with REASON.
@@ -67,7 +81,9 @@ def reasons(reason: str | None, markdown: bool) -> None:
         raise BadInput(
             f"no reason begins with {reason!r}. quantpass reasons lists them; rules of chips: quantpass chips TARGET."
         )
-    for r in found:
-        click.echo(f"{r.rule}\n  when:   {r.means}\n  wanted: {r.want}")
-        click.echo(f"  hint:   {r.hint}" if r.hint else "  hint:   the report's own line says what to do")
-        click.echo(f"  source: {r.source}")
+    tell("\n".join(map(_reason, found)), as_json({"reasons": [asdict(r) for r in found]}), json_path)
+
+
+def _reason(r: Reason) -> str:
+    hint = r.hint or "the report's own line says what to do"
+    return f"{r.rule}\n  when:   {r.means}\n  wanted: {r.want}\n  hint:   {hint}\n  source: {r.source}"

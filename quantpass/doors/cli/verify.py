@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 @pass_options
 @json_option
 @click.option("--reference", metavar="FACTORY", help="The float model that this one was quantized from.")
+@click.option("--bisect", is_flag=True, help="Where the results differ by more, find the site that makes them.")
+@click.option("--histogram", is_flag=True, help="Also how many elements differ by how much.")
 @click.option(
     "--within", type=click.FloatRange(0), default=0.02, show_default=True, help="The largest relative difference."
 )
@@ -37,9 +39,12 @@ def verify(
     target: str,
     mode: Mode,
     allow: tuple[str, ...],
+    leave: tuple[str, ...],
     numerics: NumericsContract,
     json_path: Path | None,
     reference: str | None,
+    bisect: bool,
+    histogram: bool,
     within: float,
 ) -> None:
     """Compare each fused site with the graph's own arithmetic.
@@ -51,8 +56,19 @@ def verify(
     model, args = load_model(factory)
     plain = load_model(reference)[0] if reference is not None else None
     with explained(), running(model, args):
-        found = verified(model, args, target=target, mode=mode, allow=allow, numerics=numerics, reference=plain)
-    tell(found.text(color=in_colour()), found.to_json(), json_path)
+        found = verified(
+            model,
+            args,
+            target=target,
+            mode=mode,
+            allow=allow,
+            leave=leave,
+            numerics=numerics,
+            reference=plain,
+            bisect=bisect,
+            within=within,
+        )
+    tell(found.text(color=in_colour(), histogram=histogram), found.to_json(), json_path)
     try:
         found.require(within)
     except AssertionError as error:
