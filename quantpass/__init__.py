@@ -97,8 +97,6 @@ _NAMES = {
     "lowering.emulation": ("emulate_npu",),
     "lowering.standin_cann": ("StandinError",),
     "lowering.standin_process": ("PreviewError", "TorchairProcess"),
-    "lowering.standin_cann": ("StandinError",),
-    "lowering.standin_process": ("PreviewError", "TorchairProcess"),
     "messages.explain": ("Explanation", "explain_error"),
     "planning.options": ("Options",),
     "report": ("Report",),

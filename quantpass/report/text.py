@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantpass.chips.checking import OPERATORS
-from quantpass.graph.records import FLOATS, Plan, Site, WeightFormat
+from quantpass.graph.records import FLOATS, Site, WeightFormat
 from quantpass.report.folding import Cause, cause_key, causes, fold, names, siblings
 from quantpass.report.worth import Worth, human, worth
 from quantpass.version import __version__
@@ -354,15 +354,11 @@ def _notes(report: Report) -> Iterator[Any]:
         yield from _bullet(note)
 
 
-def _in_nd(plan: Plan) -> tuple[str, ...]:
-    return (f"weight in ND: {plan.nd_reason}",) if plan.nd_reason and plan.weight_format == "ND" else ()
-
-
 def _of_plans(sites: Iterable[Site]) -> Iterator[str]:
     """What the plans of fused sites say of themselves, each remark once."""
     found: dict[str, list[Site]] = {}
     for s in sites:
-        for note in (*s.plan.notes, *_in_nd(s.plan)) if s.plan is not None else ():
+        for note in s.plan.notes if s.plan is not None else ():
             found.setdefault(note, []).append(s)
     for note, of in found.items():
         targets = ", ".join(dict.fromkeys(s.target for s in of))
