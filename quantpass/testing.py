@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+__all__ = ["assert_fused", "quantpass_report"]
+
 if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram

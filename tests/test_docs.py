@@ -32,7 +32,7 @@ PAGES = [ROOT / "README.md", *DOCS]
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 NEEDS_TORCH_NPU = ("preview.md", "preview.py")
 EXAMPLES = sorted(p for p in (ROOT / "examples").glob("*.py") if p.name != "minilm.py")  # `make demo` runs that one
-PUBLIC = ("quantpass", "quantpass.nn", "quantpass.patterns")
+PUBLIC = ("quantpass", "quantpass.nn", "quantpass.patterns", "quantpass.testing")
 
 
 def named(pages):
@@ -242,7 +242,7 @@ def test_nothing_is_fetched_for_the_site():
 def test_the_api_page_has_every_public_name_and_no_other():
     listed = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), flags=re.M)
     wanted = {f"quantpass.{name}" for name in qp.__all__ if name not in ("nn", "__version__")}
-    wanted |= {f"quantpass.nn.{name}" for name in qp.nn.__all__}
+    wanted |= {f"quantpass.{room}.{name}" for room in ("nn", "testing") for name in getattr(qp, room).__all__}
     internal = ("Dialects", "default_dialects")
     wanted |= {
         f"quantpass.patterns.{n}" for n in importlib.import_module("quantpass.patterns").__all__ if n not in internal

@@ -318,6 +318,22 @@ def test_without_a_compiler(torchair, monkeypatch, tmp_path):
         qp.preview_ge(nn.ReLU(), (X,), target="ascend310p")
 
 
+def test_a_cache_that_cant_be_written_is_named(torchair, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(qp.StandinError, match="file/quantpass/standin-cann, which can't be written"):
+        qp.preview_ge(nn.ReLU(), (X,), target="ascend310p")
+
+
+def test_an_exported_program_is_previewed_as_its_module(torchair):
+    model, x = WeightOnly(64, 96), X.half()
+    made = [
+        qp.preview_ge(m, (x,), target="ascend310p", process=torchair) for m in (model, torch.export.export(model, (x,)))
+    ]
+    assert made[0].ops == made[1].ops == ["WeightQuantBatchMatmulV2"]
+    assert repr(made[1]) == "<quantpass.GePreview for Ascend310P3: 1 graphs, 1 operators>"
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 

@@ -62,10 +62,12 @@ class Aclnn:
         there = {name: self._placed(case, name, t) for name, t in stored.items()}
         given = vendor_arguments(case.call, there)
         operator = npu_operator(case.call.op.name)
-        known = [a.name for a in operator._schema.arguments]
+        # By position, as far as it has them: older torch_npu name some arguments otherwise, and lack others.
+        theirs = operator._schema.arguments
+        count = sum(not a.kwarg_only for a in theirs)
         named = {k: _as_number(v) for k, v in given.items()}
-        positional = [named[name] for name in case.call.op.arguments if name in known[: _positional(operator)]]
-        keywords = {k: v for k, v in named.items() if k in known[_positional(operator) :]}
+        positional = list(named.values())[:count]
+        keywords = {a.name: named[a.name] for a in theirs if a.kwarg_only and a.name in named}
         with torch.no_grad():
             return on_cpu(operator(*positional, **keywords))
 
@@ -93,10 +95,6 @@ def on_cpu(results: Any) -> tuple[Any, ...]:
     """What an operator returns, as a tuple of tensors that any machine has."""
     values = results if isinstance(results, tuple | list) else (results,)
     return tuple(v.cpu().contiguous() if isinstance(v, torch.Tensor) else v for v in values)
-
-
-def _positional(operator: Any) -> int:
-    return sum(not a.kwarg_only for a in operator._schema.arguments)
 
 
 def _as_number(value: Any) -> Any:
