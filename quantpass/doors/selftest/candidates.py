@@ -19,6 +19,9 @@ Shaped = tuple[str | int, ...]
 _LAYOUTS = (("ND", False), ("ND", True))
 _WEIGHT_LAYOUTS = (*_LAYOUTS, ("NZ", True), ("NZ", False))
 
+_EXPERTS = 4
+"""Groups of rows, where an operator is told where each ends."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -47,7 +50,7 @@ class Candidate:
     def call(self) -> OpCall | None:
         """The call; None for groups where there are none, or an axis of packed int4 that is no multiple of eight."""
         group = self.values.get("antiquant_group_size") or (self.values.get("group_sizes") or (0,))[-1]
-        sizes = in_groups(dict(self.sizes), group)
+        sizes = in_groups({"groups": _EXPERTS, **self.sizes} if "group_index" in self.dtypes else {**self.sizes}, group)
         args: dict[str, Any] = {name: v for name, v in self.values.items() if v is not None}
         for name, dtype in self.dtypes.items():
             if name in self.op.numbers:
@@ -125,7 +128,7 @@ def _without_table(op: VendorOp, rules: tuple[Rule, ...]) -> Iterator[dict[str, 
     """Dtypes from single rules; optional tensors given and left out."""
     form = FORMS[op]
     same = {r.need.a: r.need.b for r in rules if isinstance(r.need, SameDtype) and r.when is None}
-    tensors = [n for n in op.arguments if n not in op.numbers and n not in form.without]
+    tensors = [n for n in op.arguments if n not in op.numbers]
     choices: list[list[str | None]] = []
     for name in tensors:
         asked = [d for r in rules if isinstance(r.need, DtypeIn) and r.need.arg == name for d in r.need.dtypes]

@@ -30,7 +30,6 @@ class Form:
         packed: tensors in which int32 holds eight int4.
         dtypes: dtypes of the tensors of which no rule names any.
         edges: more values of such arguments, which are tried with one call each.
-        without: arguments that the reference kernels do not compute.
     """
 
     shapes: Mapping[str, tuple[str, ...]]
@@ -39,7 +38,6 @@ class Form:
     packed: tuple[str, ...] = ()
     dtypes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     edges: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    without: tuple[str, ...] = ()
 
 
 _ROWS = ("m", "last")
@@ -65,7 +63,11 @@ FORMS: Mapping[VendorOp, Form] = MappingProxyType(
             {"quant_mode": ("pertoken", "pertensor")},
         ),
         TQP: Form({"scale": ("n",), "offset": ("n",)}, {"round_mode": (0, 1)}),
-        FORMAT_CAST: Form({"input": ("n", "k")}, {"acl_format": (29, 2)}, dtypes={"input": (I8, F16)}),
+        FORMAT_CAST: Form(
+            {"input": ("n", "k")},
+            {"acl_format": (29, 2), "customize_dtype": (None, F16)},
+            dtypes={"input": (I8, F16)},
+        ),
         INT4PACK: Form({"weight": ("k", "n")}),
         ANTI_QUANT: Form({"x": _ROWS, "offset": ("last",)}, {"dst_dtype": (F16, BF16)}, packed=("x",)),
         QUANTIZE: Form(
@@ -74,10 +76,9 @@ FORMS: Mapping[VendorOp, Form] = MappingProxyType(
             dtypes={"scales": (F32, BF16, F16), "zero_points": (F32, BF16, F16, I32, I8)},
         ),
         DYNAMIC_QUANT: Form(
-            {"input": _ROWS},
+            {"input": _ROWS, "group_index": ("groups",)},
             {"dst_type": (None, I8, "quint4x2"), "quant_mode": ("pertoken", "pertensor")},
             dtypes={"input": (F16,)},
-            without=("group_index",),
         ),
         RMS_NORM: Form({"input": _ROWS}, _EPSILON, dtypes={"input": (F16, F32)}),
         ADD_RMS_NORM: Form({"x1": _ROWS}, _EPSILON, dtypes={"x1": (F16, F32)}),

@@ -17,7 +17,7 @@ from quantpass.chips.quant_matmul import QMM
 from quantpass.chips.quant_matmul_dequant import QMMD
 from quantpass.chips.weight_quant_matmul import WQMM
 from quantpass.doors.selftest.cases import Case
-from quantpass.doors.selftest.forms import FORMS
+from quantpass.doors.selftest.forms import FORMS, SIZES
 from quantpass.graph.scale_words import pack_scale_word
 from quantpass.operators.int4 import pack_int4, unpack_int4
 
@@ -47,6 +47,8 @@ def _drawn(call: OpCall, name: str, spec: TensorSpec, random: torch.Generator) -
         return pack_int4(torch.randint(-8, 8, (*shape[:-1], shape[-1] * 8), dtype=torch.int8, generator=random))
     if dtype == torch.int8 and name != "zero_points":
         return torch.randint(-127, 128, shape, dtype=torch.int8, generator=random)
+    if name == "group_index":
+        return torch.arange(1, shape[0] + 1, dtype=dtype) * SIZES["m"] // shape[0]
     if not dtype.is_floating_point:
         high = 8 if call.op is INT4PACK else 20 if name != "bias" else 1000
         return torch.randint(-high, high, shape, generator=random).to(dtype)
