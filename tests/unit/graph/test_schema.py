@@ -57,6 +57,14 @@ def test_a_reader_that_misses_or_invents_an_argument_is_refused(reader):
         ReaderTable({aten.add.Tensor: reader}, leading=0)
 
 
+def test_a_parameter_with_a_default_may_be_one_that_a_version_lacks():
+    def read(*, self, other, alpha, newer=None):
+        return alpha, newer
+
+    table = ReaderTable({aten.add.Tensor: read}, leading=0)
+    assert call_reader(table.get(aten.add.Tensor), call(aten.add.Tensor, 3)) == (1, None)
+
+
 def test_leading_parameters_are_the_callers():
     def read(graph, *, self):
         return graph
