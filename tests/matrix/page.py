@@ -18,9 +18,15 @@ _SNAPSHOT = (
     "the snapshot is 2.13's; 2.15 traces a Linear's last view as `_unsafe_view`, in the graph before fusing, which is numbered "
     "otherwise; what is fused is the same"
 )
+_DYNAMO = (
+    "Dynamo of 2.11 and 2.12 fails on a weight of torchao 0.18, without quantpass too: `layer.compile(backend='eager')` on the "
+    "quantized Linear ends alike"
+)
 KNOWN: tuple[tuple[str, str, str], ...] = (
     ("test_symbolic_shapes", "2.15.0/cpu", _SNAPSHOT),
     ("test_weight_only_on_310p", "2.15.0/cpu", _SNAPSHOT),
+    ("test_a_subclass_weight_quantized_again", "2.11.0/*", _DYNAMO),
+    ("test_a_subclass_weight_quantized_again", "2.12.0/*", _DYNAMO),
     ("test_symbolic_shapes", "2.8.0/*", "the snapshot is 2.13's; 2.8 numbers the products of symbolic sizes otherwise"),
 )
 """Part of a failed test's name, a cell's name with wildcards, and the reason in one line."""
