@@ -46,7 +46,7 @@ shares of the suite (`tests/matrix/cells.py` names their tests); **the whole sui
 * *doors*: each door of the README, used once (`tests/matrix/doors.py`);
 * *core*: what depends on PyTorch: once for each PyTorch;
 * *torchair*, *preview*: all tests that start the real torchair, with its doors, with `preview_ge` and with the vendor's
-  modules: once for each generation;
+  modules: for one cell of each generation, where the column has numbers; generation F's run with PyTorch 2.13.0 in CI;
 * *all fast tests*: all but those marked as slow.
 
 The compatibility modules are `{code}`; a number with another name behind it was run with an earlier state of them.
