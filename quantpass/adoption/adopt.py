@@ -167,6 +167,8 @@ def _differ_on(
 
         def compare(plain: nn.Module, args: tuple[torch.Tensor, ...], module: nn.Module = module) -> None:
             del plain
+            if not args:
+                return  # called with a keyword: what was proved before stands
             try:
                 proofs[module] = prove(found[module], [args[0].detach()])
             except CannotAdopt as why:
