@@ -7,6 +7,7 @@ memory is the peak of the process while it fuses, less what it held before and l
     python benchmarks/real_weights.py                   # (4096, 11008), every spelling
     python benchmarks/real_weights.py --only lm_head    # (128256, 8192)
     python benchmarks/real_weights.py --quick           # small, once: does it work?
+    python benchmarks/real_weights.py --model 7b        # every Linear of a Llama with 7 billion weights, in int4
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,50 @@ def measure(name: str, n: int, k: int, repeats: int, target: str) -> dict[str, A
     }
 
 
+SEVEN_BILLION = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
+"""``(N, K)`` of the Linears in a layer of Llama 2 7B, which has :data:`LAYERS` of these."""
+LAYERS = 32
+
+
+class Layer(nn.Module):
+    """The Linears of one layer, side by side: what they are for does not matter to reading them."""
+
+    def __init__(self, build: Callable[[int, int], nn.Module], shapes: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.linears, self.inputs = nn.ModuleList(build(n, k) for n, k in shapes), [k for _, k in shapes]
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(linear(x[:, :k]) for linear, k in zip(self.linears, self.inputs, strict=True))
+
+
+def measure_model(name: str, layers: int, target: str, shapes: Sequence[tuple[int, int]] = SEVEN_BILLION) -> str:
+    """``qp.fuse`` of ``layers`` layers, one after the other, each with random weights of its own in its own memory.
+
+    What is timed is reading, proving, planning and preparing; making the weights and exporting a layer is not. A layer
+    is let go before the next one is made, so that this runs where a whole model would not fit.
+    """
+    elapsed, spent, weights, sites, largest = 0.0, 0.0, 0, 0, 0
+    with torch.no_grad():
+        x = torch.randn(ROWS, max(k for _, k in shapes), dtype=BF16)
+        for _ in range(layers):
+            program = torch.export.export(Layer(SPELLINGS[name], shapes).eval(), (x,)).run_decompositions({})
+            held = {t.untyped_storage().data_ptr() for t in _tensors(program)}
+            before, start = _reset_peak(), (time.perf_counter(), time.process_time())
+            report = qp.fuse(program, target=target)
+            elapsed += time.perf_counter() - start[0]
+            spent += time.process_time() - start[1]
+            prepared = sum(t.nbytes for t in _tensors(program) if t.untyped_storage().data_ptr() not in held)
+            largest = max(largest, _memory("VmHWM") - before - prepared)
+            assert all(s.fused and s.proved for s in report.sites), str(report)
+            sites, weights = sites + report.fused, weights + sum(n * k for n, k in shapes)
+            print(f"{sites} Linears: {spent:.1f} s of CPU time, {elapsed:.1f} s", file=sys.stderr)
+    whole = f"; {LAYERS} layers would be {spent * LAYERS / layers:.0f} s of CPU time" if layers != LAYERS else ""
+    return (
+        f"{name}: {sites} Linears with {weights / 1e9:.2f} billion weights in {layers} of {LAYERS} layers: "
+        f"{spent:.1f} s of CPU time, {elapsed:.1f} s elapsed, {largest / 2**20:.0f} MiB beside its weights{whole}"
+    )
+
+
 def _fused(program: Any, target: str) -> None:
     report = qp.fuse(program, target=target)
     (site,) = report.sites
@@ -295,6 +340,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small weights, once: does it work?")
     parser.add_argument("--only", default="", help="only spellings whose name holds this")
+    parser.add_argument("--model", choices=["7b"], help="the Linears of a whole model, by --spelling, in this process")
+    parser.add_argument("--spelling", default="int4 groups, torchao", choices=SPELLINGS, help="for --model")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="for --model: only so many of its layers")
     parser.add_argument("--target", default="ascend910b")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS, metavar=("NAME", "N", "K", "REPEATS"))
@@ -302,6 +350,10 @@ def main() -> None:
     if given.one:
         name, n, k, repeats = given.one
         print(json.dumps(measure(name, int(n), int(k), int(repeats), given.target)))
+        return
+    if given.model:
+        print(measure_model(given.spelling, given.layers, given.target))
+        print(f"{machine() | {'threads': torch.get_num_threads()}}, target {given.target}")
         return
     rows = []
     for name in [*SPELLINGS, LM_HEAD]:

@@ -7,6 +7,11 @@ from torch._inductor.fx_passes import freezing_patterns
 from benchmarks import pass_speed, real_weights
 
 
+def test_layers_of_a_model():
+    found = real_weights.measure_model("int4 groups, torchao", 2, "ascend910b", ((64, 256), (128, 128)))
+    assert "4 Linears" in found and "in 2 of 32 layers" in found
+
+
 @pytest.mark.parametrize("name", [*real_weights.SPELLINGS, real_weights.LM_HEAD])
 def test_real_weights(name):
     found = real_weights.measure(name, 64, 256, 1, "ascend910b")
