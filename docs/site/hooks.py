@@ -21,14 +21,13 @@ _ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):<code>~?([\w.]+)</code>"
 _EDGE = re.compile(r'^\s*(\w+)(?:\["(.*?)"\])? -->(?:\|"(.*?)"\|)? (\w+)(?:\["(.*?)"\])?$')
 
 
-def on_config(config):
-    """The package in one folder, as it is installed, for reading its docstrings."""
+def on_startup(**_):
+    """The package in one folder, as it is installed, for reading its docstrings: there before its reader looks for it."""
     package = ROOT / "build" / "api" / "quantpass"
     shutil.rmtree(package, ignore_errors=True)
     for folder, name in (("quantpass", "."), ("patterns", "patterns"), ("lowering", "lowering")):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, package / name, ignore=ignored, dirs_exist_ok=True)
-    return config
 
 
 def on_files(files, config):
