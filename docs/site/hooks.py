@@ -22,7 +22,7 @@ _EDGE = re.compile(r'^\s*(\w+)(?:\["(.*?)"\])? -->(?:\|"(.*?)"\|)? (\w+)(?:\["(.
 
 
 def on_startup(**_):
-    """The package in one folder, as it is installed, for reading its docstrings: there before its reader looks for it."""
+    """Copy the package into one folder, as it is installed, before the reader of docstrings looks for it."""
     package = ROOT / "build" / "api" / "quantpass"
     shutil.rmtree(package, ignore_errors=True)
     for folder, name in (("quantpass", "."), ("patterns", "patterns"), ("lowering", "lowering")):
