@@ -228,6 +228,7 @@ def test_the_command_says_first_that_nothing_ran_on_a_device(tmp_path):
     assert data["rules"]["ascend310p qmmd.k.multiple"]["edges"]
     assert {c["outcome"] for c in data["cases"]} == {"right"}
     assert {c["route"] for c in data["cases"]} == {"aclnn", "ge"}
+    assert data["only"] and "Rules that no case is about" not in run.output
     assert data["environment"]["parts"]
     run = CliRunner().invoke(
         main, ["check-op", *data["cases"][0]["call"].split(), "-t", "ascend310p", "--mode", "eager"]

@@ -55,7 +55,8 @@ def selftest(
     run = isolated(cases, where) if alone else outcomes(cases, where)
     found = _ordered(cases, counted(run, "self-test", "cases"))
     measured = [t for c in chips if measure and not only for t in (isolated_times if alone else times)(c, where)]
-    return SelfTest(device, chips, tuple(cases), found, tuple(measured), json.loads(examine().to_json()))
+    environment = json.loads(examine().to_json())
+    return SelfTest(device, chips, tuple(cases), found, tuple(measured), environment, tuple(only))
 
 
 def planned(

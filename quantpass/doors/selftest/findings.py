@@ -41,6 +41,7 @@ class SelfTest:
         outcomes: what became of it, in the same order.
         times: a quantized linear before and after fusing.
         environment: what ``quantpass doctor`` says, as plain data.
+        only: what was asked for, where it was a part.
     """
 
     device: str
@@ -49,6 +50,7 @@ class SelfTest:
     outcomes: tuple[Outcome, ...]
     times: tuple[Time, ...]
     environment: dict[str, Any]
+    only: tuple[str, ...] = ()
 
     @cached_property
     def failed(self) -> tuple[tuple[Case, Outcome], ...]:
@@ -121,6 +123,7 @@ class SelfTest:
             "device": self.device or None,
             "what ran": f"the NPU {self.device}" if self.device else NO_DEVICE,
             "chips": list(self.chips),
+            "only": list(self.only),
             "passed": self.passed,
             "contradicted": self.contradicted(),
             "rules": self.rules(),
@@ -163,7 +166,7 @@ class SelfTest:
         yield from self._speeds()
         for why in dict.fromkeys(o.said for o in self.outcomes if o.outcome == NOT_RUN):
             yield Text(f"\nNot run: {why}")
-        if untried := self.untried():
+        if not self.only and (untried := self.untried()):
             yield Text(f"\nRules that no case is about ({len(untried)}; what a rule forbids is not run):")
             yield Text(f"  {', '.join(untried)}")
 
