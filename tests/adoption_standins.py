@@ -188,6 +188,100 @@ class QuantLinear(nn.Linear):
         return nn.functional.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
+class RealQuantizer(nn.Module):
+    """quark's: a scale and a zero point, and how they are to be read."""
+
+    def __init__(self, kind, spread, scale, zero_point, real=True, axis=None, group=None):
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.real_quantized, self.reorder = real, True
+        self.quant_min, self.quant_max = CODES[kind]
+        self.qspec = SimpleNamespace(
+            dtype=SimpleNamespace(value=kind),
+            qscheme=SimpleNamespace(value=spread),
+            ch_axis=axis,
+            group_size=group,
+            is_dynamic=False,
+            is_scale_quant=False,
+            scale_format=None,
+            zero_point_type=SimpleNamespace(value="int32"),
+            round_method=SimpleNamespace(name="half_even"),
+        )
+
+
+CODES = {"int8": (-128, 127), "uint8": (0, 255), "int4": (-8, 7), "uint4": (0, 15)}
+
+
+class QParamsLinear(nn.Linear):
+    """quark's with real codes: bytes, or words of 8 interleaved columns; in groups everything is transposed."""
+
+    def __init__(
+        self, kind="int8", spread="per_channel", symmetric=True, activation=None, reorder=True, bias=True, dtype=HALF
+    ):
+        super().__init__(K, N, bias=bias, dtype=dtype)
+        self.requires_grad_(False)
+        if bias:
+            self.bias.copy_(floats(N, dtype=dtype))
+        self.reorder, self.input_quantizer = reorder, None
+        (low, high), g = CODES[kind], torch.Generator().manual_seed(1)
+        shape, axis = {"per_tensor": ((), None), "per_channel": ((N,), 0), "per_group": ((N, K // 32), 1)}[spread]
+        codes = torch.randint(low, high + 1, (N, K), generator=g)
+        zeros = torch.randint(low // 2, high // 2, shape, generator=g) if not symmetric else torch.zeros(shape).long()
+        scale = scales(*shape, dtype=dtype if shape else torch.float32)
+        if spread == "per_group":
+            codes, zeros, scale = codes.t(), zeros.t(), scale.t().contiguous()
+        self.weight = nn.Parameter(self.packed(codes, kind), requires_grad=False)
+        group = 32 if spread == "per_group" else None
+        zeros = self.packed(zeros, kind)
+        self.weight_quantizer = RealQuantizer(kind, spread, scale, zeros, axis=axis, group=group)
+        self.weight_quantizer.reorder = reorder
+        if activation is not None:
+            zero = torch.tensor(3).to(getattr(torch, activation))
+            self.input_quantizer = RealQuantizer(activation, "per_tensor", torch.tensor(0.02), zero, real=False)
+
+    def packed(self, codes, kind):
+        if kind.endswith("8"):
+            return codes.to(getattr(torch, kind)).contiguous()
+        if codes.dim() == 0:
+            return codes.to(torch.int32)
+        order = [0, 2, 4, 6, 1, 3, 5, 7] if self.reorder else list(range(8))
+        columns = (codes & 15).reshape(-1, codes.shape[-1] // 8, 8)[:, :, order].flatten(1)
+        return pack(columns - 8, 4, 1).reshape(*codes.shape[:-1], -1)
+
+    def unpacked(self, held):
+        kind = self.weight_quantizer.qspec.dtype.value
+        if kind.endswith("8") or held.dim() == 0:
+            return held.int()
+        codes = torch.stack([held >> s & 15 for s in range(0, 32, 4)], -1)
+        codes = (codes[..., [0, 4, 1, 5, 2, 6, 3, 7]] if self.reorder else codes).flatten(-2)
+        return torch.where(codes > 7, codes - 16, codes) if kind == "int4" else codes
+
+    @torch._dynamo.disable
+    def forward(self, x):
+        held, given = self.weight_quantizer, self.input_quantizer
+        codes, zeros, scale = self.unpacked(self.weight), self.unpacked(held.zero_point), held.scale.float()
+        if held.qspec.qscheme.value == "per_group":
+            codes, zeros, scale = codes.t().reshape(N, -1, 32), zeros.t()[..., None], scale.t()[..., None]
+        elif held.qspec.qscheme.value == "per_channel":
+            zeros, scale = zeros[:, None], scale[:, None]
+        w = ((codes - zeros).float() * scale).reshape(N, K).contiguous().to(x.dtype)
+        if given is not None:
+            how = (given.scale, given.zero_point.int(), given.quant_min, given.quant_max)
+            x = torch.fake_quantize_per_tensor_affine(x.float(), *how).to(x.dtype)
+        return nn.functional.linear(x, w, None if self.bias is None else self.bias.to(x.dtype))
+
+
+class FakeQuantLinear(nn.Linear):
+    """quark's QuantLinear, frozen: a float weight that has been rounded, beside the scales it was rounded by."""
+
+    def __init__(self):
+        super().__init__(K, N, dtype=HALF)
+        self._weight_qspec = SimpleNamespace()
+        scale, zero = scales(N), torch.zeros(N, dtype=torch.int32)
+        self._weight_quantizer = RealQuantizer("int8", "per_channel", scale, zero, real=False, axis=0)
+
+
 # compressed-tensors: a Linear with a scheme, whose first forward in a model decompresses every weight.
 
 

@@ -106,6 +106,23 @@ def compressed_tensors(
     return model
 
 
+def quark(kind: str, activation: str | None = None, reorder: bool = True, dtype: Any = HALF, **how: Any) -> nn.Module:
+    from quark.torch import ModelQuantizer
+    from quark.torch.export.nn.modules.qparamslinear import QParamsLinear
+    from quark.torch.quantization.config import config as quark_config
+
+    def spec(kind: str, **how: Any) -> Any:
+        how = {"symmetric": True, "scale_type": "float", "round_method": "half_even", "is_dynamic": False, **how}
+        return getattr(quark_config, f"{kind}Spec")(**how).to_quantization_spec()
+
+    given = None if activation is None else spec(activation, observer_method="min_max", symmetric="U" not in activation)
+    layer = quark_config.QLayerConfig(weight=spec(kind, **how), input_tensors=given)
+    model = nn.Sequential(nn.Linear(K, N, dtype=dtype)).eval().requires_grad_(False)
+    model = ModelQuantizer(quark_config.QConfig(global_quant_config=layer)).quantize_model(model, [rows(dtype)])
+    model = ModelQuantizer.freeze(model)
+    return nn.Sequential(QParamsLinear.from_module(model[0], "quark", "reorder" if reorder else "order"))
+
+
 INT8 = {"num_bits": 8, "strategy": "channel"}
 INT4 = {"num_bits": 4, "strategy": "group", "group_size": 32}
 TOKEN = {"strategy": "token", "dynamic": True}
@@ -127,6 +144,49 @@ def cases() -> Iterator[tuple[str, str, Callable[[], nn.Module], Callable[[], nn
     yield "nvidia-modelopt", "int8 weights, compressed", lambda: modelopt("INT8_WEIGHT_ONLY_CFG", True), None, HALF
     smooth = lambda: standins.QuantLinear(smooth=True)  # noqa: E731
     yield "nvidia-modelopt", "SmoothQuant", lambda: modelopt("INT8_SMOOTHQUANT_CFG"), smooth, HALF
+    linear = standins.QParamsLinear
+    channel, groups = {"ch_axis": 0}, {"ch_axis": 1, "group_size": 32}
+    for dtype in (HALF, BF16):
+        for label, build, standin in (
+            ("W8A16", lambda d: quark("Int8PerChannel", dtype=d, **channel), lambda d: linear(dtype=d)),
+            (
+                "W8A16 asymmetric",
+                lambda d: quark("Int8PerChannel", dtype=d, symmetric=False, **channel),
+                lambda d: linear(symmetric=False, dtype=d),
+            ),
+            (
+                "W8A16 groups",
+                lambda d: quark("Int8PerGroup", dtype=d, **groups),
+                lambda d: linear("int8", "per_group", dtype=d),
+            ),
+            (
+                "W4A16 groups",
+                lambda d: quark("Int4PerGroup", dtype=d, **groups),
+                lambda d: linear("int4", "per_group", dtype=d),
+            ),
+            (
+                "W4A16 groups, asymmetric, in order",
+                lambda d: quark("Uint4PerGroup", None, False, d, symmetric=False, **groups),
+                lambda d: linear("uint4", "per_group", False, reorder=False, dtype=d),
+            ),
+            (
+                "W4A16 per channel",
+                lambda d: quark("Int4PerChannel", dtype=d, **channel),
+                lambda d: linear("int4", dtype=d),
+            ),
+            (
+                "W8A8 static",
+                lambda d: quark("Int8PerChannel", "Int8PerTensor", dtype=d, **channel),
+                lambda d: linear(activation="int8", dtype=d),
+            ),
+            (
+                "W8A8 static, uint8",
+                lambda d: quark("Int8PerTensor", "Uint8PerTensor", dtype=d, observer_method="min_max"),
+                lambda d: linear("int8", "per_tensor", activation="uint8", dtype=d),
+            ),
+        ):
+            name = f"{label}, {str(dtype)[6:]}"
+            yield "amd-quark", name, lambda b=build, d=dtype: b(d), lambda s=standin, d=dtype: s(d), dtype
     for dtype in (HALF, BF16):
         for state in ("compressed", "frozen", "decompressed"):
             for name, weights, activation, standin in (

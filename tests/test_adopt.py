@@ -39,6 +39,16 @@ MODULES = {
     "modelopt int8 weights": lambda: tools.QuantLinear(static=False),
     "modelopt SmoothQuant": lambda: tools.QuantLinear(smooth=True),
     "modelopt int4 blocks": lambda: tools.QuantLinear(4, block=32, static=False),
+    "quark W8A16": lambda: tools.QParamsLinear(),
+    "quark W8A16 per tensor, asymmetric, bfloat16": lambda: tools.QParamsLinear("int8", "per_tensor", False, dtype=torch.bfloat16),
+    "quark W8A16 uint8, per channel": lambda: tools.QParamsLinear("uint8", symmetric=False, bias=False),
+    "quark W8A16 groups": lambda: tools.QParamsLinear("int8", "per_group"),
+    "quark W4A16 groups": lambda: tools.QParamsLinear("int4", "per_group"),
+    "quark W4A16 groups, asymmetric": lambda: tools.QParamsLinear("int4", "per_group", False),
+    "quark W4A16 groups, uint4, in order": lambda: tools.QParamsLinear("uint4", "per_group", False, reorder=False),
+    "quark W4A16 per channel, asymmetric": lambda: tools.QParamsLinear("int4", symmetric=False),
+    "quark W8A8 static": lambda: tools.QParamsLinear(activation="int8"),
+    "quark W8A8 static, uint8, bfloat16": lambda: tools.QParamsLinear(activation="uint8", dtype=torch.bfloat16),
     "compressed-tensors W8A16": lambda: compressed(),
     "compressed-tensors W8A16 per tensor": lambda: compressed(strategy="tensor"),
     "compressed-tensors W8A16 asymmetric": lambda: compressed(symmetric=False),
@@ -97,7 +107,15 @@ def test_the_whole_model_is_seen_and_gives_the_tools_numbers(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["GPTQ 4 bits", "AWQ 8 bits", "LLM.int8()", "modelopt int8", "compressed-tensors W8A8 dynamic"]
+    "name",
+    [
+        "GPTQ 4 bits",
+        "AWQ 8 bits",
+        "LLM.int8()",
+        "modelopt int8",
+        "quark W8A8 static",
+        "compressed-tensors W8A8 dynamic",
+    ],
 )
 def test_without_it_nothing_is_fused(name):
     model, x = model_of(name)
@@ -128,6 +146,21 @@ REFUSED = {
     "modelopt unsigned": (lambda: quantizer(unsigned=True), "more than a scale"),
     "modelopt dead row": (lambda: dead(tools.QuantLinear()), "a largest magnitude is 0"),
     "modelopt output": (lambda: changed_child(tools.QuantLinear(), "output_quantizer", _disabled=False), "output"),
+    "quark floats": (lambda: tools.FakeQuantLinear(), "holds no codes: freeze the model, then put QParamsLinear"),
+    "quark rounds codes again": (lambda: changed(tools.FakeQuantLinear(), _weight_quantizer_inv=object()), "rounded again"),
+    "quark fp8": (lambda: spec(dtype=Named("fp8_e4m3")), "a quantizer's dtype is fp8_e4m3; read: int8, uint8"),
+    "quark along K": (lambda: spec(ch_axis=1), "rounded per_channel along dimension 1"),
+    "quark wrong group": (lambda: spec(tools.QParamsLinear(spread="per_group"), group_size=16), "its scale has the shape (2, 96)"),
+    "quark transposed codes": (lambda: spec(tools.QParamsLinear(spread="per_group"), qscheme=Named("per_channel"), ch_axis=0), "its weight has the shape"),
+    "quark blocks": (lambda: spec(qscheme=Named("per_block")), "its weight is rounded per_block"),
+    "quark float zero points": (lambda: spec(zero_point_type=Named("float32")), "its zero point float32"),
+    "quark scales in steps": (lambda: changed_child(tools.QParamsLinear(), "weight_quantizer", qspec=None), "several steps"),
+    "quark rounded in each forward": (lambda: changed_child(tools.QParamsLinear(), "weight_quantizer", real_quantized=False), "rounded in each forward"),
+    "quark dynamic": (lambda: spec(tools.QParamsLinear(activation="int8"), "input", is_dynamic=True), "at run time"),
+    "quark rounds down": (lambda: spec(tools.QParamsLinear(activation="int8"), "input", round_method=Named("floor")), "rounded by floor"),
+    "quark activation in groups": (lambda: spec(tools.QParamsLinear(activation="int8"), "input", qscheme=Named("per_group")), "its activation is rounded to int8 per_group"),
+    "quark output": (lambda: rounded_output(tools.QParamsLinear()), "its output is rounded too (output_quantizer)"),
+    "quark tensor parallel": (lambda: changed(tools.QParamsLinear(), _quant_dict={}), "tensor parallelism"),
     "fp8 weights": (lambda: scheme(type="float"), "its weight is float8"),
     "3 bits across words": (lambda: scheme(compressed(4, "channel"), num_bits=3), "3 bits, packed across words"),
     "wrong group": (lambda: scheme(compressed(4, "group", group=32), group_size=16), "its weight_scale has the shape"),
@@ -180,6 +213,24 @@ def dead(module):
 def scheme(module=None, **attributes):
     module = compressed() if module is None else module
     vars(module.quantization_scheme.weights).update(attributes)
+    return module
+
+
+class Named:
+    """A member of one of quark's enumerations."""
+
+    def __init__(self, name):
+        self.name = self.value = name
+
+
+def spec(module=None, side="weight", **attributes):
+    module = tools.QParamsLinear() if module is None else module
+    vars(module._modules[f"{side}_quantizer"].qspec).update(attributes)
+    return module
+
+
+def rounded_output(module):
+    module.output_quantizer = tools.QParamsLinear(activation="int8").input_quantizer
     return module
 
 
@@ -362,6 +413,7 @@ def test_state_dict_keeps_its_keys():
     for model in (
         with_decompression(nn.Sequential(compressed(4, "group", False, 32), compressed(activation=STATIC))),
         nn.Sequential(tools.TorchLinear(), tools.AwqTorchLinear(), tools.QuantLinear(smooth=True)),
+        nn.Sequential(tools.QParamsLinear("int4", "per_group", False), tools.QParamsLinear(activation="uint8")),
     ):
         before = {k: t.data_ptr() for k, t in model.state_dict().items()}
         with qp.adopt(model) as adoption:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from quantpass.adoption.codes import unpacked
+from quantpass.adoption.codes import interleaved, unpacked
 from quantpass.adoption.plain import PlainLinear
 from quantpass.adoption.tables import (
     HALVES,
@@ -32,8 +32,6 @@ from quantpass.adoption.tables import (
 )
 
 _NAMES = ("qweight", "qzeros", "scales", "bias")
-_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word of 4-bit codes the code of each column is."""
 
 
 def table(k: int, n: int, bits: int, group: int) -> dict[str, Row]:
@@ -95,10 +93,7 @@ class _Awq(PlainLinear):
         return w.reshape(self.in_features, self.out_features).t()
 
     def _columns(self, words: torch.Tensor) -> torch.Tensor:
-        codes = unpacked(words, self.bits, 1)
-        if self.bits == 8:
-            return codes
-        return codes.view(words.shape[0], -1, 8)[:, :, _COLUMNS].reshape(words.shape[0], -1)
+        return unpacked(words, 8, 1) if self.bits == 8 else interleaved(words)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         given = x.dtype
