@@ -245,6 +245,79 @@ def test_captured_modes_get_the_vendors_calls_and_no_format_cast(child):
         assert calls == fused if door.startswith("npu_backend") else calls == ["aten.reshape.default", *fused], door
 
 
+def test_torchair_joins_a_norm_and_the_quantization_behind_it(child):
+    """Its own pass, which runs after quantpass's: switched off, and on. What quantpass joins itself it leaves alone."""
+    made_by, found = child("""
+        torchair = start("Ascend910B2")
+        qp.emulate_npu()
+        codes = torch.randint(-127, 128, (32, 64), dtype=torch.int8)
+
+        class Block(torch.nn.Module):
+            def __init__(self, vendors_norm, factor):
+                super().__init__()
+                self.vendors_norm = vendors_norm
+                self.gamma = torch.nn.Buffer(torch.rand(64).bfloat16() + 0.5)
+                self.factor = torch.nn.Buffer(torch.rand(64).bfloat16() + 0.5) if factor else None
+                self.codes, self.scale = torch.nn.Buffer(codes), torch.nn.Buffer(torch.rand(32) * 0.01)
+
+            def norm(self, a, b):
+                if self.vendors_norm:
+                    y, _, h = torch.ops.npu.npu_add_rms_norm(a, b, self.gamma, 1e-5)
+                    return y, h
+                h = a + b
+                w = h.float()
+                return (w * torch.rsqrt(w.pow(2).mean(-1, keepdim=True) + 1e-5)).to(h.dtype) * self.gamma, h
+
+            def forward(self, x):
+                y, h = self.norm(x, x.relu())
+                y = y if self.factor is None else y * self.factor
+                s = y.abs().amax(-1, keepdim=True).float().clamp(min=1e-5) / 127
+                q = (y / s).round().clamp(-128, 127).to(torch.int8)
+                out = torch._int_mm(q.reshape(-1, 64), self.codes.t()).float() * s.reshape(-1, 1) * self.scale
+                return out.to(y.dtype), h
+
+        def calls(door, x, joined, *block):
+            seen = []
+            config = torchair.CompilerConfig()
+            config.mode, config.experimental_config.pattern_fusion_pass = "reduce-overhead", joined
+            names = lambda gm: [str(n.target).split(".")[1] for n in gm.graph.nodes if "npu." in str(n.target)]
+            config.post_grad_custom_post_pass = lambda gm, inputs, config: seen.append(names(gm))
+            if door == "npu_backend":
+                found = backend = qp.npu_backend(config, target="ascend910b")
+            else:
+                found = qp.register(config, target="ascend910b")
+                backend = torchair.get_npu_backend(compiler_config=config)
+            calls_of(Block(*block), x, backend=backend)
+            found.report.require()
+            return seen[-1]
+
+        matrix, batch = torch.randn(10, 64).bfloat16(), torch.randn(2, 5, 64).bfloat16()
+        cases = {
+            "no factor": ("npu_backend", matrix, False, False),
+            "factor": ("npu_backend", matrix, False, True),
+            "factor, the vendor's norm": ("npu_backend", matrix, True, True),
+            "no weights, the vendor's norm": ("register", matrix, True, False),
+            "no factor, a view": ("npu_backend", batch, False, False),
+            "factor, a view": ("npu_backend", batch, False, True),
+        }
+        known = generation() == "F"
+        found = {n: [calls(d, x, on, *b) for on in (False, True)] for n, (d, x, *b) in cases.items()} if known else {}
+        print(json.dumps([generation(), found]))
+    """)
+    if made_by != "F":
+        pytest.skip(f"torchair's own patterns were looked at in generation F; this is {made_by}")
+    apart = ["npu_add_rms_norm", "npu_dynamic_quant", "npu_quant_matmul"]
+    joined = ["npu_add_rms_norm_dynamic_quant", "npu_quant_matmul"]
+    assert found == {
+        "no factor": [joined, joined],
+        "factor": [apart, joined],
+        "factor, the vendor's norm": [apart, joined],
+        "no weights, the vendor's norm": [apart, joined],
+        "no factor, a view": [joined, joined],
+        "factor, a view": [apart, apart],
+    }
+
+
 def test_prepared_constants_are_static_inputs_of_a_captured_graph(child):
     """As parameters are: torchair copies every other input at each replay."""
     marks = child("""
