@@ -307,6 +307,9 @@ Saved at each run, one token when decoding (counted, not measured):
   - ascend910b: weights read: 44.0 KiB in place of 236.0 KiB, 5.4 times less (unfused, 96.0 KiB of float16 weights are
     made of the codes, written and read)
   - ascend910b: operators: 38 fewer in the graph for 12 matmuls
+
+Notes:
+  - {1,3}.down x2 on ascend910b: the weight stays in ND: wqmm.nz.int4.group.weight: weight is in FRACTAL_NZ, transposed
 """
 
 

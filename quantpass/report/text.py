@@ -348,6 +348,7 @@ def _notes(report: Report) -> Iterator[Any]:
         yield from _bullet(sign)
     floats = [note for note in report.notes if note.startswith(FLOATS)]
     told = [*(n for n in report.notes if not (report.sites and n in floats)), *_of_plans(report.sites)]
+    told += [] if report.formats else _in_nd(report.sites)
     if told:
         yield Text("\nNotes:", style="bold")
     for note in told:
@@ -356,10 +357,19 @@ def _notes(report: Report) -> Iterator[Any]:
 
 def _of_plans(sites: Iterable[Site]) -> Iterator[str]:
     """What the plans of fused sites say of themselves, each remark once."""
+    return _once((note, s) for s in sites if s.plan is not None for note in s.plan.notes)
+
+
+def _in_nd(sites: Iterable[Site]) -> Iterator[str]:
+    """Why weights stay in ND on an NPU; where they were prepared, the table of weights says it."""
+    named = ((s.plan.nd_reason, s) for s in sites if s.fused and s.plan is not None and s.target != "cpu")
+    return _once((f"the weight stays in ND: {reason}", s) for reason, s in named if reason)
+
+
+def _once(remarks: Iterable[tuple[str, Site]]) -> Iterator[str]:
     found: dict[str, list[Site]] = {}
-    for s in sites:
-        for note in s.plan.notes if s.plan is not None else ():
-            found.setdefault(note, []).append(s)
-    for note, of in found.items():
+    for remark, site in remarks:
+        found.setdefault(remark, []).append(site)
+    for remark, of in found.items():
         targets = ", ".join(dict.fromkeys(s.target for s in of))
-        yield f"{names(list(dict.fromkeys(s.name for s in of)), 1)} on {targets}: {note}"
+        yield f"{names(list(dict.fromkeys(s.name for s in of)), 1)} on {targets}: {remark}"
