@@ -41,12 +41,9 @@ def dequantized_to(
     for start in range(0, n if columns else k, step):
         cut = (slice(None), slice(start, start + step)) if columns else (slice(start, start + step), slice(None))
         block = codes[cut].to(work)
-        of_block = (
-            _part(p, start, step, columns, group_size, block).to(work) for p in (offset, scale) if p is not None
-        )
         if offset is not None:
-            block += next(of_block)
-        block *= next(of_block)
+            block += _part(offset, start, step, columns, group_size, block).to(work)
+        block *= _part(scale, start, step, columns, group_size, block).to(work)
         result[cut] = block.to(rounded_to)
     return result
 
