@@ -39,7 +39,7 @@ from quantpass.planning.already_fused import (
 from quantpass.planning.choose import Others, Planned, others_of
 from quantpass.planning.norms import PlannedNorm, plan_norms, with_norms
 from quantpass.planning.options import Options
-from quantpass.planning.permissions import plan_as_allowed
+from quantpass.planning.permissions import Fit, plan_as_allowed
 from quantpass.planning.traffic import weight_use
 from quantpass.planning.unknown_values import UNREAD, conditional, fed_by_unread, made_of_integers, unread_note
 from quantpass.rewrite import RewriteError, Rewriter
@@ -82,62 +82,81 @@ class Analysis:
     left: Mapping[Node, Around] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Target:
+    """What is found for one target while the sites of a graph are planned, in their order."""
+
+    options: Options
+    others: Others
+    planned: list[tuple[Reading, Planned]] = field(default_factory=list)
+    left: dict[Node, Around] = field(default_factory=dict)
+
+    def plan(self, reading: Reading, writes: Writes, labels: dict[Node, str], fit: Fit) -> None:
+        found = _planned(reading, self.options, writes, labels, self.others, fit)
+        if is_own(reading.node):
+            more = completed(reading.node, found)
+            if more is None:
+                around = partial(left_around, reading, found, self.options, self.others.int8)
+                self.left[reading.node] = guarded(around, lambda _: Around(), f"looking around {reading.name}")
+                return
+            found = more
+        self.planned.append((reading, found))
+        if found.plan is not None and found.plan.int8_codes is not None:
+            self.others.int8.add(found.plan.output)
+
+
 def analyse(
-    gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options, *, measured: bool = False
-) -> Analysis:
-    """Read and plan every site; pure.
+    gm: GraphModule, leaves: Mapping[Node, torch.Tensor], targets: Sequence[Options], *, measured: bool = False
+) -> list[Analysis]:
+    """Read every site once and plan it for each of ``targets``, which differ in nothing but the chip; pure.
 
     ``measured``: what a permission would cost is measured on whole weights, which takes its time.
     """
 
-    def nothing(reject: Reject) -> Analysis:
+    def nothing(reject: Reject) -> list[Analysis]:
         whole = unreadable(gm.graph.output_node(), reject)
-        return Analysis([(replace(whole, name="(the whole graph)"), _refused(reject))])
+        return [Analysis([(replace(whole, name="(the whole graph)"), _refused(reject))]) for _ in targets]
 
-    return guarded(partial(_analysed, gm, leaves, options, measured), nothing, "reading the graph")
+    return guarded(partial(_analysed, gm, leaves, targets, measured), nothing, "reading the graph")
 
 
-def _analysed(gm: GraphModule, leaves: Mapping[Node, torch.Tensor], options: Options, measured: bool) -> Analysis:
-    values = StaticValues(gm.graph, leaves)
+def _analysed(
+    gm: GraphModule, leaves: Mapping[Node, torch.Tensor], targets: Sequence[Options], measured: bool
+) -> list[Analysis]:
+    values, dialects = StaticValues(gm.graph, leaves), default_dialects(targets[0].dialects)
     # A compiler calls this with its fake mode on; constants are computed on real tensors.
     with torch.no_grad(), real_tensors():
-        readings = list(counted(find_sites(gm.graph, values, default_dialects(options.dialects)), "quantpass reads"))
-        others = others_of(readings, options)
+        readings = list(counted(find_sites(gm.graph, values, dialects), "quantpass reads"))
         writes = writes_of(gm.graph, values.mutated)
         labels = stream_labels(gm.graph)
-        planned, left = [], {}
+        found = [_Target(options, others_of(readings, options)) for options in targets]
         for reading in readings:
-            found = _planned(reading, options, writes, labels, others, measured)
-            if is_own(reading.node):
-                more = completed(reading.node, found)
-                if more is None:
-                    around = partial(left_around, reading, found, options, others.int8)
-                    left[reading.node] = guarded(around, lambda _: Around(), f"looking around {reading.name}")
-                    continue
-                found = more
-            planned.append((reading, found))
-            if found.plan is not None and found.plan.int8_codes is not None:
-                others.int8.add(found.plan.output)
-        norms = plan_norms(gm.graph, planned, options, writes, labels)
-    return Analysis(with_norms(planned, norms), frozenset(values.read_leaves), values.mutated, norms, left)
+            fit = Fit(reading, targets[0].allow, measured)  # held no longer than the site is planned
+            for target in found:
+                target.plan(reading, writes, labels, fit)
+        norms = [plan_norms(gm.graph, f.planned, f.options, writes, labels) for f in found]
+    read = frozenset(values.read_leaves)
+    return [
+        Analysis(with_norms(f.planned, n), read, values.mutated, n, f.left) for f, n in zip(found, norms, strict=True)
+    ]
 
 
 def _planned(
-    reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others, measured: bool
+    reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others, fit: Fit
 ) -> Planned:
-    plan = partial(_plan, reading, options, writes, labels, others, measured)
+    plan = partial(_plan, reading, options, writes, labels, others, fit)
     return guarded(plan, _refused, f"planning {reading.name}")
 
 
 def _plan(
-    reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others, measured: bool
+    reading: Reading, options: Options, writes: Writes, labels: dict[Node, str], others: Others, fit: Fit
 ) -> Planned:
     left = options.leaves(reading.name)
     if is_own(reading.node) and (left or not may_be_completed(reading, options)):
         return Planned(None, None)
     if left:
         return _refused(refuse("plan.left", f"leave names {reading.name}"))
-    planned = plan_as_allowed(reading, options.chip, options, writes, others, measured=measured)
+    planned = plan_as_allowed(reading, options.chip, options, writes, others, fit)
     reject = stream_reject(planned.plan, labels) if planned.plan is not None else None
     return planned if reject is None else _refused(reject)
 
@@ -168,11 +187,27 @@ def _with_unread(
 def explain_graph(
     gm: GraphModule,
     leaves: Mapping[Node, torch.Tensor],
-    options: Options,
+    targets: Sequence[Options],
     unread: Mapping[Node, str] | None = None,
+) -> list[Outcome]:
+    """The verdict on every site of a graph for each of ``targets``, which differ in nothing but the chip.
+
+    The graph is not touched; the other arguments are those of :func:`fuse_graph`.
+    """
+    analyses = analyse(gm, leaves, targets, measured=True)
+    return [
+        _explained(gm, leaves, options, found, unread or {}) for options, found in zip(targets, analyses, strict=True)
+    ]
+
+
+def _explained(
+    gm: GraphModule,
+    leaves: Mapping[Node, torch.Tensor],
+    options: Options,
+    found: Analysis,
+    unread: Mapping[Node, str],
 ) -> Outcome:
-    """The verdict on every site of a graph, without touching it; arguments as for :func:`fuse_graph`."""
-    found = _with_unread(gm, analyse(gm, leaves, options, measured=True), leaves, unread or {}, options)
+    found = _with_unread(gm, found, leaves, unread, options)
     calls = _calls_left(gm, found)
     keys = _keys(gm, (*(r.node for r, _ in found.planned), *calls), leaves)
     removed = _removals(gm, found)
@@ -221,7 +256,8 @@ def fuse_graph(
         keep_text: keep the graph's text for diffs.
         unread: parameters and buffers that hold no data, and why.
     """
-    found = _with_unread(gm, analyse(gm, leaves, options), leaves, unread or {}, options)
+    (found,) = analyse(gm, leaves, [options])
+    found = _with_unread(gm, found, leaves, unread or {}, options)
     before = dump(gm) if keep_text else ""
     sites: list[Site] = []
     calls = _calls_left(gm, found)

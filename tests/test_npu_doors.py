@@ -172,7 +172,8 @@ def test_weights_on_a_device_are_read_on_the_cpu():
             strict=False,
         )
     )
-    (site,) = explain_graph(gm, leaves, make_options({"target": "ascend910b"})).sites
+    (outcome,) = explain_graph(gm, leaves, [make_options({"target": "ascend910b"})])
+    (site,) = outcome.sites
     assert site.fused
     assert "asymmetric" in site.reading
 

@@ -185,7 +185,7 @@ def _explain_graph(model: ExportedProgram | GraphModule, settings: list[Options]
 def _verdicts(gm: GraphModule, weights: StaticInputs, settings: list[Options]) -> tuple[Report, frozenset[Token]]:
     """The report on one graph, and the weights behind its sites."""
     names = tuple(s.chip.name for s in settings)
-    outcomes = [explain_graph(gm, weights.known, s, weights.unread) for s in settings]
+    outcomes = explain_graph(gm, weights.known, settings, weights.unread)
     sites = tuple(site for outcome in outcomes for site in outcome.sites)
     notes = tuple(dict.fromkeys(note for o in outcomes for note in o.notes))
     return Report(sites, names, settings[0].mode, notes=notes), outcomes[0].shown

@@ -27,17 +27,49 @@ from quantpass.planning.options import Options
 from quantpass.planning.refit import can_be_refitted, refit, refit_of_sample
 
 
+@dataclass(slots=True)
+class Fit:
+    """The re-fit of one site's weight, made when somebody first asks for it: it is the same for all targets.
+
+    Attributes:
+        reading: the site.
+        allow: what is allowed; a re-fit that is not is fitted in one step.
+        measured: what it costs is measured on the whole weight in any case; else what is only an offer is fitted from
+            a sample of its columns.
+    """
+
+    reading: Reading
+    allow: tuple[str, ...]
+    measured: bool = False
+    _made: list[Reading | None] = field(default_factory=list)
+
+    def site(self) -> Reading | None:
+        """The site with the re-fitted weight; None where that holds values that are not finite."""
+        if not self._made:
+            source = self.reading.own_value or self.reading.weight
+            assert not isinstance(source, NotAffine)
+            asked = refit_limit(self.allow) is not None
+            weight = refit(source, thorough=asked) if asked or self.measured else refit_of_sample(source)
+            self._made.append(None if weight is None else replace(self.reading, weight=weight, rejects=()))
+        return self._made[0]
+
+    def is_sampled(self) -> bool:
+        """True where it was made, of some columns only."""
+        (fitted,) = self._made or [None]
+        return fitted is not None and isinstance(fitted.weight, Weight) and bool(_cost(fitted.weight).columns)
+
+
 def plan_as_allowed(
-    reading: Reading, chip: Chip, options: Options, writes: Writes, others: Others, *, measured: bool = False
+    reading: Reading, chip: Chip, options: Options, writes: Writes, others: Others, fit: Fit | None = None
 ) -> Planned:
     """The best legal fused call for one site; arguments as for :func:`plan_site`.
 
-    ``measured``: what re-fitting a refused weight would cost is measured on all of it, not on a sample of its columns.
+    ``fit``: of this site, where other targets share it.
     """
     own = plan_site(reading, chip, options, writes, others)
     if own.plan is not None or chip.name not in NPUS:
         return own
-    site = _Refused(reading, chip, options, writes, others, measured)
+    site = _Refused(reading, chip, options, writes, others, fit or Fit(reading, options.allow))
     limit = refit_limit(options.allow)
     if limit is not None:
         found = site.refitted(options.allow, limit)
@@ -55,15 +87,14 @@ def plan_as_allowed(
 
 @dataclass(slots=True)
 class _Refused:
-    """A site that is not legal as it is; its weight is fitted once, and only where that is asked for."""
+    """A site that is not legal as it is."""
 
     reading: Reading
     chip: Chip
     options: Options
     writes: Writes
     others: Others
-    measured: bool
-    _fitted: list[Reading | None] = field(default_factory=list)
+    fit: Fit
 
     def refitted(self, allow: tuple[str, ...], limit: float) -> Planned | Reject | None:
         """The outcome with a re-fitted weight; None where the weight has its form already."""
@@ -73,7 +104,7 @@ class _Refused:
         if isinstance(weight, Weight) and not can_be_refitted(weight):
             plain = not weight.group_size and weight.zero_point is None
             return None if plain else refuse(REFIT_OPT_IN, "the weight is known only when the graph runs")
-        fitted = self._with_fit()
+        fitted = self.fit.site()
         if fitted is None:
             return refuse(REFIT_OPT_IN, "the weight holds values that are not finite")
         assert isinstance(fitted.weight, Weight)
@@ -87,16 +118,6 @@ class _Refused:
                 hint=f"{lower!r} in allow would accept it",
             )
         return plan_site(fitted, self.chip, replace(self.options, allow=allow), self.writes, self.others)
-
-    def _with_fit(self) -> Reading | None:
-        """The site as it is with the re-fit; what is only an offer is fitted in one step, and from a sample."""
-        if not self._fitted:
-            source = self.reading.own_value or self.reading.weight
-            assert not isinstance(source, NotAffine)
-            asked = refit_limit(self.options.allow) is not None
-            weight = refit(source, thorough=asked) if asked or self.measured else refit_of_sample(source)
-            self._fitted.append(None if weight is None else replace(self.reading, weight=weight, rejects=()))
-        return self._fitted[0]
 
     def vendors(self) -> Iterator[Reject]:
         """That the operators' own quantization would make the site legal, where the graph's is asked for."""
@@ -121,11 +142,7 @@ class _Refused:
             sqnr = self._legal_with((*given, *more))
             if sqnr is not None:
                 found.append(more)
-                yield Offer((*given, *more), sqnr, sampled=REFIT_OPT_IN in more and self._is_sampled())
-
-    def _is_sampled(self) -> bool:
-        (fitted,) = self._fitted or [None]
-        return fitted is not None and isinstance(fitted.weight, Weight) and bool(_cost(fitted.weight).columns)
+                yield Offer((*given, *more), sqnr, sampled=REFIT_OPT_IN in more and self.fit.is_sampled())
 
     def _may_gain_by_half(self) -> bool:
         """False where all is in float16 already: planning it once more would lay the weight out in vain."""
@@ -145,7 +162,7 @@ class _Refused:
         found = self.refitted(allow, -math.inf)
         if not isinstance(found, Planned) or found.plan is None:
             return None
-        fitted = self._with_fit()
+        fitted = self.fit.site()
         assert fitted is not None
         assert isinstance(fitted.weight, Weight)
         return _cost(fitted.weight).sqnr
