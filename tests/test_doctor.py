@@ -68,6 +68,42 @@ def test_each_missing_part_is_named_by_the_doors_that_need_it(machine, monkeypat
     assert all(any(needs in need for need in found[name].needs) for name in lacking)
 
 
+@pytest.mark.parametrize(
+    ("asks", "of", "torch", "wanted"),
+    [
+        ("torch==2.10.0+cpu", "2.10.0.post4", "2.10.0+cu128", ""),
+        ("torch==2.10.0.*", "2.10.0.post4", "2.13.0+cpu", "2.10.0"),
+        ("torch (==2.9.1)", "2.9.1", "2.9.0", "2.9.1"),
+        ("numpy", "2.10.0.post4", "2.10.0", ""),
+        ("numpy", "2.10.0.post4", "2.11.0", "2.10.0"),
+        ("torch==2.12.0", "of nobody knows which version", "2.13.0", "2.12.0"),
+    ],
+    ids=["a build of it", "another one", "another patch", "by its version", "not by its version", "by its metadata"],
+)
+def test_a_torch_npu_of_another_pytorch(machine, tmp_path, monkeypatch, asks, of, torch, wanted):
+    (tmp_path / "torch_npu").mkdir()
+    (tmp_path / "torch_npu" / "version.py").write_text(f"__version__ = '{of}'\n")
+    about = tmp_path / "torch_npu-1.dist-info"
+    about.mkdir()
+    about.joinpath("METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: torch_npu\nVersion: 1\nRequires-Dist: {asks}\n"
+    )
+    monkeypatch.setenv("QUANTPASS_TORCH_NPU", str(tmp_path))
+    machine["torch"] = torch
+    line = f"pip install torch_npu=={torch.partition('+')[0]}.* or pip install torch=={wanted}.*"
+    said = f"torch_npu: the one here is for PyTorch {wanted}, and this is {torch}: {line}"
+    assert doors()["preview"].needs == ((said,) if wanted else ())
+
+
+def test_a_torch_npu_of_another_pytorch_where_import_torch_fails(machine, monkeypatch):
+    """Installed beside it, it is loaded with every ``import torch``."""
+    machine["torch_npu"] = "2.9.0.post2"
+    broken = doctor.Finding("torch", "2.13.0, import fails", "RuntimeError: Failed to load the backend extension")
+    monkeypatch.setattr(doctor, "_imported", lambda name, say: broken)
+    needs = doors()["npu_backend"].needs
+    assert any("the one here is for PyTorch 2.9.0, and this is 2.13.0" in need for need in needs)
+
+
 def test_a_torchair_that_lacks_a_module_is_what_its_doors_need(machine, monkeypatch):
     needs = 'it imports pkg_resources: pip install "setuptools<82"'
     monkeypatch.setattr(doctor, "_torchair", lambda npu: doctor.Finding("torchair", "generation C", needs))

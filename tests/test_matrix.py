@@ -1,13 +1,16 @@
 """The versions page says what was run, and with which state of the code."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 
 from quantpass.graph.torch_versions import TESTED
 from quantpass.lowering.torchair_versions import GENERATIONS
 from tests.matrix import page, tools
-from tests.matrix.cells import CELLS, COMPATIBILITY, ROOT, TORCHAIR, code_version
+from tests.matrix.cells import CELLS, COMPATIBILITY, FEW, LEFT_OUT, ROOT, SHARES, TORCHAIR, code_version
+from tests.matrix.few import spread
 
 
 def test_the_page_is_what_the_cells_gave():
@@ -65,6 +68,27 @@ def test_two_versions_of_a_tool_are_compared():
     assert "| acme | 1.0 | 2.13.0 | 1 of 2 | 2 | 2 | 0 | 2 |" in text
     assert "* acme, int4: sites 2" in text and "with 2.0; ImportError: no int4 with 1.0" in text
     assert "Every scheme is read alike." in tools.section({"acme": {"2.0": versions["2.0"], "1.0": versions["2.0"]}})
+
+
+@pytest.mark.parametrize(
+    ("cases", "few", "kept"),
+    [(10, 3, [0, 4, 9]), (10, 2, [0, 9]), (10, 1, [0]), (3, 3, [0, 1, 2]), (2, 3, [0, 1]), (10, 0, [*range(10)])],
+)
+def test_a_few_of_many_cases(cases, few, kept):
+    assert spread(range(cases), few) == kept
+
+
+def test_the_fast_share_takes_every_test_a_few_times_and_leaves_out_files_that_are_there(tmp_path):
+    (tmp_path / "test_one.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('n', range(9))\ndef test_many(n): pass\ndef test_once(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.matrix.few", "--few", str(FEW), "-p", "no:xdist"]
+    done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert f"{FEW + 1} passed, {9 - FEW} deselected" in done.stdout
+    assert all((ROOT / "tests" / f"test_{name}.py").is_file() for name in LEFT_OUT)
+    assert [a for a in SHARES["fast"] if a.startswith("--ignore=tests/test_")] == [
+        f"--ignore=tests/test_{name}.py" for name in LEFT_OUT
+    ]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda c: c.name)

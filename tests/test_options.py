@@ -5,11 +5,13 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from torch import nn
 from typing_extensions import Unpack
 
 import quantpass as qp
 from quantpass.chips import CHIPS, chip_named, chip_of_device, liftable_rules
 from quantpass.chips.legality import refit_limit
+from quantpass.doors.backend import dynamo_backend
 from quantpass.doors.settings import TAKEN_BY, make_options
 from quantpass.lowering import RUN_HERE
 from quantpass.planning.options import Options
@@ -183,3 +185,62 @@ def test_explain_carries_decompositions_out():
     assert plain.fused == core.fused == 1
     with pytest.raises(TypeError, match="run_decompositions"):
         qp.explain(torch.export.export(WeightOnly(), (X,)), target="cpu", decompositions="core")
+
+
+class Both(nn.Module):
+    def __init__(self, broken=False):
+        super().__init__()
+        self.up, self.lm_head, self.broken = WeightOnly(), WeightOnly(k=96, n=64), broken
+
+    def forward(self, x):
+        y = self.up(x)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.lm_head(y)
+
+
+SAID = "leave: 'lm_hed' fits no site seen here (up, lm_head). Did you mean 'lm_head'?"
+
+
+def _compiled(options, **given):
+    backend = qp.backend(target="cpu", **options)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Both(**given), backend=backend)(X)
+    return backend.report
+
+
+LEAVING = {
+    "explain": lambda options: qp.explain(Both(), (X,), target=("cpu", "ascend310p"), **options),
+    "fuse": lambda options: qp.fuse(torch.export.export(Both(), (X,)), target="cpu", **options),
+    "verify": lambda options: qp.verify(Both(), (X,), target="cpu", **options).report,
+    "backend": _compiled,
+}
+
+
+@pytest.mark.parametrize("door", LEAVING)
+def test_a_name_in_leave_that_no_site_has_is_said(door, caplog):
+    report = LEAVING[door]({"leave": ("lm_hed", "up")})
+    assert caplog.messages.count(SAID) == 1
+    assert SAID in str(report) and SAID in report.as_dict()["notes"]
+    assert [s.fused for s in report.sites if s.target == "cpu"] == [False, True], "up is left, lm_head is not"
+
+
+@pytest.mark.parametrize("door", LEAVING)
+def test_nothing_is_said_of_a_pattern_that_fits(door, caplog):
+    report = LEAVING[door]({"leave": ("lm_*",)})
+    assert report.unmatched == ()
+    assert "fits no site" not in caplog.text
+
+
+def test_a_site_of_a_later_graph_is_named_once_that_is_compiled(caplog):
+    report = _compiled({"leave": ("lm_head",)}, broken=True)
+    assert report.unmatched == ()
+    assert "leave: 'lm_head' fits no site seen here (up)" in caplog.text
+
+
+def test_dynamos_backend_by_name_says_it_too(caplog):
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Both(), backend=dynamo_backend, options={"target": "cpu", "leave": ("*.hed",)})(X)
+    assert "leave: '*.hed' fits no site seen here (up, lm_head)." in caplog.text

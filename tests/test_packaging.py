@@ -158,19 +158,23 @@ def test_a_second_checkout_uses_its_own_folders(tmp_path):
 
 
 @pytest.mark.slow
-def test_installs_beside_what_vllm_ascend_pins(wheel, tmp_path):
-    """For the machines it runs on, by the resolver; nothing is installed."""
+@pytest.mark.parametrize("torch_npu", ["2.10.0.post4", "2.10.0.post6"], ids=["0.23.0", "later"])
+def test_installs_beside_what_vllm_ascend_pins(wheel, tmp_path, torch_npu):
+    """For the machines it runs on, by the resolver; nothing is installed. Later branches pin a newer post."""
     uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if uv is None:
         pytest.skip("uv is not installed")
     wanted = tmp_path / "wanted.txt"
-    wanted.write_text(f"-r {ROOT / 'tests/data/vllm_ascend_pins.txt'}\nquantpass[npu] @ {wheel.as_uri()}\n")
+    pins = (ROOT / "tests" / "data" / "vllm_ascend_pins.txt").read_text()
+    assert "torch-npu==2.10.0.post4\n" in pins
+    pins = pins.replace("torch-npu==2.10.0.post4", f"torch-npu=={torch_npu}")
+    wanted.write_text(f"{pins}quantpass[npu] @ {wheel.as_uri()}\n")
     machine = ["--python-version", "3.12", "--python-platform", "aarch64-manylinux_2_28"]
     command = [uv, "pip", "compile", "-q", "--only-binary", ":all:", *machine, str(wanted)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = {line.split("=")[0]: line for line in done.stdout.splitlines() if "==" in line}
-    assert (found["torch"], found["torch-npu"]) == ("torch==2.10.0", "torch-npu==2.10.0.post4")
+    assert (found["torch"], found["torch-npu"]) == ("torch==2.10.0", f"torch-npu=={torch_npu}")
 
 
 def test_torch_npu_is_never_installed_unasked():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Backend:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.report = Report((), (options.chip.name,), options.mode)
+        self.report = Report((), (options.chip.name,), options.mode, leave=options.leave)
 
     def __repr__(self) -> str:
         return f"<quantpass.backend, so far {self.report!r}>"
@@ -39,6 +40,7 @@ class Backend:
 
     def _gather(self, report: Report) -> None:
         self.report = self.report + report
+        warn_unmatched(self.report)
 
 
 def backend(target: str | None = None, **options: Unpack[BackendOptions]) -> Backend:
@@ -69,7 +71,12 @@ def dynamo_backend(
     """What ``torch.compile(backend="quantpass", options={...})`` calls."""
     if mode is not None:
         raise ValueError(f"torch.compile(mode={mode!r}) is Inductor's; give options={{'inner': 'inductor'}} instead")
-    return compile_graph(gm, example_inputs, make_options(options or {}, "torch.compile(backend='quantpass')"))
+    settings = make_options(options or {}, "torch.compile(backend='quantpass')")
+
+    def look(report: Report) -> None:
+        warn_unmatched(replace(report, leave=settings.leave))
+
+    return compile_graph(gm, example_inputs, settings, look)
 
 
 def compile_graph(
@@ -115,6 +122,12 @@ def refuse_training(example_inputs: Sequence[Any]) -> None:
             "inputs or parameters require them. Call the model under torch.no_grad() or torch.inference_mode(), or "
             "call model.requires_grad_(False) first."
         )
+
+
+def warn_unmatched(report: Report) -> None:
+    """Warn of what ``leave`` names and no site is called."""
+    for said in report.unmatched:
+        logger.warning("%s", said)
 
 
 def log_report(report: Report) -> None:

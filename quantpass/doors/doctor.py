@@ -10,8 +10,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -93,7 +93,7 @@ class Diagnosis:
 def examine() -> Diagnosis:
     """Look for everything that some door needs."""
     torch = _imported("torch", "print(torch.__version__)")
-    npu = _torch_npu()
+    npu = _fitting(_torch_npu(), _version("torch"))
     cann, driver, device = _cann(), _driver(), _device()
     gcc, nm, cache = _program("gcc"), _program("nm"), _cache()
     parts = (
@@ -160,6 +160,24 @@ def _torch_npu() -> Finding:
     if find_spec("torch_npu") is None:
         return Finding("torch_npu", "", "its wheel, for preview in a folder of its own (docs/preview.md)")
     return Finding("torch_npu", f"{_version('torch_npu')} beside torch")
+
+
+def _fitting(npu: Finding, torch: str) -> Finding:
+    """The same, with what is to be done where it was built for another PyTorch: its libraries do not load with this."""
+    asked = _asked_for() or npu.found
+    wanted, there = (re.match(r"\d+\.\d+\.\d+", v) for v in (asked, torch))
+    if not npu.found or wanted is None or there is None or wanted[0] == there[0]:
+        return npu
+    line = f"pip install torch_npu=={there[0]}.* or pip install torch=={wanted[0]}.*"
+    return replace(npu, needs=f"the one here is for PyTorch {wanted[0]}, and this is {torch}: {line}")
+
+
+def _asked_for() -> str:
+    """The PyTorch that torch_npu's metadata asks for; empty where they say nothing."""
+    folder = os.environ.get("QUANTPASS_TORCH_NPU", "")
+    found = distributions(name="torch_npu", path=[folder] if folder else sys.path)
+    required = (r for one in found for r in one.requires or ())
+    return next((r[1] for r in (re.match(r"torch\s*\(?==+\s*([\d.]+)", text) for text in required) if r), "")
 
 
 def _torchair(npu: Finding) -> Finding:

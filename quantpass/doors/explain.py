@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import Unpack
 
 from quantpass.chips import CHIPS, DOCUMENTED
+from quantpass.doors.backend import warn_unmatched
 from quantpass.doors.compiled import copied
 from quantpass.doors.lower import carry_out
 from quantpass.doors.preview import GePreview
@@ -85,7 +87,9 @@ def explain(
         found = [_explain_graph(model, settings)]
     else:
         found = _explain_model(model, args, kwargs or {}, settings, dynamic)
-    return merged(found, names, settings[0].mode)
+    report = replace(merged(found, names, settings[0].mode), leave=settings[0].leave)
+    warn_unmatched(report)
+    return report
 
 
 def check_call(door: str, model: Any, args: Any) -> None:
@@ -238,7 +242,11 @@ def fuse(graph: GraphModule | ExportedProgram, *, target: str | None = None, **o
     formats = carry_out(gm, outcome, settings, constants, casts=not settings.lowerer.keeps_casts)
     if isinstance(constants, ProgramConstants):
         constants.update_signature()
-    return Report(outcome.sites, (settings.chip.name,), settings.mode, graphs, formats, outcome.notes)
+    report = Report(
+        outcome.sites, (settings.chip.name,), settings.mode, graphs, formats, outcome.notes, leave=settings.leave
+    )
+    warn_unmatched(report)
+    return report
 
 
 def _part_with_weights(graph: GraphModule | ExportedProgram, outcome: Outcome, constants: Constants) -> None:

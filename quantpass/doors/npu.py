@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from typing_extensions import Unpack
 
 from quantpass.chips.ascend310p import ASCEND310P
-from quantpass.doors.backend import log_report, refuse_training, report_of
+from quantpass.doors.backend import log_report, refuse_training, report_of, warn_unmatched
 from quantpass.doors.compiled import CompiledGraph
 from quantpass.doors.hooks import (
     HookFunction,
@@ -51,7 +51,7 @@ class NpuBackend:
         self.config = config
         self.options = options
         self._decompositions = decompositions
-        self._report = Report((), (options.chip.name,), options.mode, notes=_notes())
+        self._report = Report((), (options.chip.name,), options.mode, notes=_notes(), leave=options.leave)
 
     @property
     def report(self) -> Report:
@@ -72,6 +72,7 @@ class NpuBackend:
 
     def _gather(self, report: Report) -> None:
         self._report = self._report + report
+        warn_unmatched(self._report)
 
 
 class _FusingCompiler:
@@ -145,7 +146,7 @@ class Registration:
     def __init__(self, options: Options, skipped: Callable[[], str | None], *notes: str) -> None:
         self.options = options
         self._skipped = skipped
-        self._found = Report((), (options.chip.name,), options.mode, notes=_notes(*notes))
+        self._found = Report((), (options.chip.name,), options.mode, notes=_notes(*notes), leave=options.leave)
 
     @property
     def report(self) -> Report:
@@ -163,6 +164,7 @@ class Registration:
         if self.options.on_report is not None:
             self.options.on_report(report)
         self._found = self._found + report
+        warn_unmatched(self._found)
 
 
 def register(config: Any, target: str | None = None, **options: Unpack[NpuOptions]) -> Registration:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from typing_extensions import Unpack
 
 from quantpass.chips import NPUS
-from quantpass.doors.backend import refuse_training, report_of
+from quantpass.doors.backend import refuse_training, report_of, warn_unmatched
 from quantpass.doors.compiled import CompiledGraph
 from quantpass.doors.settings import PreviewOptions, make_options
 from quantpass.graph.dump import dump
@@ -163,8 +163,10 @@ def preview_ge(
     captured, reports = _capture(model, args, kwargs or {}, settings, fuse)
     with TorchairProcess(torch_npu) if process is None else nullcontext(process) as running:
         graphs, note = _converted(captured, soc_name, running), running.note
-    report = Report((), (chip.name,), settings.mode, notes=(note,) if note else ())
-    return GePreview(chip.name, soc_name, graphs, sum(reports, report))
+    none = Report((), (chip.name,), settings.mode, notes=(note,) if note else (), leave=settings.leave)
+    report = sum(reports, none)
+    warn_unmatched(report)
+    return GePreview(chip.name, soc_name, graphs, report)
 
 
 def _capture(

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from typing_extensions import Unpack
 
 from quantpass.basics.progress import counted
-from quantpass.doors.backend import compile_graph
+from quantpass.doors.backend import compile_graph, warn_unmatched
 from quantpass.doors.bisect import Bisection, bisected
 from quantpass.doors.compiled import CompiledGraph, copied
 from quantpass.doors.differences import Difference, difference
@@ -112,7 +112,8 @@ def verify(
                 from_float += from_reference(reference, inputs, kwargs or {}, measured.kept, result)
     if not isinstance(model, ExportedProgram):
         measured.reports.append(_hidden(model, settings, measured, watch))
-    report = sum(measured.reports, Report((), (settings.chip.name,), settings.mode))
+    report = sum(measured.reports, Report((), (settings.chip.name,), settings.mode, leave=settings.leave))
+    warn_unmatched(report)
     sites, missed = _by_site(measured.graphs)
     found = _bisected(model, kwargs or {}, runs, settings, measured, within) if bisect else None
     return Verification(report, sites, tuple(measured.outputs), missed, worst_of_each(from_float), found)

@@ -76,6 +76,7 @@ class Verification:
         for site in refused:
             yield Text("\n".join([f"  {site.name} ({site.op})", *(f"    {reject}" for reject in site.rejects)]))
         yield from (Text(f"not seen: {sign}") for sign in self.report.hidden)
+        yield from (Text(said) for said in self.report.unmatched)
 
     def as_dict(self) -> dict[str, Any]:
         """The measurements as plain data; ``schema`` as in :meth:`quantpass.Report.as_dict`."""

@@ -111,7 +111,7 @@ class Options:
 
     def leaves(self, site: str) -> bool:
         """Whether the site of this name is to be left as it is."""
-        return site in self.leave or any(fnmatchcase(site, pattern) for pattern in self.leave)
+        return any(fits(pattern, site) for pattern in self.leave)
 
     @property
     def lowerer(self) -> Lowering:
@@ -145,6 +145,11 @@ def device_target() -> str:
         ) from error
     chip = chip_of_device(name)
     return name if name in chip.soc_names else chip.name
+
+
+def fits(pattern: str, site: str) -> bool:
+    """Whether what ``leave`` was given is a site's name, or a pattern of it."""
+    return site == pattern or fnmatchcase(site, pattern)
 
 
 def one_of(name: str, value: Any, accepted: tuple[str, ...], extra: str = "") -> None:

@@ -13,6 +13,7 @@ from quantpass.basics.json_text import json_text
 from quantpass.basics.suggestions import did_you_mean
 from quantpass.graph.dump import diff_text
 from quantpass.graph.records import Site, WeightFormat
+from quantpass.planning.options import fits
 from quantpass.report.data import SCHEMA, coverage_data, format_data, site_data
 from quantpass.report.text import as_text, rendered
 from quantpass.version import __version__
@@ -31,6 +32,7 @@ class Report:
             ``explain``.
         notes: what else a user should know, in words.
         hidden: signs of quantized weights that no graph shows, in words; :meth:`require` does not pass over them.
+        leave: the option ``leave`` that it was made with.
     """
 
     sites: tuple[Site, ...]
@@ -40,6 +42,7 @@ class Report:
     formats: tuple[WeightFormat, ...] = ()
     notes: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    leave: tuple[str, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -55,6 +58,17 @@ class Report:
     def offers(self) -> tuple[str, ...]:
         """What ``allow`` could gain, in words: a line for each permission that helps; for a report of one target."""
         return tuple(_offers(self))
+
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        """What is said of each name or pattern in ``leave`` that fits no site, where there are sites."""
+        known = list(dict.fromkeys(s.name for s in self.sites))
+        some = ", ".join(known[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+        return tuple(
+            f"leave: {p!r} fits no site seen here ({some}).{did_you_mean(p, known)}"
+            for p in self.leave
+            if known and not any(fits(p, name) for name in known)
+        )
 
     def __getitem__(self, target: str) -> Report:
         """The part of the report for one target."""
@@ -73,6 +87,7 @@ class Report:
             _counted_once((*self.formats, *other.formats), lambda f: (f.shape, f.dtype, f.format), _same_weight),
             tuple(dict.fromkeys((*self.notes, *other.notes))),
             tuple(dict.fromkeys((*self.hidden, *other.hidden))),
+            tuple(dict.fromkeys((*self.leave, *other.leave))),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Report:
@@ -136,7 +151,7 @@ class Report:
             "coverage": coverage_data(self.sites, self.targets),
             "sites": [site_data(s) for s in self.sites],
             "formats": [format_data(f) for f in self.formats],
-            "notes": list(self.notes),
+            "notes": [*self.notes, *self.unmatched],
             "hidden": list(self.hidden),
         }
 

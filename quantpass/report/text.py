@@ -347,7 +347,8 @@ def _notes(report: Report) -> Iterator[Any]:
     for sign in report.hidden:
         yield from _bullet(sign)
     floats = [note for note in report.notes if note.startswith(FLOATS)]
-    told = [*(n for n in report.notes if not (report.sites and n in floats)), *_of_plans(report.sites)]
+    told = [*(n for n in report.notes if not (report.sites and n in floats)), *report.unmatched]
+    told += _of_plans(report.sites)
     told += [] if report.formats else _in_nd(report.sites)
     if told:
         yield Text("\nNotes:", style="bold")

@@ -12,6 +12,26 @@ COMPATIBILITY = ("quantpass/graph/torch_versions.py", "lowering/torchair_version
 """The modules that hold what differs between versions: their contents are what a cell was run with."""
 
 
+FEW = 3
+"""How many cases of each parametrized test the share *fast* takes."""
+
+LEFT_OUT = (
+    *("benchmarks", "coverage", "docs", "docs_recipes", "layers", "matrix", "measured_pages", "packaging", "page"),
+    *(
+        "recipes",
+        "skips",
+        "checkpoint_files",
+        "checkpoints",
+        "explain_error",
+        "legality",
+        "fuzz",
+        "fuzz_models",
+        "numerics",
+    ),
+)
+"""Files of tests that *fast* leaves out: of documentation, benchmarks, the package and this matrix; of what imports no
+PyTorch; and what draws many graphs to compare their numbers."""
+
 SHARES = {
     "core": (
         "tests/test_versions.py",
@@ -23,10 +43,14 @@ SHARES = {
     ),
     "torchair": ("tests/test_npu_torchair.py",),
     "preview": ("tests/test_preview.py", "tests/test_vendor_modules.py"),
-    "fast": ("tests", "-m", "not slow"),
+    "fast": (
+        *("tests", "-m", "not slow", "-p", "tests.matrix.few", "--few", str(FEW), "--ignore=tests/unit/basics"),
+        *(f"--ignore=tests/test_{name}.py" for name in LEFT_OUT),
+    ),
 }
 """Parts of the suite, each a column of the page. *core*: what depends on PyTorch; *torchair* and *preview*: what starts
-the real torchair; *fast*: all tests that are not marked as slow, with the two before. Besides, every door is tried."""
+the real torchair; *fast*: the tests that are not marked as slow, :data:`FEW` cases of each, without :data:`LEFT_OUT`.
+Besides, every door is tried."""
 
 CORE, TORCHAIR = ("core",), ("torchair", "preview")
 

@@ -24,8 +24,12 @@ TOOLS = {
     "torchao": ("0.18.0", "0.17.0"),
     "optimum-quanto": ("0.2.7", "0.2.6"),
     "bitsandbytes": ("0.50.2", "0.49.2"),
+    "compressed-tensors": ("0.20.0", "0.15.0"),
 }
 """A package, the version that its captures and its reader are of, and an older one."""
+
+BESIDE = {"compressed-tensors": ("loguru",)}
+"""What a tool imports and the tests' environment does not have."""
 
 RESULTS = Path(__file__).with_name("tools.json")
 BUILD = ROOT / "build" / "matrix" / "tools"
@@ -69,7 +73,7 @@ def try_version(package: str, version: str) -> dict[str, Any]:
     folder = BUILD / f"{package}-{version}"
     shutil.rmtree(folder, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--no-deps", "--target"]
-    subprocess.run([*pip, str(folder), f"{package}=={version}"], check=True)
+    subprocess.run([*pip, str(folder), f"{package}=={version}", *BESIDE.get(package, ())], check=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.matrix.tools", "--judge", package]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
