@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from quantpass.basics.symbolic import broadcast_shape, elements, same_shape, same_size
 from quantpass.graph import expr as ex
-from quantpass.graph.expr import Call, Expr, Recentred, Ref
+from quantpass.graph.expr import Call, Const, Expr, Recentred, Ref
 from quantpass.graph.instructions import Add, Cast, Move, Multiply, Operand, ways
 from quantpass.graph.node_memo import NodeMemo
 from quantpass.graph.schema import call_reader, op_name, positional
@@ -77,22 +77,26 @@ class Affine:
         return replace(self, factors=(*self.factors, replace(term, expr=ex.wide(term.expr))))
 
     def minus(self, term: Term) -> Affine | NotAffine:
-        """This value less ``term``."""
-        return self.plus(replace(term, expr=ex.neg(ex.wide(term.expr))))
+        """This value less ``term``: ``F * (c - z) - b = F * (c - (z + b / F))``, so F and b must be known."""
+        less = ex.wide(term.expr)
+        return self._shifted(replace(term, expr=less if isinstance(less, Const) else ex.neg(ex.neg(less))))
 
     def plus(self, term: Term) -> Affine | NotAffine:
-        """This value and ``term``: ``F * (c - z) + b = F * (c - (z - b / F))``, so F and b must be known."""
-        term = replace(term, expr=ex.wide(term.expr))
-        if ex.is_all(term.expr, 0):
+        """This value and ``term``."""
+        return self._shifted(replace(term, expr=ex.neg(ex.wide(term.expr))))
+
+    def _shifted(self, less: Term) -> Affine | NotAffine:
+        """This value less ``less``, which is wide."""
+        if ex.is_all(less.expr, 0):
             return self
+        zero_point: Term | None = less
         for factor in self.factors:
-            if not ex.known(factor.expr, term.expr):
+            if not ex.known(factor.expr, less.expr):
                 return NotAffine("an offset is added after a scale that is not known when compiling", quantized=True)
-            divided = broadcast(term, factor, ex.div)
-            if divided is None:
+            zero_point = broadcast(less, factor, ex.div)
+            if zero_point is None:
                 return NotAffine("an offset and a scale vary along different dimensions", quantized=True)
-            term = divided
-        zero_point: Term | None = replace(term, expr=ex.neg(term.expr))
+            less = zero_point
         if self.zero_point is not None and zero_point is not None:
             zero_point = broadcast(self.zero_point, zero_point, ex.add)
             if zero_point is None:

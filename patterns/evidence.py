@@ -27,7 +27,7 @@ import torch
 from torch.fx import Node
 
 from quantpass.graph import expr as ex
-from quantpass.graph.expr import Const, Expr
+from quantpass.graph.expr import Expr
 from quantpass.graph.instructions import Round
 from quantpass.graph.records import Weight
 from quantpass.graph.static_values import StaticValues
@@ -78,8 +78,7 @@ def _is_evident(reader: AffineReader, node: Node, read: Weight | NotAffine) -> b
         return found is Evidence.CODES
     if found is Evidence.NONE or _is_mask(read):
         return False
-    plain = read.zero_point is None and ex.is_all(read.scale, 1.0)
-    return found is Evidence.CODES or not plain
+    return found is Evidence.CODES or read.zero_point is not None or not ex.is_all(read.scale, 1.0)
 
 
 def judged(reader: AffineReader, node: Node, read: Weight | NotAffine) -> Weight | NotAffine:
@@ -173,10 +172,9 @@ def _is_bits(values: StaticValues, leaf: Node) -> bool:
 
 def _is_mask(weight: Weight) -> bool:
     """True where a weight's integers are 0 and 1, with no zero point between them."""
-    zero = weight.zero_point.tensor if isinstance(weight.zero_point, Const) else torch.zeros(1)
-    if weight.zero_point is not None and not isinstance(weight.zero_point, Const):
+    if weight.high - weight.low != 1:
         return False
-    return weight.high - weight.low == 1 and bool((zero == weight.low).all())
+    return weight.low == 0 if weight.zero_point is None else ex.is_all(weight.zero_point, weight.low)
 
 
 def _large(node: Node, least: int) -> bool:

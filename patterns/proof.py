@@ -100,8 +100,7 @@ def _of_columns(parameter: torch.Tensor, n: int, columns: slice) -> torch.Tensor
 
 def _in_groups(matrix: torch.Tensor, group: int) -> torch.Tensor:
     """``(rows, N)`` as ``(groups, group, N)``."""
-    found: torch.Tensor = matrix.unflatten(0, (-1, group))
-    return found
+    return matrix.reshape(-1, group, matrix.shape[1])
 
 
 def _for_rows(parameter: torch.Tensor, group: int, rows: slice) -> torch.Tensor:

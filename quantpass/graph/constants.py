@@ -31,13 +31,14 @@ class Constants(ABC):
         self.given = dict(given)
         self.prepared: dict[Node, torch.Tensor] = {}
         self.consulted: set[Node] = set()
+        self._memory = {_storage(t) for t in self.given.values()}
 
     def add(self, name: str, tensor: torch.Tensor) -> Node:
         """A new tensor beside the graph, and the node that stands for it.
 
         It is copied where it is a view of a tensor that the graph came with: it must not change with that, nor keep it.
         """
-        if any(_storage(tensor) == _storage(t) for t in self.given.values()):
+        if _storage(tensor) in self._memory:
             tensor = tensor.clone()
         node = self._add(name, tensor)
         self.prepared[node] = tensor

@@ -17,7 +17,6 @@ from torch.fx import Node
 from quantpass.graph.decode import decode
 from quantpass.graph.instructions import Cast, Move, Part
 from quantpass.graph.torch_versions import is_reduction
-from quantpass.graph.writes import written_arguments
 
 _MAKES = frozenset(
     f"aten::{name}" for name in ["full_like", "zeros_like", "ones_like", "full", "amax", "constant_pad_nd"]
@@ -51,29 +50,32 @@ def duplicates(
 def _leading_up_to(roots: Iterable[Node]) -> list[Node]:
     todo = [i for root in roots for i in root.all_input_nodes]
     found: set[Node] = set()
+    plain: dict[Any, bool | None] = {}
     while todo:
         node = todo.pop()
-        if node not in found and _is_plain(node):
+        if node.op != "call_function" or node in found:
+            continue
+        if node.target not in plain:
+            plain[node.target] = _is_plain(node.target)
+        known = plain[node.target]
+        if known or (known is None and isinstance(decode(node), Move | Part | Cast)):
             found.add(node)
             todo.extend(node.all_input_nodes)
     return sorted(found)
 
 
-def _is_plain(node: Node) -> bool:
-    target = node.target
-    if node.op != "call_function":
-        return False
+def _is_plain(target: Any) -> bool | None:
+    """True for an operator that always is; None where its arguments have to be looked at."""
     if not isinstance(target, OpOverload):
         return target is operator.getitem
     schema, tags = target._schema, target.tags
     if schema.name in _QUANTIZE:
         return True
-    if written_arguments(node) or torch.Tag.nondeterministic_seeded in tags or target.namespace == "quantpass":
+    if schema.is_mutable or torch.Tag.nondeterministic_seeded in tags or target.namespace == "quantpass":
         return False
     if torch.Tag.pointwise in tags or is_reduction(target) or target.is_view:
         return True
-    plain = schema.name in _MAKES or target.namespace == "quantized_decomposed"
-    return plain or isinstance(decode(node), Move | Part | Cast)
+    return schema.name in _MAKES or target.namespace == "quantized_decomposed" or None
 
 
 def _key(node: Node, same: dict[Node, Node]) -> Any:

@@ -170,9 +170,13 @@ def op_name(node: Node) -> str:
     """``aten.mm`` for ``torch.ops.aten.mm.default``; overload names other than ``default`` are kept."""
     target = node.target
     if isinstance(target, OpOverload):
-        name = target._schema.name.replace("::", ".")
-        overload = target._schema.overload_name
-        return f"{name}.{overload}" if overload else name
+        return _dotted_name(target)
     if callable(getattr(target, "name", None)):
         return str(target.name())  # type: ignore[union-attr]  # a higher-order operator
     return str(getattr(target, "__name__", target))
+
+
+@cache
+def _dotted_name(target: OpOverload) -> str:
+    name, overload = target._schema.name.replace("::", "."), target._schema.overload_name
+    return f"{name}.{overload}" if overload else name

@@ -211,14 +211,17 @@ class StaticValues:
         if self.is_static(node) and not _is_large(fake):
             value = self.value(node)
             if isinstance(value, torch.Tensor) and 0 < value.numel() <= SMALL and value.dtype != torch.bool:
-                first = value.reshape(-1)[0]
-                if bool((value == first).all()):
-                    return first.item()
+                flat = value.reshape(-1)
+                first = flat[0].item()
+                if first == flat[-1].item() and bool((flat == first).all()):
+                    return first
         return None
 
     def _evaluate(self, node: Node, replaced: Mapping[Node, torch.Tensor], wide: torch.dtype | None) -> Any:
         if wide is None and node in self._kept:
             return self._kept[node]
+        if wide is None and node.op in ("placeholder", "get_attr"):
+            return self.leaf_value(node)
         order, uses = self._cone(node, replaced)
         env: dict[Node, Any] = {}
         for n in order:

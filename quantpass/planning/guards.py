@@ -109,8 +109,15 @@ def all_finite(e: Expr | None) -> bool:
 def relative_change(wide: torch.Tensor, narrow: torch.Tensor) -> float:
     """The largest ``|narrow - wide| / |wide|``; 0 where both are 0, infinite where one is not finite."""
     a, b = wide.double(), narrow.double()
-    if not a.numel():
-        return 0.0
     if not bool((torch.isfinite(a) & torch.isfinite(b)).all()):
         return math.inf
+    if torch.equal(a, b):
+        return 0.0
     return float(torch.where(a == b, 0.0, (b - a).abs() / a.abs()).max())
+
+
+def fits_float32(wide: torch.Tensor) -> bool:
+    """True where float32 holds every element but for its last digits; zeros stay zeros."""
+    least, most = (float(x) for x in torch.aminmax(wide.abs())) if wide.numel() else (1.0, 1.0)
+    normal = least >= SMALLEST_NORMAL and most < 2.0**127
+    return normal or relative_change(wide, wide.to(torch.float32)) <= 2.0**-23

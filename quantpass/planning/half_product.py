@@ -36,7 +36,7 @@ from quantpass.planning.composition import Composition
 from quantpass.planning.guards import magnitude
 from quantpass.planning.options import Options
 from quantpass.planning.quant_matmul import UNDERFLOW, of_codes, scale_problem, scale_word, scaled_in_graph, wraps
-from quantpass.planning.quant_product import Product, product_of, refusals
+from quantpass.planning.quant_product import Product, Products, refusals
 
 _LARGEST = torch.finfo(torch.float16).max
 _SMALLEST = torch.finfo(torch.float16).smallest_normal
@@ -55,10 +55,11 @@ def half_product_candidates(
         return
     strict = reading.node.meta["val"].dtype == torch.int32 and options.numerics == "strict"
     layouts = tuple(weight_layouts(weight, chip, QMM, options, int4=False))
+    products = Products(activation, weight)
     for c in reversed(compositions):
         if not c.complete or c.requantize is not None or not c.dtype.is_floating_point or (strict and not c.faithful):
             continue
-        p = product_of(activation, weight, c)
+        p = products.of(c)
         if not isinstance(p, Product) or scale_problem(p) or wraps(p, reading):
             continue
         if p.rows is None and not of_codes(reading):

@@ -35,12 +35,12 @@ from quantpass.planning.candidates import (
     weight_layouts,
 )
 from quantpass.planning.composition import Composition
-from quantpass.planning.guards import SMALLEST_NORMAL, all_finite, relative_change
+from quantpass.planning.guards import SMALLEST_NORMAL, all_finite, fits_float32
 from quantpass.planning.options import Options
 from quantpass.planning.quant_product import (
     Product,
+    Products,
     accumulator_problem,
-    product_of,
     refusals,
     rounding_of,
     wide_node,
@@ -76,14 +76,15 @@ def quant_matmul_candidates(
     if not layouts:
         yield no_layout(QMM, chip)
         return
+    products = Products(activation, weight)
     for composition in reversed(compositions):
         if not composition.complete:
             continue
         if isinstance(made, Requantized):
-            product = product_of(activation, weight, composition, made)
+            product = products.of(composition, made)
             if isinstance(product, Product) and wraps(product, reading) is None:
                 yield from _only_candidates(_candidates(reading, product, layouts, chip, options))
-        product = product_of(activation, weight, composition)
+        product = products.of(composition)
         if isinstance(product, Product):
             problem = wraps(product, reading)
             if problem is not None:
@@ -237,10 +238,8 @@ def _word_problem(p: Product) -> Reject | None:
 
 def scale_problem(p: Product) -> Reject | None:
     """A constant scale that float32 can't hold."""
-    if isinstance(p.columns, Const):
-        change = relative_change(p.columns.tensor, p.columns.tensor.to(torch.float32))
-        if not change <= 2.0**-23:
-            return _scale_reject(p.columns)
+    if isinstance(p.columns, Const) and not fits_float32(p.columns.tensor):
+        return _scale_reject(p.columns)
     return None
 
 
@@ -255,7 +254,7 @@ def _addend_problem(p: Product, chip: Chip) -> Reject | None:
         return None
     if chip.saturates and p.composition.dtype == torch.float16 and not all_finite(p.addend):
         return saturated(QMM, chip)
-    if isinstance(p.addend, Const):
+    if isinstance(p.addend, Const) and not bool((p.addend.tensor.abs() <= torch.finfo(torch.float32).max).all()):
         narrow = p.addend.tensor.to(torch.float32)
         if not bool((torch.isfinite(narrow) == torch.isfinite(p.addend.tensor)).all()):
             return refuse("qmm.bias.range", "the bias does not fit float32", want="a bias that float32 holds")

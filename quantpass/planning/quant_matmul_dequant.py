@@ -33,7 +33,7 @@ from quantpass.planning.composition import Composition
 from quantpass.planning.guards import INT32_MAX
 from quantpass.planning.options import Options
 from quantpass.planning.quant_matmul import UNDERFLOW, scale_problem
-from quantpass.planning.quant_product import Product, product_of, refusals
+from quantpass.planning.quant_product import Product, Products, refusals
 from quantpass.planning.requantize import Requantized
 
 _BLOCK = 16
@@ -79,6 +79,7 @@ def quant_matmul_dequant_candidates(
         yield refuse("qmmd.weight.runtime", "the weight is computed when the graph runs, or is stored as (K, N)")
         return
     notes: tuple[str, ...] = ()
+    products = Products(activation, weight)
     for c in reversed(compositions):
         if not c.complete or c.requantize is not None or not c.dtype.is_floating_point:
             continue
@@ -88,7 +89,7 @@ def quant_matmul_dequant_candidates(
                 continue  # the graph's own addition stays
         if c.dtype != torch.float16 and HALF_OPT_IN not in options.allow:
             continue
-        p = product_of(activation, weight, c, made)
+        p = products.of(c, made)
         if not isinstance(p, Product) or p.acc_addend is not None or p.rows is not (None if made.given else made.scale):
             continue
         problem = scale_problem(p) or _reach_problem(p)

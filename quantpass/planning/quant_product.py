@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.fx import Node
@@ -84,13 +85,33 @@ def refusals(activation: Affine, weight: Weight) -> Iterator[Reject]:
         )
 
 
-def product_of(
-    activation: Affine, weight: Weight, c: Composition, made: Requantized | None = None
-) -> Product | Reject | None:
-    """The product with everything that the epilogue ``c`` makes of it; None where the operator can't form it.
+class Products:
+    """The products of one activation and one weight; what is the same for every epilogue is computed once."""
 
-    ``made`` are other codes for the activation, and maybe another scale.
-    """
+    def __init__(self, activation: Affine, weight: Weight) -> None:
+        self._activation, self._weight = activation, weight
+        self.reach = _reach(activation, weight)
+
+    @cached_property
+    def correction(self) -> Expr | None:
+        """What the activation's zero point adds to the accumulator; None where it has none."""
+        zero = self._activation.zero_point
+        if zero is None:
+            return None
+        codes = ex.cast(zero.flat(), torch.float64 if ex.known(zero.expr) else torch.int32)
+        return conventions.activation_correction(codes, _column_sums(self._weight))
+
+    def of(self, c: Composition, made: Requantized | None = None) -> Product | Reject | None:
+        """The product with everything that the epilogue ``c`` makes of it; None where the operator can't form it.
+
+        ``made`` are other codes for the activation, and maybe another scale.
+        """
+        return _product_of(self, self._activation, self._weight, c, made)
+
+
+def _product_of(
+    products: Products, activation: Affine, weight: Weight, c: Composition, made: Requantized | None
+) -> Product | Reject | None:
     notes = Notes()
     codes = activation.codes if made is None else made.codes
     x = codes
@@ -123,11 +144,7 @@ def product_of(
         else:
             made = made.with_the_graphs_scale()  # no operator more at every call
     acc_addend, addend = c.acc_addend, c.addend
-    if activation.zero_point is not None:
-        zero = ex.cast(
-            activation.zero_point.flat(), torch.float64 if ex.known(activation.zero_point.expr) else torch.int32
-        )
-        correction = conventions.activation_correction(zero, _column_sums(weight))
+    if (correction := products.correction) is not None:
         acc_addend = correction if acc_addend is None else ex.add(acc_addend, correction)
         notes.did("activation zero point folded into the bias")
     if isinstance(acc_addend, Const) and ex.is_all(acc_addend, 0):
@@ -147,9 +164,8 @@ def product_of(
         rest = Const((acc_addend.tensor - whole.tensor) * columns.tensor)
         addend = rest if addend is None else ex.add(ex.wide(addend), rest)
         acc_addend, lost = None if ex.is_all(whole, 0) else whole, rounding_of(rest)
-    reach = _reach(activation, weight)
     fixups, row_scale = tuple(notes.fixups), _row_scale(rows, x)
-    return Product(x, weight, c, columns, row_scale, acc_addend, addend, fixups, reach, lost, made, given)
+    return Product(x, weight, c, columns, row_scale, acc_addend, addend, fixups, products.reach, lost, made, given)
 
 
 def _exchanged(made: Requantized, rows: list[Expr]) -> tuple[int, Requantized, float] | None:
