@@ -22,7 +22,7 @@ from quantpass.planning.choose import Others, plan_site
 from quantpass.planning.composition import compositions
 from quantpass.planning.options import Options
 from quantpass.planning.quant_matmul import quant_matmul_candidates
-from quantpass.planning.quant_product import accumulator_problem, product_of
+from quantpass.planning.quant_product import Products, accumulator_problem
 from quantpass.planning.weight_quant_matmul import (
     _as_int4,
     _bias_problem,
@@ -517,7 +517,7 @@ def test_a_bias_that_does_not_fit_the_accumulator():
         site = static_w8a8(torch.float16, bias=None)
         reading = site.reading
         product = compositions(reading.node, reading.contraction.product_dtype, reading.epilogue.steps)[0]
-        p = product_of(reading.activation, reading.weight, product)
+        p = Products(reading.activation, reading.weight).of(product)
         assert p.reach == 128 * 127 * K
         assert (accumulator_problem(p, Const(added), {}) is None) == fits, bias
 
@@ -945,7 +945,7 @@ def test_whole_zero_points_leave_nothing_to_add():
     for zero, whole in ((7.0, True), (0.5, False)):
         site = Site(lambda x, w, zero=zero: (x.float() - zero) @ (w.float() * 0.01), X, CODES, known=1)
         c = compositions(site.reading.node, site.reading.contraction.product_dtype, ())[0]
-        p = product_of(site.reading.activation, site.reading.weight, c)
+        p = Products(site.reading.activation, site.reading.weight).of(c)
         assert (p.addend is None) == whole and (p.lost == 0.0) == whole
 
 
