@@ -85,6 +85,16 @@ def _more_than_one_row(weight: StaticWeight, dtype: torch.dtype) -> bool:
     return weight_codes(weight.codes, weight.transposed).shape[0] > 1
 
 
+def _int_mm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """``_int_mm`` reads one row by whatever its row stride says, 0 and 1 too, and returns other numbers.
+
+    Inductor gives a view of one row a row stride of 0; what an operator computes is laid out plainly.
+    """
+    one = isinstance(x.shape[0], int) and x.shape[0] == 1
+    rows = aten.bitwise_xor.Scalar(x, 0) if one else x
+    return aten._int_mm.default(rows, w)  # type: ignore[no-any-return]
+
+
 def _packed_for_unsigned(weight: StaticWeight, dtype: torch.dtype) -> Tensors:
     del dtype
     columns = weight.by_column
@@ -108,8 +118,8 @@ def _has_onednn(weight: StaticWeight, dtype: torch.dtype) -> bool:
 
 
 INTEGER_PRODUCTS = (
-    Product("int_mm", _more_than_one_row, _rows, lambda x, w: aten._int_mm.default(x, w)),
-    Product("int_mm of columns", _more_than_one_row, _columns, lambda x, w: aten._int_mm.default(x, aten.t.default(w))),
+    Product("int_mm", _more_than_one_row, _rows, _int_mm),
+    Product("int_mm of columns", _more_than_one_row, _columns, lambda x, w: _int_mm(x, aten.t.default(w))),
     Product("oneDNN u8s8", _has_onednn, _packed_for_unsigned, _onednn, opaque=True, rounds_sums=True),
 )
 """int8 by int8, exact."""
@@ -158,7 +168,10 @@ def _is_narrow(weight: StaticWeight, dtype: torch.dtype) -> bool:
 
 
 def _per_channel_int8(weight: StaticWeight, dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and _is_plain(weight) and weight.codes.dtype == torch.int8 and not weight.group_size
+    """The kernel reads K in steps of 16, beyond the end where K is no multiple."""
+    if dtype != torch.bfloat16 or not _is_plain(weight) or weight.codes.dtype != torch.int8 or weight.group_size:
+        return False
+    return weight_codes(weight.codes, weight.transposed).shape[0] % 16 == 0
 
 
 def _is_plain(weight: StaticWeight) -> bool:

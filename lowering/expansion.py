@@ -11,6 +11,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quantpass.graph.torch_internals import fake_mode_of, real_tensors
 
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "quantpass")
+_OF_THE_RESULT = ("quantpass_replaces", "quantpass_codes_of")
+
 _NOTHING_KNOWN: Mapping[Node, torch.Tensor] = {}
 
 
@@ -59,9 +62,12 @@ def expand(
                     values[n] = _value(n, values)
                     continue
                 copies[n] = gm.graph.node_copy(n, copy_of)
-                copies[n].meta["stack_trace"] = node.meta.get("stack_trace")
+                copies[n].meta |= {k: v for k, v in node.meta.items() if k in _PROVENANCE}
             elif n.op == "output":
-                node.replace_all_uses_with(copy_of(n.args[0]))
+                result = copy_of(n.args[0])
+                if result not in inputs:
+                    result.meta |= {k: v for k, v in node.meta.items() if k in _OF_THE_RESULT}
+                node.replace_all_uses_with(result)
             elif n.op == "get_attr":
                 raise RuntimeError(f"{node.target} can't be expanded: its definition makes constant tensors")
     gm.graph.erase_node(node)

@@ -44,6 +44,8 @@ aten = torch.ops.aten
 _LARGEST_K = 65535
 """Sums of this many products of codes that were moved up by 128 fit int32."""
 
+_TO_FLOAT = tuple({"dtype": d} for d in (torch.float32, torch.bfloat16, torch.float16))
+
 
 class Native:
     """Matmuls by static weights through PyTorch's own CPU kernels."""
@@ -94,6 +96,11 @@ class _NativeGraph:
         if won is None:
             return False
         named = {"scale": a.scale, "offset": a.offset, "pertoken_scale": a.pertoken_scale, "bias": a.bias}
+
+        scale = self._values(a.scale)
+        through_word = out == torch.int8 or (out == torch.float16 and a.pertoken_scale is None)
+        if scale is not None and scale.dtype != torch.int64 and not through_word and _is_one(scale):
+            named["scale"] = None  # a pass over the sums that changes none
 
         def tail(acc: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
             parameters: Any = {name: given.get(name) for name in named}
@@ -154,14 +161,14 @@ class _NativeGraph:
         kept = [self._keep(f"{node.name}_{i}", t, x) for i, t in enumerate(prepared)]
         others = {name: n for name, n in named.items() if n is not None}
         rows = [r if isinstance(r, int) else -1 for r in x.meta["val"].shape[:-1]]
-        stacked = len(rows) > 1
+        stacked, several = len(rows) > 1, min(rows) > 0 and math.prod(rows) > 1
         inputs = list(dict.fromkeys((x, *kept, *others.values())))
         known = {n: t for n in others.values() if (t := self._values(n)) is not None}
 
         def run(*values: torch.Tensor) -> torch.Tensor:
             at = dict(zip(inputs, values, strict=True))
             flat = at[x].reshape(-1, at[x].shape[-1]) if stacked else at[x]
-            flat = rows_apart(flat) if set(rows) == {1} else flat.contiguous()
+            flat = flat.contiguous() if several else rows_apart(flat)
             acc = product.run(flat, *(at[n] for n in kept))
             acc = acc.view(*rows, acc.shape[-1]) if stacked else acc
             result: torch.Tensor = tail(acc, {name: at[n] for name, n in others.items()})
@@ -186,10 +193,15 @@ def _behind(nodes: Iterable[Node]) -> set[Node]:
     return found
 
 
+def _is_one(scale: torch.Tensor) -> bool:
+    with real_tensors():
+        return bool((scale == 1).all())
+
+
 def _is_int32(bias: Node | None) -> bool:
     return bias is not None and bias.meta["val"].dtype == torch.int32
 
 
 def _needs_int32(node: Node) -> bool:
-    """Whether a user of integer sums wants more of them than float32 holds."""
-    return not all(u.target is aten._to_copy.default and u.kwargs == {"dtype": torch.float32} for u in node.users)
+    """Whether a user of integer sums wants more of them than float32 holds; PyTorch narrows to halves through it."""
+    return not all(u.target is aten._to_copy.default and dict(u.kwargs) in _TO_FLOAT for u in node.users)

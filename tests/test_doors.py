@@ -122,7 +122,7 @@ def test_require():
 def test_fuse_a_graph_module():
     gm = torch.export.export(WeightOnly(zero_point=True), (X,)).module()
     expected = gm(X)
-    report = qp.fuse(gm, target="cpu")
+    report = qp.fuse(gm, target="cpu", lowering="reference")
     assert report.fused == 1
     assert torch.ops.quantpass.weight_quant_matmul.default in [n.target for n in gm.graph.nodes]
     assert_close(gm(X), expected)
@@ -170,12 +170,13 @@ def test_diff():
 
 def test_provenance_of_new_nodes():
     """What replaced a node says which module and line it stands for."""
-    program = torch.export.export(nn.Sequential(WeightOnly()), (X,)).run_decompositions({})
-    qp.fuse(program, target="cpu")
-    (node,) = [n for n in program.graph.nodes if "weight_quant_matmul" in n.name]
-    assert "helpers.py" in node.meta["stack_trace"]
-    assert list(node.meta["nn_module_stack"].values())[-1][0] == "0"
-    assert node.meta["quantpass"] == "0"
+    for lowering, name in (("reference", "weight_quant_matmul"), ("native", "mm")):
+        program = torch.export.export(nn.Sequential(WeightOnly()), (X,)).run_decompositions({})
+        qp.fuse(program, target="cpu", lowering=lowering)
+        (node,) = [n for n in program.graph.nodes if n.op == "call_function" and name in str(n.target)]
+        assert "helpers.py" in node.meta["stack_trace"]
+        assert list(node.meta["nn_module_stack"].values())[-1][0] == "0"
+        assert node.meta["quantpass"] == "0"
 
 
 @pytest.mark.parametrize("module", [WeightOnly, StaticW8A8])

@@ -142,6 +142,7 @@ def test_every_weight_only_product_multiplies_by_the_dequantized_weight(product,
         (WEIGHT_ONLY_PRODUCTS[2], {}, torch.float16),  # a scalar loop there
         (WEIGHT_ONLY_PRODUCTS[2], {"offset": True}, torch.bfloat16),  # no zero points
         (WEIGHT_ONLY_PRODUCTS[2], {"group_size": 32}, torch.bfloat16),  # one scale a channel
+        (WEIGHT_ONLY_PRODUCTS[2], {"k": 120}, torch.bfloat16),  # the kernel reads K in steps of 16
         (int4_product(32), {"group_size": 32}, torch.bfloat16),  # int8 codes
         (int4_product(16), {"group_size": 16, "packed": True}, torch.bfloat16),  # groups of 32 at least
         (int4_product(32), {"group_size": 32, "packed": True, "offset": True}, torch.bfloat16),  # a rounded zero point
@@ -149,7 +150,7 @@ def test_every_weight_only_product_multiplies_by_the_dequantized_weight(product,
     ids=lambda v: v.name if isinstance(v, Product) else "-".join(v) if isinstance(v, dict) else str(v),
 )
 def test_a_product_says_what_it_does_not_take(product, given, dtype):
-    assert not product.takes(weight(128, 48, dtype=dtype, **given), dtype)
+    assert not product.takes(weight(**{"k": 128, "n": 48, "dtype": dtype} | given), dtype)
 
 
 def slow(x, w):
@@ -285,6 +286,16 @@ def test_inductor_compiles_what_is_left(module):
     model, x = module(dtype=torch.float32), torch.randn(4, 64)
     got, wanted = run(model, x, "native", inner="inductor"), run(model, x, "reference")
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("product", INTEGER_PRODUCTS, ids=lambda p: p.name)
+def test_one_row_through_inductor(product, monkeypatch):
+    """Inductor gives a view of one row a row stride of 0, by which _int_mm reads other numbers."""
+    monkeypatch.setattr("quantpass.lowering.native.INTEGER_PRODUCTS", (product,))
+    model, x = IntegerW8A8(dtype=torch.float32), torch.randn(1, 1, 64)
+    wanted = run(model, x, "reference")
+    torch.testing.assert_close(run(model, x, "native", inner="inductor"), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -155,8 +155,14 @@ class ModuleConstants(Constants):
         super().__init__(given)
         self._gm = gm
         self._names: dict[str, int] = {}
-        placeholders = list(gm.graph.find_nodes(op="placeholder"))
-        self._after = placeholders[-1] if placeholders else None
+        self._after = self._last_placeholder()
+
+    def take_over(self, nodes: Iterable[Node]) -> None:
+        super().take_over(nodes)
+        self._after = self._last_placeholder()  # the copies lie where the originals did, which may be late
+
+    def _last_placeholder(self) -> Node | None:
+        return next(iter(reversed(self._gm.graph.find_nodes(op="placeholder"))), None)
 
     def _add(self, name: str, tensor: torch.Tensor) -> Node:
         unique, count = name, self._names.get(name, 0)
@@ -168,7 +174,7 @@ class ModuleConstants(Constants):
         self._gm.register_buffer(unique, tensor, persistent=False)
         graph = self._gm.graph
         if self._after is not None and is_erased(self._after):  # merged with its like, meanwhile
-            self._after = next(iter(reversed(graph.find_nodes(op="placeholder"))), None)
+            self._after = self._last_placeholder()
         with graph.inserting_after(self._after) if self._after else graph.inserting_before(next(iter(graph.nodes))):
             self._after = graph.get_attr(unique)
         return self._after

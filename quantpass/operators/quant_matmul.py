@@ -95,7 +95,7 @@ def quant_matmul(
 
 def dequantized(
     acc: torch.Tensor,
-    scale: torch.Tensor,
+    scale: torch.Tensor | None,
     offset: torch.Tensor | None,
     pertoken_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -107,18 +107,21 @@ def dequantized(
     Args:
         acc: the products, int32; where no int32 bias is added and the result is not int32, they may be rounded to
             float32 already.
-        scale, offset, pertoken_scale, bias, out, saturate: as there.
+        scale: as there; None for 1, where it needs no word.
+        offset, pertoken_scale, bias, out, saturate: as there.
     """
     if bias is not None and bias.dtype == torch.int32:
         acc, bias = acc + bias, None
     if out == torch.int32:
         return acc
+    t = acc.to(torch.float32)
     through_word = out == torch.float16 and pertoken_scale is None and bias is None
-    if out == torch.int8 or scale.dtype == torch.int64 or through_word:
+    if scale is not None and (out == torch.int8 or through_word or scale.dtype == torch.int64):
         factor, word_offset = scale_and_offset(scale, offset if out == torch.int8 else None)
-        t = acc.to(torch.float32) * factor
+        t = t * factor
         return requantize(t, word_offset) if out == torch.int8 else to_float(t, out, saturate)
-    t = acc.to(torch.float32) * scale.to(torch.float32)
+    if scale is not None:
+        t = t * scale.to(torch.float32)
     if pertoken_scale is not None:
         t = t * pertoken_scale.to(torch.float32).unsqueeze(-1)
     if bias is not None:
