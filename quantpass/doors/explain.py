@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_map_only
 from typing_extensions import Unpack
 
+from quantpass.basics.boundary import guarded
 from quantpass.chips import CHIPS, DOCUMENTED
 from quantpass.doors.backend import warn_unmatched
 from quantpass.doors.compiled import copied
@@ -54,9 +55,9 @@ def explain(
     """The verdict on every quantized matmul of a model, for one or several targets. Needs no device, changes nothing.
 
     The model is captured as ``torch.compile`` would. One that is a single graph is not run; where Python has to decide
-    between graphs, it runs once on ``args``, unfused. A model or program whose weights hold no data (on the meta
-    device, or fake) is explained by their shapes, nothing is computed or allocated, and the report marks what is
-    conditional on the values.
+    between graphs, it runs once on ``args``, unfused: if it communicates with other ranks, these have to call
+    ``explain`` too. A model or program whose weights hold no data (on the meta device, or fake) is explained by their
+    shapes, nothing is computed or allocated, and the report marks what is conditional on the values.
 
     Args:
         model: a module or function; an ``ExportedProgram`` or a ``GraphModule`` needs no ``args``. A program's own
@@ -123,11 +124,29 @@ def _explain_model(
 ) -> list[Report]:
     if is_on_meta(model):
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (tuple(args), kwargs))
+    watch = Watch()
     try:
-        return _captured(model, args, kwargs, settings, dynamic, whole=True)
+        found = _captured(model, args, kwargs, settings, dynamic, watch, whole=True)
     except Exception as error:  # several graphs, or what is wrong with the model: then it is seen again
         logger.debug("not captured as one graph: %s", error)
-    return _captured(model, args, kwargs, settings, dynamic, whole=False)
+        if _ranks() > 1:
+            logger.warning(_RUNS, _ranks(), (str(error).strip() or type(error).__name__).splitlines()[0])
+        watch = Watch()
+        found = _captured(model, args, kwargs, settings, dynamic, watch, whole=False)
+    signs = guarded(lambda: watch.signs(model), lambda r: (r.fact,), "looking for quantized weights in no graph")
+    return [*found, Report((), tuple(s.chip.name for s in settings), settings[0].mode, hidden=signs)]
+
+
+_RUNS = (
+    "explain: this is one of %d ranks, and the model is not captured as one graph (%s), so it runs on its inputs. "
+    "Where it communicates, that waits for the other ranks: call explain on each of them"
+)
+
+
+def _ranks() -> int:
+    """How many processes the model may communicate with, this one among them."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 class _Captured(BaseException):
@@ -140,12 +159,12 @@ def _captured(
     kwargs: dict[str, Any],
     settings: list[Options],
     dynamic: bool | None,
+    watch: Watch,
     *,
     whole: bool,
 ) -> list[Report]:
     """The verdicts on each graph that a model is captured in; ``whole``: on its one graph, which is not run."""
     found: list[Report] = []
-    watch = Watch()
 
     def not_run(*args: Any) -> Any:
         del args
@@ -163,8 +182,7 @@ def _captured(
 
     with torch.no_grad(), suppress(_Captured):
         compile_isolated(model, capture, dynamic, whole=whole)(*args, **kwargs)
-    names = tuple(s.chip.name for s in settings)
-    return [*found, Report((), names, settings[0].mode, hidden=watch.signs(model))]
+    return found
 
 
 def is_on_meta(model: Any) -> bool:

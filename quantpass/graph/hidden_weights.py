@@ -112,7 +112,9 @@ def _parts(name: str, t: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The plain tensors of one: those inside a subclass, and those that a tool keeps as its attributes."""
     if is_wrapper_subclass(t):
         for inner in t.__tensor_flatten__()[0]:
-            yield from _parts(f"{name}.{inner}", getattr(t, inner))
+            part = getattr(t, inner)
+            if isinstance(part, torch.Tensor):  # a DTensor's mesh is none
+                yield from _parts(f"{name}.{inner}", part)
         return
     yield name, t
     for key, value in getattr(t, "__dict__", {}).items():

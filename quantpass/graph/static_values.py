@@ -31,6 +31,9 @@ SMALL = 1 << 16
 PARAMETER_SHARE = 16
 """Tensors with less than this share of a weight's elements are its parameters, not the weight itself."""
 
+_COMMUNICATE = frozenset(("c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd", "_dtensor"))
+"""Namespaces of operators that wait for other ranks, who need not be reading the same graph at the moment."""
+
 
 class StaticValues:
     """Evaluates static nodes of one graph on demand, on the CPU; to be used outside any fake mode and without autograd.
@@ -87,10 +90,11 @@ class StaticValues:
         if written_arguments(node):
             return False
         if isinstance(target, OpOverload):
-            random = torch.Tag.nondeterministic_seeded in target.tags
+            if torch.Tag.nondeterministic_seeded in target.tags or target.namespace in _COMMUNICATE:
+                return False
             if target not in self._runs:
                 self._runs[target] = can_run(target)
-            return not random and self._runs[target]
+            return self._runs[target]
         return getattr(target, "__module__", "") == "_operator"
 
     def value(self, node: Node) -> Any:
