@@ -14,6 +14,7 @@ the way, fewer than 8 different values in a column, groups of less than 32, scal
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -23,6 +24,8 @@ _SEGMENTS = (None, 128, 32)
 
 _PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What values were rounded to: a wider dtype may hold those of a narrower one."""
+
+_COARSEST = max(torch.finfo(p).eps for p in _PRECISIONS)
 
 _MOST_STEPS = 256
 _SMALLEST_STEP = 8
@@ -44,12 +47,13 @@ def looks_dequantized(matrix: torch.Tensor) -> bool:
     whole = bool((columns == columns.round()).all())
     if whole or not bool(torch.isfinite(columns).all()) or _is_regular(columns, own.eps):
         return False
-    for precision in (torch.finfo(p) for p in _PRECISIONS):
-        if precision.eps < own.eps:
+    precisions = [p for p in map(torch.finfo, _PRECISIONS) if p.eps >= own.eps]
+    for size in (size for size in _SEGMENTS if size is None or size < k):
+        grids = _fitted_grids(columns[:, :size])
+        if grids is None or not bool(grids.fit(_COARSEST, max(p.tiny for p in precisions)).any()):
             continue
-        for size in (size for size in _SEGMENTS if size is None or size < k):
-            on_a_grid = [_on_a_grid(c[:size], precision.eps, max(own.tiny, precision.tiny)) for c in columns]
-            if 2 * sum(on_a_grid) >= len(on_a_grid):
+        for precision in precisions:
+            if 2 * len(grids.columns_on(precision.eps, max(own.tiny, precision.tiny))) >= len(columns):
                 return True
     return False
 
@@ -60,32 +64,71 @@ def _is_regular(columns: torch.Tensor, eps: float) -> bool:
     return bool(((bends.abs() <= 4 * eps * columns.abs().amax(dim=1, keepdim=True)).double().mean(dim=1) > 0.5).any())
 
 
-def _on_a_grid(values: torch.Tensor, eps: float, tiny: float) -> bool:
-    distinct = torch.unique(values)
-    distinct = distinct[distinct != 0]
-    if not 8 <= len(distinct) <= 2 * _MOST_STEPS:
-        return False
-    nearest = float(distinct.abs().min())
-    farthest = float(distinct.abs().max())
-    last_place = eps * torch.exp2(torch.floor(torch.log2(distinct.abs()))).clamp(min=tiny)
-    for steps in range(1, _SMALLEST_STEP + 1):
-        if farthest * steps > 1.01 * nearest * _MOST_STEPS:
-            break
-        step = _fitted(distinct, nearest / steps)
-        levels = (distinct / step).round()
-        if bool(((distinct - levels * step).abs() <= _ROUNDED * last_place).all()):
-            chance = (2 * _ROUNDED * last_place / step).clamp(max=1.0)
-            if float(chance.log10().sum()) + math.log10(_SMALLEST_STEP) <= _ODDS:
-                return True
-    return False
+@dataclass(frozen=True)
+class _Grids:
+    """Grids that columns may lie on: one for each column and each number of steps that its smallest value may be.
+
+    Attributes:
+        column: which column each grid is tried on, ``(grids,)``.
+        values: its different values other than 0, in no order, ``(grids, values)``.
+        held: which of these there are; columns differ in their number.
+        step: what the grid's step was fitted as, ``(grids, 1)``.
+    """
+
+    column: torch.Tensor
+    values: torch.Tensor
+    held: torch.Tensor
+    step: torch.Tensor
+
+    def fit(self, eps: float, tiny: float) -> torch.Tensor:
+        """The grids that hold all values of their column, each rounded to this precision."""
+        off = (self.values - (self.values / self.step).round() * self.step).abs()
+        return ((off <= _ROUNDED * self._last_place(eps, tiny)) | ~self.held).all(dim=1)
+
+    def columns_on(self, eps: float, tiny: float) -> set[int]:
+        """The columns that lie on one of their grids, and not by chance."""
+        chance = (2 * _ROUNDED * self._last_place(eps, tiny) / self.step.abs()).clamp(max=1.0).log10()
+        odds = torch.where(self.held, chance, 0.0).sum(dim=1) + math.log10(_SMALLEST_STEP)
+        return {int(c) for c in self.column[self.fit(eps, tiny) & (odds <= _ODDS)]}
+
+    def _last_place(self, eps: float, tiny: float) -> torch.Tensor:
+        return eps * torch.exp2(torch.floor(torch.log2(self.values.abs()))).clamp(min=tiny)
 
 
-def _fitted(distinct: torch.Tensor, step: float) -> float:
-    """The step of a grid, from its smallest values outwards, where a rough one still tells which step a value is."""
+def _fitted_grids(columns: torch.Tensor) -> _Grids | None:
+    """The grids to try on ``columns``, ``(columns, K)``; None where no column has few values within 256 steps."""
+    most = 2 * _MOST_STEPS
+    few = (_distinct(columns[:, : 2 * most])[1] <= most).nonzero()[:, 0]  # more values do not make fewer different ones
+    if not len(few):
+        return None
+    values, count = _distinct(columns[few])
+    values = values[:, : int(count.max())]
+    size = values.abs()
+    nearest, farthest = size.nan_to_num(math.inf).amin(dim=1), size.nan_to_num(0.0).amax(dim=1)
+    steps = torch.arange(1, _SMALLEST_STEP + 1, dtype=torch.float64)
+    tried = farthest[:, None] * steps <= 1.01 * nearest[:, None] * _MOST_STEPS
+    which, step = (tried & (count >= 8)[:, None] & (count <= most)[:, None]).nonzero(as_tuple=True)
+    if not len(which):
+        return None
+    held = ~values[which].isnan()
+    found = torch.where(held, values[which], nearest[which, None])  # a place that is not held counts for nothing
+    fitted = _fitted(found, held, (nearest[which] / steps[step])[:, None])
+    return _Grids(few[which], found, held, fitted)
+
+
+def _distinct(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The different values of each column other than 0, then NaN; and how many there are."""
+    ordered = columns.sort(dim=1).values
+    held = ordered != 0
+    held[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    return torch.where(held, ordered, math.nan).sort(dim=1).values, held.sum(dim=1)
+
+
+def _fitted(values: torch.Tensor, held: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """The step of each grid, from its smallest values outwards, where a rough one still tells which step a value is."""
     for bound in (4, 16, 64, _MOST_STEPS):
-        levels = (distinct / step).round()
-        near = levels.abs() <= bound
-        weight = float((levels[near] ** 2).sum())
-        if weight:
-            step = float((distinct[near] * levels[near]).sum()) / weight
+        levels = (values / step).round()
+        levels = torch.where(held & (levels.abs() <= bound), levels, 0.0)
+        weight = levels.square().sum(dim=1, keepdim=True)
+        step = torch.where(weight > 0, (values * levels).sum(dim=1, keepdim=True) / weight, step)
     return step
