@@ -76,7 +76,7 @@ coverage: $(VENV)/test.stamp ## what is read of each tool: run the tools, write 
 	$(RUN) -m tests.coverage.table
 
 bench: $(VENV)/test.stamp ## time the pass beside Inductor's, the reading of large weights, and what runs on a CPU
-	$(RUN) benchmarks/pass_speed.py
+	$(RUN) -m benchmarks.pass_speed
 	$(RUN) benchmarks/real_weights.py
 	$(RUN) benchmarks/cpu_run.py
 
