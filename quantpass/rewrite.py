@@ -37,8 +37,8 @@ aten = torch.ops.aten
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node", "custom")
 
 
-SHARED = ("inverse_scale", "zero_point", "smooth_scales")
-"""Constants of which equal ones are one: the parameters of a quantization."""
+SHARED = ("inverse_scale", "zero_point", "smooth_scales", "unit_scale", "unit_rows")
+"""Constants of which equal ones are one: the parameters of a quantization, and ones."""
 
 _FEW = 1 << 16
 
