@@ -33,6 +33,12 @@ _HOPELESS = 3.0
 _UNKNOWN_ROWS = (1, 16, 128)
 """What is measured where M is known at run time only; the best geometric mean wins."""
 
+_TINY = 1 << 14
+"""For a weight of this many elements the first product is taken: what others would gain is less than a call costs."""
+
+_MEMORY_FOR_ONE = 1 / 16
+"""A weight is dequantized once only where this share of the memory that is left holds the result."""
+
 _FAR = 2.0**-6
 """A floating product whose cosine distance to the first one's is larger is not the same product."""
 
@@ -49,13 +55,18 @@ def fastest(
         dtype: that of x.
         m: rows of x; None where they are known at run time only.
     """
+    k, n = shape
+    dense = 4 * k * n <= _MEMORY_FOR_ONE * available_memory()
     able = [p for p in products if p.takes(weight, dtype) and (p not in INTEGER_PRODUCTS or is_exact(p.name))]
+    able = [p for p in able if dense or not p.dense]
     if not able:
         return None
+    if k * n <= _TINY:
+        return able[0], able[0].prepare(weight, dtype)
     key = _key(able, shape, dtype, m)
     known = {p.name: p for p in able}.get(_remembered().get(key, ""))
     if known is None and len(able) > 1:
-        best, prepared = _measured(able, weight, shape[0], dtype, (m,) if m is not None else _UNKNOWN_ROWS)
+        best, prepared = _measured(able, weight, k, dtype, (m,) if m is not None else _UNKNOWN_ROWS)
         _remember(key, best.name)
         return best, prepared
     chosen = known or able[0]
@@ -88,6 +99,8 @@ def _measured(
     for product in products:
         prepared = product.prepare(weight, dtype)
         result = product.run(inputs[0], *prepared).double()  # also warms up
+        if weight.bias is not None and not product.adds_bias:
+            result += weight.bias.double().reshape(-1)
         first = result if first is None else first
         if not _same(result, first, exact=dtype == torch.int8):
             logger.warning(
@@ -150,6 +163,14 @@ def _here() -> tuple[str, ...]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return torch.__version__, model or platform.processor(), torch.backends.cpu.get_cpu_capability()
+
+
+def available_memory() -> float:
+    """Bytes that can be had without swapping; infinite where the system doesn't say."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    return math.inf
 
 
 def _file() -> Path:

@@ -55,9 +55,11 @@ class Product:
         prepare: the tensors that it reads at each call, made once.
         run: ``(x, *prepared)``: x is ``(M, K)``; an integer product returns ``(M, N)`` int32, or float32 (the sums
             rounded once); a floating one returns x's dtype or float32.
-        opaque: what it prepares has a layout of oneDNN's own: a tensor that can't be saved, copied or viewed.
+        opaque: what it prepares has a layout of oneDNN's own, a tensor that can't be saved, copied or viewed, or one
+            that another processor's kernel reads as something else.
         adds_bias: ``run`` adds ``StaticWeight.bias``.
         rounds_sums: an integer product that returns float32.
+        dense: what it prepares is the dequantized weight, of two or four bytes an element.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Product:
     opaque: bool = False
     adds_bias: bool = False
     rounds_sums: bool = False
+    dense: bool = False
 
 
 def _rows(weight: StaticWeight, dtype: torch.dtype) -> Tensors:
@@ -201,8 +204,8 @@ def _int4_packed(weight: StaticWeight, dtype: torch.dtype) -> Tensors:
 
 
 WEIGHT_ONLY_PRODUCTS = (
-    Product("dense", _has_one_dtype, _dense_with_bias, _linear, adds_bias=True),
-    Product("dense float32", _is_narrow, _dense_float32, _linear_float32),
+    Product("dense", _has_one_dtype, _dense_with_bias, _linear, adds_bias=True, dense=True),
+    Product("dense float32", _is_narrow, _dense_float32, _linear_float32, dense=True),
     Product("packed int8", _per_channel_int8, _int8_packed, lambda x, w, s: aten._weight_int8pack_mm.default(x, w, s)),
 )
 """x by a dequantized weight. Sums are in float32, in another order than the reference's; a product in x's own dtype is
@@ -216,4 +219,5 @@ def int4_product(group_size: int) -> Product:
         _grouped_int4,
         _int4_packed,
         lambda x, w, s: aten._weight_int4pack_mm_for_cpu.default(x, w, group_size, s),
+        opaque=True,  # blocks of 64 columns with AVX512, of 32 with AVX2
     )

@@ -163,8 +163,7 @@ def test_the_fastest_wins_and_is_remembered(tmp_path):
     fast = INTEGER_PRODUCTS[0]
     slower = Product("slow", fast.takes, fast.prepare, slow)
     contest = [slower, fast]
-    able = {"products": contest, "weight": weight(128, 64), "shape": (128, 64), "dtype": torch.bfloat16, "m": 4}
-    able["dtype"] = torch.int8
+    able = {"products": contest, "weight": weight(256, 128), "shape": (256, 128), "dtype": torch.int8, "m": 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_contest, "INTEGER_PRODUCTS", ())  # both are trusted here
         assert cpu_contest.fastest(**able)[0] is fast
@@ -179,9 +178,32 @@ def test_a_product_with_other_numbers_is_left_out(caplog):
     wrong = Product("wrong", right.takes, right.prepare, lambda x, w: torch._int_mm(x, w) + 1)
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "quantpass"):
         patch.setattr(cpu_contest, "INTEGER_PRODUCTS", ())
-        won = cpu_contest.fastest([right, wrong], weight(128, 64), (128, 64), torch.int8, 4)
+        won = cpu_contest.fastest([right, wrong], weight(256, 128), (256, 128), torch.int8, 4)
     assert won[0] is right
     assert "'wrong' is not used" in caplog.text
+
+
+def test_a_large_bias_tells_no_products_apart(caplog):
+    given = weight(256, 128)
+    biased = StaticWeight(given.codes, given.transposed, given.scale, bias=torch.full((128,), 1e6))
+    with caplog.at_level(logging.WARNING, "quantpass"):
+        cpu_contest.fastest(WEIGHT_ONLY_PRODUCTS, biased, (256, 128), torch.bfloat16, 4)
+    assert not caplog.records
+
+
+def test_a_tiny_weight_is_not_measured(monkeypatch):
+    monkeypatch.setattr(cpu_contest, "_measured", None)
+    won = cpu_contest.fastest(WEIGHT_ONLY_PRODUCTS, weight(128, 64), (128, 64), torch.bfloat16, 4)
+    assert won[0] is WEIGHT_ONLY_PRODUCTS[0]
+
+
+@pytest.mark.parametrize(("dtype", "left"), [(torch.bfloat16, "packed int8"), (torch.float16, None)])
+def test_a_weight_is_not_dequantized_where_memory_is_short(dtype, left, monkeypatch):
+    monkeypatch.setattr(cpu_contest, "available_memory", lambda: 16 * 4 * 256 * 128 - 1)
+    won = cpu_contest.fastest(WEIGHT_ONLY_PRODUCTS, weight(256, 128, dtype=dtype), (256, 128), dtype, 4)
+    assert (won and won[0].name) == left
+    model, x = WeightOnly(k=256, n=128, dtype=dtype), torch.randn(3, 256, dtype=dtype)
+    torch.testing.assert_close(run(model, x, "native"), run(model, x, "reference"), rtol=2.0**-6, atol=2.0**-4)
 
 
 def test_products_that_overflow_in_one_dtype_are_still_compared():
@@ -208,7 +230,7 @@ def test_broken_memory_is_measured_anew(tmp_path):
     file.parent.mkdir()
     for text in ("", "[]", "{", '{"a": '):
         file.write_text(text)
-        model, x = WeightOnly(dtype=torch.bfloat16), torch.randn(3, 64, dtype=torch.bfloat16)
+        model, x = WeightOnly(k=256, n=128, dtype=torch.bfloat16), torch.randn(3, 256, dtype=torch.bfloat16)
         run(model, x, "native")
         assert json.loads(file.read_text())
 

@@ -1,15 +1,20 @@
 """Fused sites against the graph's formula in float64, within the bound that each site states."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from quantpass.lowering.cpu_contest import is_exact
+from quantpass.lowering.cpu_products import INTEGER_PRODUCTS
 from tests.helpers import compiled
 
 HALF_UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 FLOATS = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
-SIZES = st.integers(1, 40)
+SIZES = st.integers(1, 40) | st.sampled_from([16, 32])
 
 
 def assert_within_bound(actual, exact, size, numerics):
@@ -82,8 +87,8 @@ def formulas(draw, quantized):
     return Formula(codes, w_scale, w_zero, bias, x_quant, after), x
 
 
-def check(model, x, target):
-    actual, report = compiled(model, x, target=target)
+def check(model, x, target, **options):
+    actual, report = compiled(model, x, target=target, **options)
     (site,) = report.sites
     if not site.fused:
         assert site.rejects
@@ -96,13 +101,42 @@ def check(model, x, target):
 @settings(max_examples=40, deadline=None)
 @given(formulas(quantized=False))
 def test_weight_only_stays_within_its_bound(case):
-    assert check(*case, target="cpu")
+    assert check(*case, target="cpu", lowering="reference")
+
+
+@contextmanager
+def kernel(number):
+    """Have ``native`` take any of its kernels, where it would take the fastest."""
+
+    def taken(products, weight, shape, dtype, m):
+        able = [p for p in products if p.takes(weight, dtype) and (p not in INTEGER_PRODUCTS or is_exact(p.name))]
+        return (p := able[number % len(able)], p.prepare(weight, dtype)) if able else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantpass.lowering.native.fastest", taken)
+        yield
+
+
+@settings(max_examples=40, deadline=None)
+@given(formulas(quantized=False), st.integers(0, 2))
+def test_weight_only_through_any_native_kernel_stays_within_its_bound(case, number):
+    with kernel(number):
+        assert check(*case, target="cpu", lowering="native")
 
 
 @settings(max_examples=40, deadline=None)
 @given(formulas(quantized=True))
 def test_quantized_activation_stays_within_its_bound(case):
-    assert check(*case, target="cpu")
+    assert check(*case, target="cpu", lowering="reference")
+
+
+@settings(max_examples=20, deadline=None)
+@given(formulas(quantized=True), st.integers(0, 2))
+def test_native_kernels_give_the_reference_s_numbers(case, number):
+    model, x = case
+    with kernel(number):
+        actual, _ = compiled(model, x, lowering="native")
+    assert torch.equal(actual, compiled(model, x, lowering="reference")[0])
 
 
 @settings(max_examples=30, deadline=None)

@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import Any, Literal, TypedDict
 
 from quantpass.basics.suggestions import did_you_mean
+from quantpass.chips.cpu import CPU
 from quantpass.graph.torch_versions import require_tested
-from quantpass.lowering import LOWERINGS, REFERENCE, RUN_HERE
+from quantpass.lowering import LOWERINGS, NATIVE, REFERENCE, RUN_HERE
 from quantpass.patterns import Dialect
 from quantpass.planning.options import (
     CompareWeights,
@@ -86,6 +87,9 @@ TAKEN_BY: Mapping[str, type] = MappingProxyType(
 _NUMERICS: Mapping[type, NumericsContract] = MappingProxyType({NpuOptions: "vendor", PreviewOptions: "vendor"})
 """Doors to an NPU let its operators quantize; anywhere else the graph's own numbers are kept unless told otherwise."""
 
+_RUN = ("backend", "torch.compile(backend='quantpass')", "fuse")
+"""Doors whose graphs are run for their results; the others look at what is fused, and at its meaning."""
+
 _TORCHAIRS = ("lowering", "mode", "inner")
 _NPU_DOORS = tuple(door for door, taken in TAKEN_BY.items() if taken is NpuOptions)
 
@@ -122,11 +126,16 @@ def make_options(given: Mapping[str, Any], door: str = "backend") -> Options:
                 f"{door} does not take the option {name!r}{_WHY.get((door, name), '')}. Taken by: {takers}. "
                 f"{door} takes: {', '.join(accepted)}."
             )
-    lowering = given.get("lowering", REFERENCE.name)
+    lowering = given.get("lowering", _lowering_of(given.get("target"), door))
     one_of("lowering", lowering, RUN_HERE)
     mode = given.get("mode")
-    numerics = _NUMERICS.get(TAKEN_BY[door], "strict")
-    return Options(**{"numerics": numerics, **given, "mode": LOWERINGS[lowering].mode if mode is None else mode})
+    own = {"numerics": _NUMERICS.get(TAKEN_BY[door], "strict"), "lowering": lowering}
+    return Options(**{**own, **given, "mode": LOWERINGS[lowering].mode if mode is None else mode})
+
+
+def _lowering_of(target: Any, door: str) -> str:
+    """What carries a graph out where nothing is said: for a CPU, its fastest kernels; for a chip, what defines them."""
+    return (NATIVE if target == CPU.name and door in _RUN else REFERENCE).name
 
 
 def _names(taken: type) -> frozenset[str]:

@@ -74,8 +74,8 @@ def verify(
     """Run a model unfused and fused for ``target`` on a CPU, and compare every fused site and every result.
 
     The fused graph is the one that :func:`quantpass.backend` compiles with these options (for an ``ExportedProgram``,
-    what :func:`quantpass.fuse` makes of it). Each site gets the inputs that it has in the unfused graph, so that its
-    difference is its own.
+    what :func:`quantpass.fuse` makes of it), by the kernels that define the operators where no ``lowering`` is given.
+    Each site gets the inputs that it has in the unfused graph, so that its difference is its own.
 
     Args:
         model: a module, a function or an ``ExportedProgram``, which is left as it is.

@@ -33,7 +33,8 @@ class Options:
         target: chip name, SoC name or ``"cpu"``; None asks the device.
         lowering: how fused operators are carried out: ``"reference"`` (CPU kernels that define their semantics),
             ``"native"`` (the fastest of PyTorch's own CPU kernels, measured on the first weight of each shape) or
-            ``"aclnn"`` (``torch.ops.npu.*``: on an NPU, or on a CPU after :func:`quantpass.emulate_npu`).
+            ``"aclnn"`` (``torch.ops.npu.*``: on an NPU, or on a CPU after :func:`quantpass.emulate_npu`). ``backend``
+            and ``fuse`` have ``"native"`` by default for the target ``"cpu"``.
         inner: what compiles the rest of the graph: None or ``"eager"``, ``"inductor"``, or a function
             ``(graph_module, example_inputs) -> callable``.
         numerics: ``"strict"`` keeps the integer codes that the graph's own quantize operators produce, and after an
