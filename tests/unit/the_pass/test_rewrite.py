@@ -149,8 +149,8 @@ def test_a_constant_that_two_sites_share_is_stored_once():
     [
         ("inverse_scale", torch.float32, 4, 1),
         ("zero_point", torch.float32, 4, 1),
-        ("unit_scale", torch.float32, 1, 1),
-        ("unit_rows", torch.float64, 4, 2),
+        ("unit_scale", torch.float32, 4, 1),
+        ("unit_rows", torch.float32, 4, 1),
         ("scale", torch.float32, 4, 2),
         ("zero_point", torch.float32, 1 << 17, 2),
     ],
