@@ -75,9 +75,11 @@ pages: $(VENV)/test.stamp coverage ## make the generated pages of the documentat
 coverage: $(VENV)/test.stamp ## what is read of each tool: run the tools, write docs/coverage.md
 	$(RUN) -m tests.coverage.table
 
-bench: $(VENV)/test.stamp ## time the pass beside Inductor's, the reading of large weights, and what runs on a CPU
+bench: $(VENV)/test.stamp ## time the pass beside Inductor's and in a whole compile, reading large weights, and what runs on a CPU
 	$(RUN) -m benchmarks.pass_speed
+	$(RUN) benchmarks/compile_share.py
 	$(RUN) benchmarks/real_weights.py
+	$(RUN) benchmarks/sharded.py
 	$(RUN) benchmarks/cpu_run.py
 
 clean: ## remove the virtual environment and everything built

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._inductor.fx_passes import freezing_patterns
 
-from benchmarks import pass_speed, real_weights
+from benchmarks import compile_share, pass_speed, real_weights, sharded
 
 
 def test_layers_of_a_model():
@@ -26,3 +26,36 @@ def test_pass_speed_says_what_it_is_beside():
     before_2_14 = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
     wanted = "fuses every site" if before_2_14 else "only its search is timed"
     assert wanted in pass_speed.anchor() and torch.__version__ in pass_speed.anchor()
+
+
+@pytest.mark.usefixtures("without_autograd")
+def test_share_of_a_compilation():
+    whole, own, fused = compile_share.share(lambda: compile_share.minilm(1, "W8A16"))
+    assert 0 < own < whole and fused == 6
+
+
+@pytest.mark.usefixtures("without_autograd")
+def test_explain_beside_a_capture():
+    found = compile_share.explains("W4A16 g128", 1)
+    assert found["sites"] == 7 and found["weights"] > 7e6
+    assert found["several"] > 0 and found["aot"] > 0
+
+
+@pytest.mark.usefixtures("without_autograd")
+def test_nodes_where_nothing_is_quantized():
+    nodes, each = compile_share.per_node(lambda: compile_share.minilm(1, None), 1)
+    assert nodes > 50 and each > 0
+
+
+@pytest.mark.parametrize("kind", sharded.KINDS)
+def test_a_model_in_one_process(kind):
+    found = sharded.measure(kind, 64, 128, 1, ranks=1)
+    assert found["seconds"] > 0
+    packed = 3 * 64 * 128 // 2  # of three weights with codes of four bits; those of eight are taken as they are
+    assert (found["prepared"] >= packed) == (kind == "W4A16 g32")
+
+
+@pytest.fixture
+def without_autograd():
+    with torch.no_grad():
+        yield

@@ -198,7 +198,8 @@ class _Compared(CompiledGraph):
         del fake_inputs
         graph, own = self._measured.graphs[-1], len(constants)
         compare = without_function_modes(_compare)
-        return lambda inputs: compare(self._pristine, gm, inputs[: len(inputs) - own], inputs, graph, self._measured)
+        pristine = self._pristine.module()
+        return lambda inputs: compare(pristine, gm, inputs[: len(inputs) - own], inputs, graph, self._measured)
 
 
 def _program_run(program: ExportedProgram, kwargs: dict[str, Any], options: Options, measured: _Measured) -> _Run:
