@@ -279,7 +279,7 @@ def measure_model(name: str, layers: int, target: str, shapes: Sequence[tuple[in
             program = torch.export.export(Layer(SPELLINGS[name], shapes).eval(), (x,)).run_decompositions({})
             held = {t.untyped_storage().data_ptr() for t in _tensors(program)}
             before, start = _reset_peak(), (time.perf_counter(), time.process_time())
-            report = qp.fuse(program, target=target)
+            report = qp.fuse(program, target=target, lowering="reference")
             elapsed += time.perf_counter() - start[0]
             spent += time.process_time() - start[1]
             prepared = sum(t.nbytes for t in _tensors(program) if t.untyped_storage().data_ptr() not in held)
@@ -295,7 +295,7 @@ def measure_model(name: str, layers: int, target: str, shapes: Sequence[tuple[in
 
 
 def _fused(program: Any, target: str) -> None:
-    report = qp.fuse(program, target=target)
+    report = qp.fuse(program, target=target, lowering="reference")
     (site,) = report.sites
     assert site.fused and site.proved, str(report)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import quantpass as qp
+from quantpass.doors.settings import make_options
 from quantpass.lowering import cpu_contest
 from quantpass.lowering.cpu_products import INTEGER_PRODUCTS, WEIGHT_ONLY_PRODUCTS, Product, StaticWeight, int4_product
 from quantpass.operators.int4 import pack_int4
@@ -70,6 +71,15 @@ def test_integer_matmuls_are_bit_equal(module, dtype, m):
     model, x = module(k=192, n=80, dtype=dtype), torch.randn(m, 192, dtype=dtype)
     assert torch.equal(run(model, x, "native"), run(model, x, "reference"))
     assert not any("quantpass" in t for t in called(lowered(model, x)))
+
+
+def test_a_cpu_runs_through_its_own_kernels_by_default():
+    """What defines the operators stays for verification, and for graphs that follow a chip's rules."""
+    for door in ("backend", "torch.compile(backend='quantpass')", "fuse"):
+        assert make_options({"target": "cpu"}, door).lowering == "native"
+        assert make_options({"target": "ascend310p"}, door).lowering == "reference"
+    for door in ("explain", "verify"):
+        assert make_options({"target": "cpu"}, door).lowering == "reference"
 
 
 @pytest.mark.parametrize("codes", [-128, 127])
@@ -238,7 +248,7 @@ def test_broken_memory_is_measured_anew(tmp_path):
 def test_sizes_that_are_known_at_run_time_only():
     model = WeightOnly(dtype=torch.bfloat16)
     compiled = torch.compile(model, backend=qp.backend(target="cpu", lowering="native"), dynamic=True)
-    reference = torch.compile(model, backend=qp.backend(target="cpu"), dynamic=True)
+    reference = torch.compile(model, backend=qp.backend(target="cpu", lowering="reference"), dynamic=True)
     for m in (5, 1, 130):
         x = torch.randn(2, m, 64, dtype=torch.bfloat16)
         torch.testing.assert_close(compiled(x), reference(x))
@@ -274,7 +284,7 @@ def test_a_program_can_be_saved(tmp_path):
     model, x = StaticW8A8(dtype=torch.bfloat16), torch.randn(4, 64, dtype=torch.bfloat16)
     program, reference = (torch.export.export(model, (x,)) for _ in range(2))
     qp.fuse(program, target="cpu", lowering="native").require(fused=1.0)
-    qp.fuse(reference, target="cpu")
+    qp.fuse(reference, target="cpu", lowering="reference")
     torch.export.save(program, tmp_path / "p.pt2")
     loaded = torch.export.load(tmp_path / "p.pt2")
     assert not any("quantpass" in t for t in called(loaded.graph_module))
@@ -299,7 +309,7 @@ def test_what_is_not_a_matmul_by_a_static_weight_keeps_the_reference():
     torch._dynamo.reset()
     fast = torch.compile(Attention(), backend=qp.backend(target="cpu", lowering="native"))(q, k)
     torch._dynamo.reset()
-    assert torch.equal(fast, torch.compile(Attention(), backend=qp.backend(target="cpu"))(q, k))
+    assert torch.equal(fast, torch.compile(Attention(), backend=qp.backend(target="cpu", lowering="reference"))(q, k))
 
 
 @pytest.mark.slow
