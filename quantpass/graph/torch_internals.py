@@ -22,13 +22,8 @@ from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from quantpass.graph.torch_versions import (
-    compile_apart,
-    describe_inputs,
-    guard_source,
-    known_contiguous,
-    source_value,
-)
+from quantpass.graph import torch_versions
+from quantpass.graph.torch_versions import compile_apart, describe_inputs, guard_source, source_value
 
 __all__ = [
     "FakeTensor",
@@ -67,6 +62,16 @@ def real_tensors() -> Iterator[None]:
     """Run real kernels even while a compiler's fake mode is active."""
     with unset_fake_temporarily():
         yield
+
+
+def known_contiguous(t: torch.Tensor) -> bool:
+    """True where a tensor is contiguous whatever its symbolic sizes are.
+
+    PyTorch's check for symbolic sizes is Python, some 60 calls: a tensor without any is asked itself.
+    """
+    if all(type(size) is int for size in t.shape):
+        return t.is_contiguous()
+    return torch_versions.known_contiguous(t)
 
 
 def contiguous_fake(mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:

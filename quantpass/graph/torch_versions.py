@@ -190,8 +190,6 @@ def _fits(fake: Any, value: Any) -> bool:
 
 def known_contiguous(fake: torch.Tensor) -> bool:
     """True where a tensor is contiguous whatever its symbolic sizes are."""
-    if all(type(size) is int for size in fake.shape):
-        return fake.is_contiguous()
     name = "is_contiguous_or_false" if hasattr(_prims_common, "is_contiguous_or_false") else "definitely_contiguous"
     return bool(getattr(_prims_common, name)(fake))
 

@@ -20,11 +20,17 @@ _SNAPSHOT = (
 )
 _DYNAMO = (
     "Dynamo of 2.11 and 2.12 fails on a weight of torchao 0.18, without quantpass too: `layer.compile(backend='eager')` on the "
-    "quantized Linear ends alike"
+    "quantized Linear ends alike. With torchao 0.17 this test passes, and others are refused: Dynamo makes the sizes of "
+    "such weights symbolic where layers are compiled one by one"
+)
+_DRAWN = (
+    "in that run its inputs were drawn without a seed, and the static model's error, that of a code or two, is compared with 0.1: "
+    "it has a seed since, and was not run again there"
 )
 KNOWN: tuple[tuple[str, str, str], ...] = (
     ("test_symbolic_shapes", "2.15.0/cpu", _SNAPSHOT),
     ("test_weight_only_on_310p", "2.15.0/cpu", _SNAPSHOT),
+    ("test_register_leaves_everything_else", "2.10.0/2.10.0.post2", _DRAWN),
     ("test_a_subclass_weight_quantized_again", "2.11.0/*", _DYNAMO),
     ("test_a_subclass_weight_quantized_again", "2.12.0/*", _DYNAMO),
     ("test_symbolic_shapes", "2.8.0/*", "the snapshot is 2.13's; 2.8 numbers the products of symbolic sizes otherwise"),

@@ -28,7 +28,7 @@ TOOLS = {
 }
 """A package, the version that its captures and its reader are of, and an older one."""
 
-BESIDE = {"compressed-tensors": ("loguru",)}
+BESIDE = {"compressed-tensors": ("loguru", "psutil")}
 """What a tool imports and the tests' environment does not have."""
 
 RESULTS = Path(__file__).with_name("tools.json")
@@ -93,6 +93,7 @@ KNOWN = (
         "0.17 dequantizes such rows in front of a matmul of floats: the weight alone is fused",
     ),
     ("torchao", "PT2E", "0.17's PT2E itself fails with PyTorch 2.13"),
+    ("bitsandbytes", "NF4", "0.49's operator fails in PyTorch's fake run, before quantpass sees a graph"),
 )
 """A package, part of a scheme's name, and why its versions differ."""
 
@@ -138,7 +139,7 @@ def _said(counts: Any) -> str:
 SECTION = """
 ## Tools in two versions
 
-The readers that know a tool's operators by name (`patterns/`) were tried with two versions of the tool, of which one is that of the
+The readers that know a tool's operators by name (`patterns/`), and the tables of its modules (`quantpass/adoption/tools/`), were tried with two versions of the tool, of which one is that of the
 captures and of [coverage.md](coverage.md) (`python -m tests.matrix.tools`): its schemes there, built, captured and judged
 anew. `sites` is how many quantized matmuls were found, the other columns how many of them are fused.
 
