@@ -77,10 +77,10 @@ coverage: $(VENV)/test.stamp ## what is read of each tool: run the tools, write 
 
 bench: $(VENV)/test.stamp ## time the pass beside Inductor's and in a whole compile, reading large weights, and what runs on a CPU
 	$(RUN) -m benchmarks.pass_speed
-	$(RUN) benchmarks/compile_share.py
-	$(RUN) benchmarks/real_weights.py
-	$(RUN) benchmarks/sharded.py
-	$(RUN) benchmarks/cpu_run.py
+	$(RUN) -m benchmarks.compile_share
+	$(RUN) -m benchmarks.real_weights
+	$(RUN) -m benchmarks.sharded
+	$(RUN) -m benchmarks.cpu_run
 
 clean: ## remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

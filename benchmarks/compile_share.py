@@ -11,9 +11,9 @@ Four tables, in CPU time of one thread:
 * the pass on graphs in which nothing is quantized, for each node;
 * ``import quantpass`` behind ``import torch``, in fresh processes.
 
-    python benchmarks/compile_share.py               # six layers of 22 for explain
-    python benchmarks/compile_share.py --layers 22
-    python benchmarks/compile_share.py --quick       # small, once: does it work?
+    python -m benchmarks.compile_share               # six layers of 22 for explain
+    python -m benchmarks.compile_share --layers 22
+    python -m benchmarks.compile_share --quick       # small, once: does it work?
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from torchao.quantization import (
 )
 
 import quantpass as qp
+from benchmarks.machine import machine
 from quantpass.doors.compiled import CompiledGraph
 from quantpass.graph import torch_internals
 from quantpass.graph.torch_internals import StaticInputs, compile_with_aot
@@ -223,7 +224,7 @@ def explains(scheme: str, layers: int, **sizes: int) -> dict[str, Any]:
 
 def explains_apart(scheme: str, layers: int) -> dict[str, Any]:
     """The same for the large sizes, in a process of its own: memory that was used before is no extra memory."""
-    command = [sys.executable, __file__, "--layers", str(layers), "--scheme", scheme]
+    command = [sys.executable, "-m", "benchmarks.compile_share", "--layers", str(layers), "--scheme", scheme]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{scheme}:\n{done.stderr}")
@@ -261,10 +262,9 @@ def main() -> None:
         found["import"] = {what: import_time(*code, 1 if given.quick else 7) for what, code in IMPORTS.items()}
         for what, spent in found["import"].items():
             print(f"{what}: {spent * 1e3:.0f} ms")
-    machine = {"capability": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "threads": 1}
-    print(f"{machine}, target {TARGET}")
+    print(f"{machine()}, target {TARGET}")
     if given.json:
-        given.json.write_text(json.dumps({"machine": machine, "target": TARGET, **found}, indent=1))
+        given.json.write_text(json.dumps({"machine": machine(), "target": TARGET, **found}, indent=1))
 
 
 def _shares(rows: list[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ result is first compared with eager's. ``spread`` is how far the quartiles of th
 difference that is smaller says nothing. ``bandwidth`` is the time in which this machine reads the quantized weight from
 memory, over the same best.
 
-    python benchmarks/cpu_run.py [--quick] [--threads N] [--cpu-time] [--only TEXT] [--json FILE]
+    python -m benchmarks.cpu_run [--quick] [--threads N] [--cpu-time] [--only TEXT] [--json FILE]
 
 ``--cpu-time`` counts the time of the processor, not of the clock, where other work runs beside it; with one thread.
 """
@@ -23,7 +23,6 @@ import argparse
 import copy
 import importlib
 import json
-import platform
 import statistics
 import sys
 import time
@@ -43,6 +42,7 @@ from torchao.quantization import (
 from torchao.quantization.granularity import PerGroup, PerRow, PerTensor
 
 import quantpass as qp
+from benchmarks.machine import machine
 
 
 def static(dtype):
@@ -162,14 +162,6 @@ def encoder(m, dtype, scheme, seconds, clock):
     ids = (torch.randint(1000, 20000, (m, 32)),)
     made = contenders(Encoder(dtype).requires_grad_(False), SCHEMES[scheme](dtype), ids)
     return {**row("MiniLM", dtype, scheme, m, made, ids, seconds, clock), "bandwidth": None}
-
-
-def machine():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{model}, {capability}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
 def cells(quick, seconds, clock):

@@ -4,18 +4,16 @@ For each spelling, in a process of its own: ``qp.fuse`` of an exported Linear ag
 on 4 rows, which dequantizes the weight once. Both take turns, in CPU time of one thread; the ratio is the median. Extra
 memory is the peak of the process while it fuses, less what it held before and less the tensors that were prepared.
 
-    python benchmarks/real_weights.py                   # (4096, 11008), every spelling
-    python benchmarks/real_weights.py --only lm_head    # (128256, 8192)
-    python benchmarks/real_weights.py --quick           # small, once: does it work?
-    python benchmarks/real_weights.py --model 7b        # every Linear of a Llama with 7 billion weights, in int4
+    python -m benchmarks.real_weights                   # (4096, 11008), every spelling
+    python -m benchmarks.real_weights --only lm_head    # (128256, 8192)
+    python -m benchmarks.real_weights --quick           # small, once: does it work?
+    python -m benchmarks.real_weights --model 7b        # every Linear of a Llama with 7 billion weights, in int4
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +28,7 @@ from tabulate import tabulate
 from torch import nn
 
 import quantpass as qp
+from benchmarks.machine import machine
 
 N, K = 4096, 11008
 ROWS, GROUP = 4, 128
@@ -326,16 +325,6 @@ def _reset_peak() -> int:
     return _memory("VmRSS")
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "threads": 1,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small weights, once: does it work?")
@@ -353,7 +342,7 @@ def main() -> None:
         return
     if given.model:
         print(measure_model(given.spelling, given.layers, given.target))
-        print(f"{machine() | {'threads': torch.get_num_threads()}}, target {given.target}")
+        print(f"{machine()}, target {given.target}")
         return
     rows = []
     for name in [*SPELLINGS, LM_HEAD]:
@@ -365,7 +354,18 @@ def main() -> None:
             n, k, repeats = 256, 512, 1
             rows.append(measure(name, n, k, repeats, given.target))
             continue
-        command = [sys.executable, __file__, "--target", given.target, "--one", name, str(n), str(k), str(repeats)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.real_weights",
+            "--target",
+            given.target,
+            "--one",
+            name,
+            str(n),
+            str(k),
+            str(repeats),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{name}:\n{done.stderr}")

@@ -4,8 +4,8 @@ Each rank compiles for Ascend 910B at the same time as the other. Printed is, fo
 the CPU time of all that quantpass does, the memory that it takes beside what it keeps, and the bytes of weights that it
 prepares. Capturing the model is not counted: each rank captures all of its own graph.
 
-    python benchmarks/sharded.py
-    python benchmarks/sharded.py --quick    # small: does it work?
+    python -m benchmarks.sharded
+    python -m benchmarks.sharded --quick    # small: does it work?
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import quantpass as qp
+from benchmarks.machine import machine
 from quantpass.doors.compiled import CompiledGraph
 
 HIDDEN, INNER, GROUP, LAYERS = 4096, 11008, 32, 3
@@ -165,7 +166,17 @@ def spent(kind: str, hidden: int, inner: int, layers: int, ranks: int) -> list[d
     with tempfile.TemporaryDirectory() as folder:
         sizes = [str(s) for s in (hidden, inner, layers)]
         commands = [
-            [sys.executable, __file__, "--rank", str(r), str(ranks), kind, *sizes, f"{folder}/meeting"]
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.sharded",
+                "--rank",
+                str(r),
+                str(ranks),
+                kind,
+                *sizes,
+                f"{folder}/meeting",
+            ]
             for r in range(ranks)
         ]
         processes = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
@@ -199,7 +210,7 @@ def main() -> None:
             rows.append([kind, name, f"{seconds:.2f} s", f"{seconds / whole:.2f}", *mebibytes])
     headers = ["quantized as", "process", "CPU time", "of one process", "extra memory", "prepared"]
     print(tabulate(rows, headers=headers, disable_numparse=True))
-    print(f"\n{sizes[2]} MLPs of ({sizes[0]}, {sizes[1]}), one thread each, torch {torch.__version__}, target {TARGET}")
+    print(f"\n{sizes[2]} MLPs of ({sizes[0]}, {sizes[1]}); {machine()}, target {TARGET}")
 
 
 if __name__ == "__main__":
