@@ -149,7 +149,7 @@ def _carry_out(source: Node, acl_format: int, constants: Constants, copies: dict
     # In place: the parameter keeps its identity, and no second copy of the weight stays.
     cast = layer.cast(tensor, acl_format)
     for n in (source, *same):
-        constants.given[n].data = cast
+        constants.write_to(n, cast)
     return source, "in place"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -31,14 +32,14 @@ class Constants(ABC):
         self.given = dict(given)
         self.prepared: dict[Node, torch.Tensor] = {}
         self.consulted: set[Node] = set()
-        self._memory = {_storage(t) for t in self.given.values()}
+        self._memory = Counter(_storage(t) for t in self.given.values())
 
     def add(self, name: str, tensor: torch.Tensor) -> Node:
         """A new tensor beside the graph, and the node that stands for it.
 
         It is copied where it is a view of a tensor that the graph came with: it must not change with that, nor keep it.
         """
-        if _storage(tensor) in self._memory:
+        if self._memory[_storage(tensor)]:
             tensor = tensor.clone()
         node = self._add(name, tensor)
         self.prepared[node] = tensor
@@ -75,6 +76,13 @@ class Constants(ABC):
         self.prepared[node] = tensor
         self._store(node, tensor)
 
+    def write_to(self, node: Node, tensor: torch.Tensor) -> None:
+        """Let the user's tensor ``node`` have the memory of ``tensor`` from now on; it stays the same object."""
+        given = self.given[node]
+        self._memory[_storage(given)] -= 1
+        given.data = tensor
+        self._memory[_storage(given)] += 1
+
     def take_over(self, nodes: Iterable[Node]) -> None:
         """Part with the user's tensors ``nodes``: those that are still read become copies that the pass owns.
 
@@ -83,6 +91,7 @@ class Constants(ABC):
         copies: dict[Hashable, Node] = {}
         for node in sorted(nodes):
             tensor = self.given.pop(node)
+            self._memory[_storage(tensor)] -= 1
             if node.users:
                 seen_as = (_storage(tensor), tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
                 if seen_as not in copies:
