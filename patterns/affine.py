@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from quantpass.basics.symbolic import broadcast_shape, elements, same_shape, same_size
 from quantpass.graph import expr as ex
-from quantpass.graph.expr import Call, Const, Expr, Recentred, Ref
+from quantpass.graph.expr import Call, Expr, Recentred, Ref
 from quantpass.graph.instructions import Add, Cast, Move, Multiply, Operand, ways
 from quantpass.graph.node_memo import NodeMemo
 from quantpass.graph.schema import call_reader, op_name, positional
@@ -78,8 +78,7 @@ class Affine:
 
     def minus(self, term: Term) -> Affine | NotAffine:
         """This value less ``term``: ``F * (c - z) - b = F * (c - (z + b / F))``, so F and b must be known."""
-        less = ex.wide(term.expr)
-        return self._shifted(replace(term, expr=less if isinstance(less, Const) else ex.neg(ex.neg(less))))
+        return self._shifted(replace(term, expr=ex.signed(ex.wide(term.expr))))
 
     def plus(self, term: Term) -> Affine | NotAffine:
         """This value and ``term``."""

@@ -8,7 +8,6 @@ it gets a verdict. What counts as an operand of which operator is said here; whe
 from __future__ import annotations
 
 import re
-from functools import cache
 from typing import Any
 
 import torch
@@ -119,29 +118,23 @@ def unread_contraction(node: Node, known: bool) -> NoContraction | None:
     return None if namespace == "npu" else _opaque(node, f"{op_name(node)} is not an operator that is known")
 
 
-@cache
-def _multiplies_nothing(name: str) -> bool:
-    """True for an operator of ``aten`` of which nothing is to be said, whatever it is called with."""
-    found = name in _ATEN or f"aten::{name}" in _CONVOLUTIONS
-    return not found and not _RECURRENT.match(name) and not _ATEN_ATTENTION.search(name)
-
-
 def _of_aten(node: Node, name: str) -> NoContraction | None:
-    if _multiplies_nothing(name):
-        return None
-    arguments = bind(node)
     if f"aten::{name}" in _CONVOLUTIONS:
-        return _convolution(node, arguments)
+        return _convolution(node, bind(node))
     if _RECURRENT.match(name):
         return NoContraction(
             f"{op_name(node)} is a whole recurrent layer", _tensors(node.args, node.kwargs), _KEEP_FLOAT
         )
     if _ATEN_ATTENTION.search(name):
+        arguments = bind(node)
         named = tuple(n for q in _QKV for n in _tensors((arguments.get(q),), {}))
         return NoContraction(
             f"{op_name(node)} is attention in one operator", named or _tensors(node.args, node.kwargs), _ATTENTION
         )
-    names, what, hint = _ATEN[name]
+    found = _ATEN.get(name)
+    if found is None:
+        return None
+    (names, what, hint), arguments = found, bind(node)
     operands = tuple(n for a in names if a in arguments for n in _tensors((arguments[a],), {}))
     rule = EXPERTS if "grouped" in name else "read.matmul"
     return NoContraction(f"{op_name(node)} is {what}", operands, hint, rule=rule)

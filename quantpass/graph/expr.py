@@ -248,9 +248,13 @@ def div(a: Expr, b: Expr) -> Expr:
     return _binary(aten.div.Tensor, a, b)
 
 
+def signed(a: Expr) -> Expr:
+    """``a`` in a dtype that holds its negative: -(-128) is no int8, -1 no uint8."""
+    return a if dtype_of(a).is_floating_point else cast(a, torch.promote_types(dtype_of(a), torch.int32))
+
+
 def neg(a: Expr) -> Expr:
-    if not dtype_of(a).is_floating_point:
-        a = cast(a, torch.promote_types(dtype_of(a), torch.int32))  # -(-128) is no int8, -1 no uint8
+    a = signed(a)
     if isinstance(a, Call) and a.target is aten.neg.default:
         inner: Expr = a.args[0]
         return inner

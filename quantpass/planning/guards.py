@@ -116,8 +116,12 @@ def relative_change(wide: torch.Tensor, narrow: torch.Tensor) -> float:
     return float(torch.where(a == b, 0.0, (b - a).abs() / a.abs()).max())
 
 
+def is_normal(wide: torch.Tensor) -> bool:
+    """True where every element but for its sign is between float32's smallest normal number and 2^127."""
+    least, most = (float(x) for x in torch.aminmax(wide.abs()))
+    return least >= SMALLEST_NORMAL and most < 2.0**127
+
+
 def fits_float32(wide: torch.Tensor) -> bool:
     """True where float32 holds every element but for its last digits; zeros stay zeros."""
-    least, most = (float(x) for x in torch.aminmax(wide.abs())) if wide.numel() else (1.0, 1.0)
-    normal = least >= SMALLEST_NORMAL and most < 2.0**127
-    return normal or relative_change(wide, wide.to(torch.float32)) <= 2.0**-23
+    return not wide.numel() or is_normal(wide) or relative_change(wide, wide.to(torch.float32)) <= 2.0**-23

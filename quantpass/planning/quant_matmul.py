@@ -35,7 +35,7 @@ from quantpass.planning.candidates import (
     weight_layouts,
 )
 from quantpass.planning.composition import Composition
-from quantpass.planning.guards import SMALLEST_NORMAL, all_finite, fits_float32
+from quantpass.planning.guards import SMALLEST_NORMAL, all_finite, fits_float32, is_normal
 from quantpass.planning.options import Options
 from quantpass.planning.quant_product import (
     Product,
@@ -230,10 +230,7 @@ def _word_problem(p: Product) -> Reject | None:
     """A scale that the hardware's word can't hold."""
     if not isinstance(p.columns, Const):
         return None  # what the run brings goes into the word as it is; zeros give zeros
-    scale = p.columns.tensor.abs()
-    if not float(scale.min()) >= SMALLEST_NORMAL or not float(scale.max()) < 2.0**127:
-        return _scale_reject(p.columns)
-    return None
+    return None if is_normal(p.columns.tensor) else _scale_reject(p.columns)
 
 
 def scale_problem(p: Product) -> Reject | None:

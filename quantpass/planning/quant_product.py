@@ -106,66 +106,60 @@ class Products:
 
         ``made`` are other codes for the activation, and maybe another scale.
         """
-        return _product_of(self, self._activation, self._weight, c, made)
-
-
-def _product_of(
-    products: Products, activation: Affine, weight: Weight, c: Composition, made: Requantized | None
-) -> Product | Reject | None:
-    notes = Notes()
-    codes = activation.codes if made is None else made.codes
-    x = codes
-    if len(ex.shape_of(codes)) != 2 and len(ex.shape_of(weight.codes)) == 2:
-        x = flattened(codes)
-        notes.did("x flattened to 2-D")
-    columns, rows, lost = ex.mul(weight.scale, c.columns), list(c.rows), 0.0
-    if len(ex.shape_of(weight.codes)) > 2 and not all(same_shape(ex.shape_of(r), (1,)) for r in rows):
-        return None  # pertoken_scale has no batch dimension
-    for factor in activation.factors:
-        if factor.kind == "scalar" and factor.constant is not None:
-            columns = ex.mul(columns, factor.flat())
-            continue
-        of_rows = factor.per_row(activation.shape)
-        if of_rows is None:
-            return None
-        rows.append(of_rows)
-    given = None
-    if made is not None and (scale := made.scale) is not None:
-        exchanged = _exchanged(made, rows)
-        if exchanged is None:
-            return None
-        i, made, ratio = exchanged
-        given = rows[i] if made.given else None
-        rows[i : i + 1] = [] if made.given else [scale]
-        columns = columns if ratio == 1 else ex.mul(columns, ex.scalar(ratio))
-    elif made is not None and made.ratio != 1:
-        if isinstance(columns, Const):
-            columns = ex.mul(columns, ex.scalar(made.ratio))
-        else:
-            made = made.with_the_graphs_scale()  # no operator more at every call
-    acc_addend, addend = c.acc_addend, c.addend
-    if (correction := products.correction) is not None:
-        acc_addend = correction if acc_addend is None else ex.add(acc_addend, correction)
-        notes.did("activation zero point folded into the bias")
-    if isinstance(acc_addend, Const) and ex.is_all(acc_addend, 0):
-        acc_addend = None
-    if acc_addend is not None and made is not None and made.scale is not None:
-        return None  # an integer in units of the graph's scale
-    if acc_addend is not None and not ex.is_whole(acc_addend):
-        # Of a zero point that is no integer, only the whole part can enter the integer accumulator.
-        if rows:
-            return None
-        if not isinstance(acc_addend, Const) or not isinstance(columns, Const):
-            return refuse(
-                "qmm.activation.zero_point.fraction",
-                "the activation's zero point is no integer, and a scale or the weight is known only at run time",
-            )
-        whole = Const(acc_addend.tensor.round())
-        rest = Const((acc_addend.tensor - whole.tensor) * columns.tensor)
-        addend = rest if addend is None else ex.add(ex.wide(addend), rest)
-        acc_addend, lost = None if ex.is_all(whole, 0) else whole, rounding_of(rest)
-    fixups, row_scale = tuple(notes.fixups), _row_scale(rows, x)
-    return Product(x, weight, c, columns, row_scale, acc_addend, addend, fixups, products.reach, lost, made, given)
+        activation, weight, notes = self._activation, self._weight, Notes()
+        codes = activation.codes if made is None else made.codes
+        x = codes
+        if len(ex.shape_of(codes)) != 2 and len(ex.shape_of(weight.codes)) == 2:
+            x = flattened(codes)
+            notes.did("x flattened to 2-D")
+        columns, rows, lost = ex.mul(weight.scale, c.columns), list(c.rows), 0.0
+        if len(ex.shape_of(weight.codes)) > 2 and not all(same_shape(ex.shape_of(r), (1,)) for r in rows):
+            return None  # pertoken_scale has no batch dimension
+        for factor in activation.factors:
+            if factor.kind == "scalar" and factor.constant is not None:
+                columns = ex.mul(columns, factor.flat())
+                continue
+            of_rows = factor.per_row(activation.shape)
+            if of_rows is None:
+                return None
+            rows.append(of_rows)
+        given = None
+        if made is not None and (scale := made.scale) is not None:
+            exchanged = _exchanged(made, rows)
+            if exchanged is None:
+                return None
+            i, made, ratio = exchanged
+            given = rows[i] if made.given else None
+            rows[i : i + 1] = [] if made.given else [scale]
+            columns = columns if ratio == 1 else ex.mul(columns, ex.scalar(ratio))
+        elif made is not None and made.ratio != 1:
+            if isinstance(columns, Const):
+                columns = ex.mul(columns, ex.scalar(made.ratio))
+            else:
+                made = made.with_the_graphs_scale()  # no operator more at every call
+        acc_addend, addend = c.acc_addend, c.addend
+        if (correction := self.correction) is not None:
+            acc_addend = correction if acc_addend is None else ex.add(acc_addend, correction)
+            notes.did("activation zero point folded into the bias")
+        if isinstance(acc_addend, Const) and ex.is_all(acc_addend, 0):
+            acc_addend = None
+        if acc_addend is not None and made is not None and made.scale is not None:
+            return None  # an integer in units of the graph's scale
+        if acc_addend is not None and not ex.is_whole(acc_addend):
+            # Of a zero point that is no integer, only the whole part can enter the integer accumulator.
+            if rows:
+                return None
+            if not isinstance(acc_addend, Const) or not isinstance(columns, Const):
+                return refuse(
+                    "qmm.activation.zero_point.fraction",
+                    "the activation's zero point is no integer, and a scale or the weight is known only at run time",
+                )
+            whole = Const(acc_addend.tensor.round())
+            rest = Const((acc_addend.tensor - whole.tensor) * columns.tensor)
+            addend = rest if addend is None else ex.add(ex.wide(addend), rest)
+            acc_addend, lost = None if ex.is_all(whole, 0) else whole, rounding_of(rest)
+        fixups, row_scale = tuple(notes.fixups), _row_scale(rows, x)
+        return Product(x, weight, c, columns, row_scale, acc_addend, addend, fixups, self.reach, lost, made, given)
 
 
 def _exchanged(made: Requantized, rows: list[Expr]) -> tuple[int, Requantized, float] | None:
