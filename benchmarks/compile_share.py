@@ -44,7 +44,7 @@ from torchao.quantization import (
 )
 
 import quantpass as qp
-from benchmarks.machine import machine
+from benchmarks.machine import machine, memory
 from quantpass.doors.compiled import CompiledGraph
 from quantpass.graph import torch_internals
 from quantpass.graph.torch_internals import StaticInputs, compile_with_aot
@@ -154,11 +154,6 @@ def explained(model: nn.Module, targets: tuple[str, ...]) -> dict[str, float]:
     sites = [s for s in report.sites if s.target == TARGET]
     assert sites and all(s.fused and s.proved for s in sites), str(report)
     return {"seconds": spent, "extra": memory("VmHWM") - before, "sites": len(sites)}
-
-
-def memory(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def float_graph(make: Callable[[], nn.Module]) -> tuple[GraphModule, StaticInputs]:

@@ -28,7 +28,7 @@ from tabulate import tabulate
 from torch import nn
 
 import quantpass as qp
-from benchmarks.machine import machine
+from benchmarks.machine import machine, memory
 
 N, K = 4096, 11008
 ROWS, GROUP = 4, 128
@@ -231,7 +231,7 @@ def measure(name: str, n: int, k: int, repeats: int, target: str) -> dict[str, A
             held = {t.untyped_storage().data_ptr() for t in _tensors(program)}
             before = _reset_peak()
             fuses.append(_seconds(partial(_fused, program, target)))
-            peak = _memory("VmHWM")
+            peak = memory("VmHWM")
             prepared = sum(t.nbytes for t in _tensors(program) if t.untyped_storage().data_ptr() not in held)
             extra = max(extra, peak - before - prepared)
             runs.append(_seconds(lambda: model(x)))
@@ -282,7 +282,7 @@ def measure_model(name: str, layers: int, target: str, shapes: Sequence[tuple[in
             elapsed += time.perf_counter() - start[0]
             spent += time.process_time() - start[1]
             prepared = sum(t.nbytes for t in _tensors(program) if t.untyped_storage().data_ptr() not in held)
-            largest = max(largest, _memory("VmHWM") - before - prepared)
+            largest = max(largest, memory("VmHWM") - before - prepared)
             assert all(s.fused and s.proved for s in report.sites), str(report)
             sites, weights = sites + report.fused, weights + sum(n * k for n, k in shapes)
             print(f"{sites} Linears: {spent:.1f} s of CPU time, {elapsed:.1f} s", file=sys.stderr)
@@ -314,15 +314,10 @@ def _tensors(program: Any) -> list[torch.Tensor]:
     return found
 
 
-def _memory(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
 def _reset_peak() -> int:
     """Start a new peak of resident memory and return what is resident; Linux says so."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
+    return memory("VmRSS")
 
 
 def main() -> None:

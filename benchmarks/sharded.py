@@ -30,7 +30,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import quantpass as qp
-from benchmarks.machine import machine
+from benchmarks.machine import machine, memory
 from quantpass.doors.compiled import CompiledGraph
 
 HIDDEN, INNER, GROUP, LAYERS = 4096, 11008, 32, 3
@@ -130,9 +130,9 @@ def _compiled(kind: str, hidden: int, inner: int, layers: int, ranks: int) -> di
 
     def measured(self: CompiledGraph, *args: Any) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # a new peak of resident memory; Linux says so
-        before, start = _memory("VmRSS"), time.process_time()
+        before, start = memory("VmRSS"), time.process_time()
         build(self, *args)
-        found["seconds"], peak = time.process_time() - start, _memory("VmHWM")
+        found["seconds"], peak = time.process_time() - start, memory("VmHWM")
         found["prepared"] = sum(t.nbytes for v in vars(self)["_variants"] for t in v.constants)
         found["extra"] = max(0, peak - before - found["prepared"])
 
@@ -143,11 +143,6 @@ def _compiled(kind: str, hidden: int, inner: int, layers: int, ranks: int) -> di
     assert report.fused == report.total == 3 * layers, str(report)
     assert all(s.proved for s in report.sites)
     return found
-
-
-def _memory(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def _rank(given: argparse.Namespace) -> None:

@@ -1,6 +1,5 @@
 """Names and options: a typo is an error with the nearest name, and no door takes what it does not carry out."""
 
-import logging
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -198,13 +197,6 @@ class Both(nn.Module):
         if self.broken:
             torch._dynamo.graph_break()
         return self.lm_head(y)
-
-
-@pytest.fixture
-def caplog(caplog):
-    """Warnings of quantpass, whatever level the pages' tables left its logger at."""
-    with caplog.at_level(logging.WARNING, logger="quantpass"):
-        yield caplog
 
 
 SAID = "leave: 'lm_hed' fits no site seen here (up, lm_head). Did you mean 'lm_head'?"

@@ -645,20 +645,15 @@ def layer_forms(operator_counts, made, by_hand, torchair):
 
 
 @pytest.mark.slow
-def test_a_decoder_layer_has_fewer_operators_than_in_float(operator_counts, torchair):
-    """On the real torchair: transformers' Llama, its norms taken in; but for Reshape what an expert writes."""
+@pytest.mark.parametrize("layer", ["decoder", "encoder"])
+def test_a_layer_is_what_an_expert_writes(operator_counts, torchair, layer):
+    """transformers' Llama and MiniLM on the real torchair, their norms taken in: but for Reshape."""
     script = operator_counts
-    found = layer_forms(script, script.decoder_layer, script.DecoderByHand, torchair)
-    plain, quantized, strict, vendor, by_hand = (form.ops.total() for form in found)
-    assert by_hand <= vendor < plain < strict < quantized
-    assert set(found[3].ops - found[4].ops) <= {"Reshape"} and found[3].calls == found[4].calls
-
-
-@pytest.mark.slow
-def test_a_minilm_layer_is_what_an_expert_writes(operator_counts, torchair):
-    """On the real torchair, but for Reshape."""
-    script = operator_counts
-    found = layer_forms(script, script.encoder_layer, script.EncoderByHand, torchair)
+    made, hand = {
+        "decoder": (script.decoder_layer, script.DecoderByHand),
+        "encoder": (script.encoder_layer, script.EncoderByHand),
+    }[layer]
+    found = layer_forms(script, made, hand, torchair)
     plain, quantized, strict, vendor, by_hand = (form.ops.total() for form in found)
     assert by_hand <= vendor < plain < strict < quantized
     assert set(found[3].ops - found[4].ops) <= {"Reshape"} and found[3].calls == found[4].calls

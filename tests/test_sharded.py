@@ -4,15 +4,11 @@ Each rank sees its own shards and fuses the same matmuls as one process does; wh
 is, and the results are the same.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-pytest.importorskip("transformers")
+from tests.ranks import outputs_of_two_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
+pytest.importorskip("transformers")
 
 WORKER = """
 import re
@@ -166,21 +162,5 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_a_sharded_llama(tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "meeting")],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        results = [p.communicate(timeout=400) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for p, (out, error) in zip(processes, results, strict=True):
-        assert p.returncode == 0, error[-3000:]
+    for out in outputs_of_two_ranks(WORKER, tmp_path, timeout=400):
         assert "fused and equal" in out

@@ -1,12 +1,8 @@
 """``explain`` of a model that PyTorch shards: one rank can ask alone, as long as the model is one graph."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.ranks import outputs_of_two_ranks
 
 WORKER = """
 import logging
@@ -111,21 +107,5 @@ print("explained")
 
 @pytest.mark.slow
 def test_one_rank_explains_alone_and_what_is_more_than_one_graph_says_that_it_needs_the_others(tmp_path):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "meeting")],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        results = [p.communicate(timeout=300) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for p, (out, error) in zip(processes, results, strict=True):
-        assert p.returncode == 0, error[-3000:]
+    for out in outputs_of_two_ranks(WORKER, tmp_path, timeout=300):
         assert out.endswith("explained\n")

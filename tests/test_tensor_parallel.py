@@ -1,12 +1,8 @@
 """A tensor-parallel pair of Linears in two processes: fusing keeps the collectives, their order, and the numbers."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.ranks import outputs_of_two_ranks
 
 WORKER = """
 import re
@@ -85,22 +81,5 @@ dist.destroy_process_group()
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["weight_only", "static"])
 def test_column_then_row_parallel(kind, tmp_path):
-    command = [sys.executable, "-c", WORKER]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meeting"), kind],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        results = [p.communicate(timeout=120) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    for p, (out, error) in zip(processes, results, strict=True):
-        assert p.returncode == 0, error[-3000:]
+    for out in outputs_of_two_ranks(WORKER, tmp_path, kind, timeout=120):
         assert "fused and equal" in out

@@ -106,7 +106,6 @@ class Row:
 
 def rows(stored: bool = True) -> Iterator[Row]:
     """Every row; without ``stored`` only those of the tools that are installed here."""
-    logging.getLogger("quantpass").setLevel(logging.ERROR)
     for scheme in here.schemes():
         torch._dynamo.reset()
         torch.manual_seed(0)
@@ -178,6 +177,7 @@ def _with_permissions(found: list[Row]) -> str:
 
 def main() -> int:
     """Write the page; fails where something that can be mapped is fused nowhere."""
+    logging.getLogger("quantpass").setLevel(logging.ERROR)
     found = list(rows())
     PAGE.write_text(page(found), encoding="utf-8")
     lost = [r for r in found if r.scheme.maps and max(r.fused.values()) < r.sites]
