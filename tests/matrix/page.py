@@ -24,13 +24,14 @@ _DYNAMO = (
     "such weights symbolic where layers are compiled one by one"
 )
 _BATCH = (
-    "the snapshot is generation F's: C and D make BatchMatMul of a matmul that is not fused, where later ones make MatMul; what is fused "
-    "is the same"
+    "the snapshot is generation F's: C, D and D' make BatchMatMul of a matmul that is not fused, where later ones make MatMul; what is "
+    "fused is the same"
 )
 KNOWN: tuple[tuple[str, str, str], ...] = (
     ("test_symbolic_shapes", "2.15.0/cpu", _SNAPSHOT),
     ("test_weight_only_on_310p", "2.15.0/cpu", _SNAPSHOT),
     ("test_weight_only_without_bias_keeps_matmul_whole", "2.10.0/2.10.0", _BATCH),
+    ("test_weight_only_without_bias_keeps_matmul_whole", "2.10.0/2.10.0.post2", _BATCH),
     ("test_weight_only_without_bias_keeps_matmul_whole", "2.9.0/2.9.0", _BATCH),
     (
         "test_vendor_modules",
