@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,6 +131,8 @@ def load_program(text: str) -> Any:
     path = Path(text)
     if not path.is_file():
         raise click.BadParameter(f"there is no file {text}")
+    if not zipfile.is_zipfile(path):  # PyTorch would log a traceback of its own first
+        raise click.BadParameter(f"{text} is no program that torch.export.save wrote: it is no zip archive")
     try:
         return torch.export.load(path)
     except Exception as error:
