@@ -19,13 +19,17 @@ def summed(matrix: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
     """
     if matrix.stride(0) < matrix.stride(1):
         matrix, dim = matrix.t(), 1 - dim
-    parts = [part.sum(dim, dtype=dtype) for part in matrix.split(max(1, _ELEMENTS // max(1, matrix.shape[1])))]
-    if dim == 1:
-        return torch.cat(parts)
-    total: torch.Tensor = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total
+    parts = matrix.split(max(1, _ELEMENTS // max(1, matrix.shape[1])))
+    if dim == 0:
+        total = torch.zeros(matrix.shape[1], dtype=dtype)
+        for part in parts:
+            total += part.sum(0, dtype=dtype)
+        return total
+    # Into memory that is there: small results between PyTorch's wider copies would keep these from being used again.
+    found = torch.empty(matrix.shape[0], dtype=dtype)
+    for part, own in zip(parts, found.split(max(1, len(parts[0]))), strict=True):
+        torch.sum(part, 1, dtype=dtype, out=own)
+    return found
 
 
 def large_sum(bound: dict[str, Any]) -> torch.Tensor | None:
