@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from quantpass.graph.carried_codes import CarriedCodes
 from quantpass.graph.grids import Grid
 from quantpass.graph.row_blocks import RowBlocks
 from quantpass.graph.row_rules import NotByRows, RowRules
@@ -15,6 +16,10 @@ from quantpass.graph.static_values import StaticValues
 
 BLOCKWISE = 1 << 18
 """From this many elements on an operand is computed in blocks; below, the arithmetic is not what takes the time."""
+
+
+STRUCTURED = 1 << 13
+"""From this many elements on it is asked first whether operators alone tell what each is; below, looking is quicker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +37,41 @@ class Operand:
 
     @property
     def is_large(self) -> bool:
+        return self._has(BLOCKWISE)
+
+    @property
+    def is_structured(self) -> bool:
+        return self._has(min(STRUCTURED, BLOCKWISE))
+
+    def _has(self, elements: int) -> bool:
         fake = self.node.meta["val"]
-        return self.matrix is None and fake.dim() == 2 and fake.numel() >= BLOCKWISE
+        return self.matrix is None and fake.dim() == 2 and bool(fake.numel() >= elements)
+
+
+@dataclass(frozen=True, slots=True)
+class CodesOfColumns:
+    """The codes of an operand, each in the place of the element that it makes."""
+
+    codes: CarriedCodes
+    transposed: bool
+
+    def __call__(self, columns: slice) -> torch.Tensor:
+        """Those of ``columns``, ``(K, columns)``."""
+        found = self.codes.value(columns)
+        return found.t() if self.transposed else found
+
+    @property
+    def is_stored(self) -> bool:
+        """True where they are a view of what is stored."""
+        return self.codes.is_stored
 
 
 class OperandBlocks:
     """An operand's value in float64 (or as the graph computes it), columns of N by columns of N, as ``(K, columns)``.
+
+    Attributes:
+        all: every column.
+        rows_of_k: K.
 
     Args:
         values: the graph's static values.
@@ -61,6 +95,8 @@ class OperandBlocks:
     ) -> None:
         self._transposed = operand.transposed
         dim = 0 if operand.transposed else 1
+        shape = operand.node.meta["val"].shape
+        self.all, self.rows_of_k = slice(0, shape[dim]), shape[1 - dim]
         self._blocks = RowBlocks(values, operand.node, dim, rules, cuts, wide=wide)
 
     def __iter__(self) -> Iterator[slice]:
@@ -70,6 +106,14 @@ class OperandBlocks:
         """The operand's ``columns``, ``(K, columns)``."""
         found = self._blocks.value(columns)
         return found.t() if self._transposed else found
+
+    def carried(self) -> CodesOfColumns:
+        """What gives the codes of some columns.
+
+        Raises:
+            NotByRows: it can't be told by the operators that each element is a line over its own code.
+        """
+        return CodesOfColumns(CarriedCodes(self._blocks), self._transposed)
 
     def ahead(self, columns: slice) -> slice:
         """``columns`` and as many behind them as :meth:`with_codes` can give at once."""

@@ -219,7 +219,7 @@ def _rows_per_tensor(
         )
         return pointwise(lambda t: (t[0].double() - zero_) * scale_, [values[input_]])
 
-    return Formula({input_: dim, **dict.fromkeys(given)}, compute)
+    return Formula({input_: dim, **dict.fromkeys(given)}, compute, input_)
 
 
 def _rows_per_channel(
@@ -245,7 +245,7 @@ def _rows_per_channel(
         shape = [values[scales].shape[0] if d == axis % rank else 1 for d in range(rank)]
         return pointwise(_rebuilt, [values[input_], *(values[p].reshaped(shape) for p in given)])
 
-    return Formula({input_: dim, **dict.fromkeys(given, 0 if dim == axis % rank else None)}, compute)
+    return Formula({input_: dim, **dict.fromkeys(given, 0 if dim == axis % rank else None)}, compute, input_)
 
 
 def _rows_per_token(
@@ -261,9 +261,11 @@ def _rows_per_token(
     output_dtype: Any,
 ) -> Formula:
     del quant_min, quant_max, dtype, output_dtype
-    return Formula(
-        of_elements(node, dim), lambda values: pointwise(_rebuilt, [values[i] for i in (input_, scales, zero_points)])
-    )
+
+    def compute(values: Mapping[Node, Grid]) -> Grid:
+        return pointwise(_rebuilt, [values[i] for i in (input_, scales, zero_points)])
+
+    return Formula(of_elements(node, dim), compute, input_)
 
 
 def _rows_per_group(
@@ -292,7 +294,7 @@ def _rows_per_group(
         grouped = [codes.reshaped((blocks, group)), *(values[p].reshaped((blocks, 1)) for p in given)]
         return pointwise(_rebuilt, grouped).reshaped(codes.shape)
 
-    return Formula(dict.fromkeys((input_, *given), 0), compute)
+    return Formula(dict.fromkeys((input_, *given), 0), compute, input_)
 
 
 def _rebuilt(given: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -89,7 +89,7 @@ def _rows(
         found = pointwise(_rebuilt, [codes.reshaped(whole), *(values[p].reshaped(one_each) for p in given)])
         return found.reshaped(codes.shape)
 
-    return Formula(dict.fromkeys((input_, *given), dim), compute)
+    return Formula(dict.fromkeys((input_, *given), dim), compute, input_)
 
 
 def _rebuilt(given: Sequence[torch.Tensor]) -> torch.Tensor:

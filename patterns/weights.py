@@ -26,7 +26,8 @@ from quantpass.patterns.evidence import Evidence, evidence, is_readable, judged
 from quantpass.patterns.operands import Operand, blocks_of
 from quantpass.patterns.proof import FLOAT32, is_rebuilt
 from quantpass.patterns.terms import Term
-from quantpass.patterns.weights_by_value import weight_by_value
+from quantpass.patterns.weights_by_structure import is_proved_by_structure
+from quantpass.patterns.weights_by_value import integer_cuts, weight_by_value
 
 aten = torch.ops.aten
 
@@ -198,6 +199,10 @@ def _is_proved(values: StaticValues, operand: Operand, weight: Weight, rules: Ro
     codes, scale, zero = (_evaluated(values, e) for e in (weight.codes, weight.scale, weight.zero_point))
     if codes is None or scale is None or (zero is None) != (weight.zero_point is None):
         return False
+    if operand.is_structured:
+        cuts = next(integer_cuts(values, operand.node, operand.node.meta["val"].numel()), None)
+        if cuts and is_proved_by_structure(values, operand, cuts, weight, codes, scale, zero, rules):
+            return True
     rebuilt = True
     for columns, actual in blocks_of(values, operand, rules):
         if not math.isfinite(float(actual.sum())) and not bool(torch.isfinite(actual).all()):

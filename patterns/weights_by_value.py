@@ -30,6 +30,7 @@ from quantpass.patterns.code_lines import (
 from quantpass.patterns.folded import looks_dequantized
 from quantpass.patterns.operands import Operand, OperandBlocks
 from quantpass.patterns.proof import FLOAT32, FLOAT64, is_rebuilt
+from quantpass.patterns.weights_by_structure import read_by_structure
 from quantpass.patterns.weights_in_blocks import read_in_blocks
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -54,7 +55,7 @@ def weight_by_value(values: StaticValues, operand: Operand, rules: RowRules | No
                 rule="read.weight.folded",
             )
         return NotAffine("it is a plain floating-point weight")
-    found = _in_blocks(values, operand, rules) if operand.is_large else None
+    found = _in_blocks(values, operand, rules) if operand.is_structured else None
     return found or _whole(values, operand)
 
 
@@ -67,15 +68,22 @@ def _in_blocks(values: StaticValues, operand: Operand, rules: RowRules | None) -
     shape = (size[1], size[0]) if operand.transposed else (size[0], size[1])
     blocks = None
     for same in _SAME:
-        for cuts in _integer_cuts(values, node, node.meta["val"].numel()):
+        for cuts in integer_cuts(values, node, node.meta["val"].numel()):
             try:
                 blocks = OperandBlocks(values, operand, rules, cuts)
             except NotByRows:
                 return None
+            told = read_by_structure(values, blocks, cuts, shape, same)
+            if told is not None:
+                return told
+            if not operand.is_large:
+                continue
             found = read_in_blocks(values, blocks, cuts, shape, same)
             if not isinstance(found, NotAffine):
                 return found
             problem = found
+    if not operand.is_large:
+        return None
     finite = blocks is not None and all(bool(torch.isfinite(blocks.value(columns)).all()) for columns in blocks)
     return problem if finite else None
 
@@ -99,7 +107,7 @@ def _whole(values: StaticValues, operand: Operand) -> Weight | NotAffine:
         return _from_line(values, [node], plain, actual, FLOAT64)
     problem = nonlinear()
     for same in _SAME:
-        for cuts in _integer_cuts(values, node, full.numel()):
+        for cuts in integer_cuts(values, node, full.numel()):
             line = _probe(values, operand, cuts, actual, same)
             found = problem if line is None else _from_line(values, cuts, line, actual, same)
             if isinstance(found, Weight):
@@ -127,7 +135,7 @@ def _backwards(node: Node, past: set[Node] | None = None) -> Iterator[tuple[Node
                 yield i, fake
 
 
-def _integer_cuts(values: StaticValues, node: Node, numel: int) -> Iterator[list[Node]]:
+def integer_cuts(values: StaticValues, node: Node, numel: int) -> Iterator[list[Node]]:
     """Sets of integer tensors to probe: each of full size by itself, then all that are large enough, together.
 
     Several together are the parts of a weight that is put together from pieces (concatenated, sliced, unpacked into a

@@ -51,18 +51,18 @@ _REPEATING = (aten.index.Tensor, aten.index_select.default, aten.repeat_interlea
 _MOST = 1 << 21
 """A block whose rows can't be told apart any finer is computed up to this size."""
 
-_Key: TypeAlias = tuple[Node, bool, int | None]
+Key: TypeAlias = tuple[Node, bool, int | None]
 """A node, whether it is computed in float64, and along which dimension its rows lie (None: it is needed whole)."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class Step:
     """How one node is computed: from which, and how its size along the rows' dimension relates to the rows."""
 
     node: Node
     kind: str
     ratio: Fraction
-    inputs: dict[Node, _Key]
+    inputs: dict[Node, Key]
     formula: Formula | None = None
 
 
@@ -94,18 +94,19 @@ class RowBlocks:
         if not all(isinstance(s, int) and s for s in fake.shape):
             raise NotByRows(f"{node.name} is of unknown size")
         self._values, self._rules = values, rules
+        self.decode = values.decode
         self._taken_as_it_is = values.taken_as_it_is(node)
         self.rows: int = fake.shape[dim]
         self._width = fake.numel() // self.rows
         self._unit, self._strided = 1, False
-        self._cuts = frozenset(cuts)
-        self._result: _Key = (node, wide, dim)
-        self._steps: dict[_Key, _Step] = {}
-        self._order = self._planned(self._result)
-        self._whole: dict[_Key, Any] = {}
+        self.cuts = frozenset(cuts)
+        self.result: Key = (node, wide, dim)
+        self.steps: dict[Key, Step] = {}
+        self.order = self._planned(self.result)
+        self._whole: dict[Key, Any] = {}
         self._held: float | None = None
         self._runs: dict[Node, int] = {}
-        self._probed = self._needed(stop=self._cuts)
+        self._probed = self._needed(stop=self.cuts)
 
     def __iter__(self) -> Iterator[slice]:
         """The blocks, in order."""
@@ -128,7 +129,7 @@ class RowBlocks:
 
     def value(self, rows: slice) -> torch.Tensor:
         """The value's part ``rows``."""
-        return self._run(rows, self._order, None).dense()
+        return self._run(rows, self.order, None).dense()
 
     def with_codes(self, rows: slice, code: int) -> Grid:
         """The same with ``code`` in place of every element of the cuts."""
@@ -136,33 +137,33 @@ class RowBlocks:
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
-    def _planned(self, result: _Key) -> list[_Key]:
-        order: list[_Key] = []
+    def _planned(self, result: Key) -> list[Key]:
+        order: list[Key] = []
         stack = [(result, False)]
         while stack:
             key, ready = stack.pop()
             if ready:
                 order.append(key)
-            elif key not in self._steps:
-                self._steps[key] = step = self._step(key)
+            elif key not in self.steps:
+                self.steps[key] = step = self._step(key)
                 stack.append((key, True))
                 stack.extend((i, False) for i in step.inputs.values())
         return order
 
-    def _needed(self, stop: frozenset[Node]) -> list[_Key]:
+    def _needed(self, stop: frozenset[Node]) -> list[Key]:
         """What the result needs where nodes of ``stop`` are given."""
-        seen, todo = {self._result}, [self._result]
+        seen, todo = {self.result}, [self.result]
         while todo:
             key = todo.pop()
             if key[0] in stop and key[1]:
                 continue
-            for i in self._steps[key].inputs.values():
+            for i in self.steps[key].inputs.values():
                 if i not in seen:
                     seen.add(i)
                     todo.append(i)
-        return [key for key in self._order if key in seen]
+        return [key for key in self.order if key in seen]
 
-    def _step(self, key: _Key) -> _Step:
+    def _step(self, key: Key) -> Step:
         node, wide, dim = key
         fake = node.meta.get("val")
         if not isinstance(fake, torch.Tensor) or fake.layout != torch.strided:
@@ -170,25 +171,25 @@ class RowBlocks:
         if dim is None:
             if fake.numel() > max(SMALL, self.rows * self._width // PARAMETER_SHARE):
                 raise NotByRows(f"{node.name} is needed whole")
-            return _Step(node, "whole", Fraction(0), {})
+            return Step(node, "whole", Fraction(0), {})
         ratio = Fraction(fake.shape[dim], self.rows)
         self._align(ratio.denominator)
         if wide and self._taken_as_it_is(node):
-            return _Step(node, "cast", ratio, {node: (node, False, dim)})
+            return Step(node, "cast", ratio, {node: (node, False, dim)})
         if node.op in ("placeholder", "get_attr"):
             self._strided |= dim == fake.dim() - 1 and dim > 0
-            return _Step(node, "leaf", ratio, {})
+            return Step(node, "leaf", ratio, {})
         move = self._values.decode(node)
         if isinstance(move, Move):
             source = source_dim(move, fake.shape, dim)
-            return _Step(node, move.kind, ratio, {move.source: (move.source, wide, source)})
+            return Step(node, move.kind, ratio, {move.source: (move.source, wide, source)})
         if not isinstance(node.target, OpOverload):
             raise NotByRows(f"{node.name} is no operator")
         shuffled = self._shuffled(node, dim)
         if shuffled is not None:
             given, index, unit = shuffled
             self._align((ratio / unit).denominator)
-            return _Step(node, "shuffle", ratio, {given: (given, wide, dim), index: (index, False, 0)})
+            return Step(node, "shuffle", ratio, {given: (given, wide, dim), index: (index, False, 0)})
         by_element = isinstance(move, Cast) or is_pointwise(node.target)
         known = of_elements(node, dim) if by_element else needs_by_rule(node, dim, self._rules)
         formula = known if isinstance(known, Formula) else None
@@ -197,8 +198,8 @@ class RowBlocks:
             raise NotByRows(f"{node.name} needs a part of the weight whole")
         inputs = {i: (i, wide and d is not None, d) for i, d in needs.items()}
         if formula is not None and wide:
-            return _Step(node, "formula", ratio, inputs, formula)
-        return _Step(node, "pointwise" if by_element else "call", ratio, inputs)
+            return Step(node, "formula", ratio, inputs, formula)
+        return Step(node, "pointwise" if by_element else "call", ratio, inputs)
 
     def _is_widened(self, node: Node) -> bool:
         fake = node.meta["val"]
@@ -228,22 +229,22 @@ class RowBlocks:
 
     # -- running -------------------------------------------------------------------------------------------------------
 
-    def _run(self, rows: slice, order: list[_Key], code: int | None) -> Grid:
-        env: dict[_Key, Any] = {}
-        last = {i: key for key in order for i in self._steps[key].inputs.values()}
+    def _run(self, rows: slice, order: list[Key], code: int | None) -> Grid:
+        env: dict[Key, Any] = {}
+        last = {i: key for key in order for i in self.steps[key].inputs.values()}
         for key in order:
-            step = self._steps[key]
-            if code is not None and key[1] and key[0] in self._cuts:
-                env[key] = _filled(step.node, _shape(step, key[2], rows), code)
+            step = self.steps[key]
+            if code is not None and key[1] and key[0] in self.cuts:
+                env[key] = _filled(step.node, shape_of(step, key[2], rows), code)
                 continue
-            env[key] = self._compute(key, step, rows, env)
+            env[key] = self.compute(key, step, rows, env)
             for i in step.inputs.values():
                 if last[i] == key:
                     env.pop(i, None)
-        found = env[self._result]
+        found = env[self.result]
         return found if isinstance(found, Grid) else dense(found)
 
-    def _compute(self, key: _Key, step: _Step, rows: slice, env: Mapping[_Key, Any]) -> Any:
+    def compute(self, key: Key, step: Step, rows: slice, env: Mapping[Key, Any]) -> Any:
         node, wide, dim = key
         if step.kind == "whole":
             if key not in self._whole:
@@ -261,7 +262,7 @@ class RowBlocks:
             return Grid(found.tensor.double(), found.parts) if floating else found
         if step.kind in ("same", "reshape", "permute", "expand"):
             (found,) = given.values()
-            return self._moved(step, found, _shape(step, dim, rows))
+            return self._moved(step, found, shape_of(step, dim, rows))
         if step.formula is not None:
             return step.formula.compute(given)
         if step.kind == "shuffle":
@@ -301,7 +302,7 @@ class RowBlocks:
         run = self._runs[index]
         return None if run == 1 else _with_run(source.index_select(dim, which[::run].long()), dim, run)
 
-    def _moved(self, step: _Step, found: Grid, shape: Sequence[int]) -> Grid:
+    def _moved(self, step: Step, found: Grid, shape: Sequence[int]) -> Grid:
         if step.kind == "same":
             return found
         if step.kind == "permute":
@@ -338,7 +339,7 @@ def _scaled(ratio: Fraction, rows: slice) -> slice:
     return slice(rows.start * n // d, rows.stop * n // d)
 
 
-def _shape(step: _Step, dim: int | None, rows: slice) -> list[int]:
+def shape_of(step: Step, dim: int | None, rows: slice) -> list[int]:
     at = _scaled(step.ratio, rows)
     shape = [*step.node.meta["val"].shape]
     assert dim is not None

@@ -37,10 +37,13 @@ class Formula:
         needs: where the operands' rows lie.
         compute: the operator's result in float64 from parts of its operands: integers as the graph has them, floating
             numbers in any dtype. Where the operator computes in integers it does so as well, wrapping around alike.
+        line_over: the operand in whose elements each element of the result is a line: ``a * element + b``, element by
+            element, where ``a`` and ``b`` are made of the other operands. None where it is not said.
     """
 
     needs: Needs
     compute: Callable[[Mapping[Node, Grid]], Grid]
+    line_over: Node | None = None
 
 
 RowRules: TypeAlias = "ReaderTable[Needs | Formula | None]"

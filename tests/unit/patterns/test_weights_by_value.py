@@ -202,7 +202,7 @@ def test_packed_codes():
 )
 def test_no_integers_are_probed_twice_or_in_vain(function, inputs):
     t = Traced(function, *inputs, known=len(inputs))
-    cuts = [tuple(cut) for cut in weights_by_value._integer_cuts(t.values, t.result, K * N)]
+    cuts = [tuple(cut) for cut in weights_by_value.integer_cuts(t.values, t.result, K * N)]
     assert all(cuts) and len(set(cuts)) == len(cuts)
 
 

@@ -6,7 +6,7 @@ import torch
 from quantpass.graph import row_blocks
 from quantpass.graph.records import Weight
 from quantpass.graph.row_rules import NotByRows
-from quantpass.patterns import operands
+from quantpass.patterns import operands, weights_by_value
 from quantpass.patterns.operands import Operand, OperandBlocks
 from quantpass.patterns.weights_by_value import weight_by_value
 from quantpass.patterns.weights_in_blocks import read_in_blocks
@@ -25,13 +25,18 @@ def small_blocks(monkeypatch):
 
 
 def both(monkeypatch, function, *inputs, transposed=True):
-    """What is read in blocks and what is read of the whole."""
+    """What is read in blocks, whether operators are asked first or not, and what is read of the whole."""
     t = Traced(function, *inputs, known=len(inputs))
     found = []
-    for least in (1, 1 << 60):
-        monkeypatch.setattr(operands, "BLOCKWISE", least)
-        found.append(weight_by_value(t.values, Operand(t.result, transposed), t.dialects.rows))
-    return found
+    for least, asked in ((1, False), (1, True), (1 << 60, False)):
+        with monkeypatch.context() as patched:
+            patched.setattr(operands, "BLOCKWISE", least)
+            if not asked:
+                patched.setattr(weights_by_value, "read_by_structure", lambda *_: None)
+            found.append(weight_by_value(t.values, Operand(t.result, transposed), t.dialects.rows))
+    blocks, by_structure, whole = found
+    assert same(by_structure, blocks)
+    return blocks, whole
 
 
 def same(a, b):

@@ -1,0 +1,201 @@
+"""Reading and proving a large weight by what its operators are: no element is computed.
+
+Where operators alone tell that each element is a line over its own code (:mod:`quantpass.graph.carried_codes`), the
+line is had by computing the operand with a few codes in place of all, which takes a number for each group instead of
+one for each element; and two lines that are one at 0, at the smallest and at the largest code are one at every code
+between. The codes themselves are only moved to where they belong, and compared with those that are stored.
+
+Whatever can't be told like that is left to those who look at every element: nothing is refused here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.fx import Node
+
+from quantpass.graph.grids import Grid, pointwise
+from quantpass.graph.records import Weight
+from quantpass.graph.row_rules import NotByRows, RowRules
+from quantpass.graph.static_values import StaticValues
+from quantpass.patterns.code_lines import group_size, source_of
+from quantpass.patterns.column_lines import (
+    Again,
+    Codes,
+    Layout,
+    Lines,
+    Nonlinear,
+    OnlyWhole,
+    SoFar,
+    int8_matrix,
+    lines_of,
+    probed,
+    put_together,
+)
+from quantpass.patterns.operands import CodesOfColumns, Operand, OperandBlocks
+from quantpass.patterns.proof import FLOAT32, TOLERANCE
+
+_LARGEST_ZERO = 2.0**20
+"""In codes. Beside a larger one a code is no longer exact to :data:`FLOAT64` in float64."""
+
+_STEPS = (1e-150, 1e150)
+"""Between these float64 computes as exactly as anywhere."""
+
+
+def read_by_structure(
+    values: StaticValues, blocks: OperandBlocks, cuts: Sequence[Node], shape: tuple[int, int], same: float
+) -> Weight | None:
+    """Read an operand as a line over what ``cuts`` hold.
+
+    Args:
+        values: the graph's static values.
+        blocks: the operand.
+        cuts: the integers that are its codes, one by one or together.
+        shape: ``(K, N)``.
+        same: what two scales may differ by and still be one.
+
+    Returns:
+        The weight that :func:`~quantpass.patterns.weights_in_blocks.read_in_blocks` gives; None where elements have
+        to be looked at.
+    """
+    source = source_of(cuts)
+    read = SoFar(Codes(shape, int8_matrix(values, source, shape)))
+    try:
+        shift = _take_in(blocks, blocks.carried(), read.codes)
+        bounds = read.codes.low + shift, read.codes.high + shift
+        if bounds[0] >= 0 and bounds[1] <= 1:
+            return None  # binary weights have a reading of their own
+        layout = None
+        for columns in _ahead(blocks):
+            at = probed(blocks, columns)
+            layout = layout or Layout(_group(at, same), None, shift)
+            lines = lines_of(at, layout, same)
+            if not _are_one(blocks, columns, lines, {*bounds}, same):
+                return None
+            read.scales.append(lines.step)
+            read.zeros.append(lines.zero - shift)
+    except (NotByRows, OnlyWhole, Nonlinear, Again, RuntimeError, IndexError):
+        return None
+    assert layout is not None
+    return put_together(read, layout, shape, source.name)
+
+
+def is_proved_by_structure(
+    values: StaticValues,
+    operand: Operand,
+    cuts: Sequence[Node],
+    weight: Weight,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    rules: RowRules | None,
+) -> bool:
+    """True where the operand is ``scale * (codes - zero_point)`` in every element; False where elements have to tell.
+
+    Args:
+        values: the graph's static values.
+        operand: the operand.
+        cuts: integers of its size that it is computed from.
+        weight: how the codes lie; without groups.
+        codes: as they are stored.
+        scale: ``(1,)`` or ``(N,)``.
+        zero_point: the same, or None.
+        rules: what tools' operators do to rows.
+    """
+    stored = codes.t() if weight.transposed else codes
+    if tuple(stored.shape) != (weight.k, weight.n):
+        return False
+    try:
+        blocks = OperandBlocks(values, operand, rules, cuts)
+        carried = blocks.carried()
+        if not all(torch.equal(stored[:, c], carried(c)) for c in _parts(blocks, carried)):
+            return False
+        at = {0, *(int(bound) for bound in torch.aminmax(codes))}
+        zero = torch.zeros(1, dtype=torch.float64) if zero_point is None else zero_point.double()
+        line = Lines(*(t.reshape(1, -1).expand(1, weight.n) for t in (zero, scale.double(), zero)))
+        return max(at) - min(at) < 256 and all(
+            _are_one(blocks, columns, line.part(columns), at, FLOAT32) for columns in _ahead(blocks)
+        )
+    except (NotByRows, RuntimeError, IndexError):
+        return False
+
+
+def _take_in(blocks: OperandBlocks, carried: CodesOfColumns, codes: Codes) -> int:
+    """Keep the codes as int8; returns what was subtracted from them for that."""
+    shift = None
+    for columns in _parts(blocks, carried):
+        own = carried(columns)
+        low, high = (int(bound) for bound in torch.aminmax(own.t()))
+        if shift is None:
+            shift = 128 if low >= 0 and high > 127 else 0
+        if not -128 <= low - shift <= high - shift <= 127:
+            raise OnlyWhole
+        narrow = (own.to(torch.int16) - shift if shift else own).to(torch.int8)
+        codes.put(columns, narrow, low - shift, high - shift)
+    assert shift is not None
+    return shift
+
+
+def _parts(blocks: OperandBlocks, carried: CodesOfColumns) -> Iterator[slice]:
+    """All columns at once where their codes are looked at where they are stored, else a block at a time."""
+    return iter([blocks.all]) if carried.is_stored else iter(blocks)
+
+
+def _ahead(blocks: OperandBlocks) -> Iterator[slice]:
+    """As many columns at a time as a few codes can be tried for."""
+    held = slice(0, 0)
+    for columns in blocks:
+        if columns.stop > held.stop:
+            held = blocks.ahead(columns)
+            yield held
+
+
+def _group(at: Sequence[Grid], same: float) -> int:
+    """The largest group of rows within which nothing changes."""
+    step = pointwise(lambda t: t[1] - t[0], at[:2])
+    if not bool(step.tensor.all()):
+        raise OnlyWhole
+    zero = pointwise(lambda t: -t[0] / t[1], [at[0], step])
+    own = math.gcd(_held_rows(step), _held_rows(zero))
+    k, n = step.shape
+    slopes, zeros = (g.reshaped((k // own, own, n)).dense()[:, 0] for g in (step, zero))
+    group = own * (group_size(slopes, zeros, same) or 1)
+    if group == 1 < k:
+        raise OnlyWhole
+    return group
+
+
+def _held_rows(grid: Grid) -> int:
+    """How many rows in a row are held as one."""
+    held = 1
+    for size, has in zip(reversed(grid.parts[0]), reversed(grid.tensor.shape[: len(grid.parts[0])]), strict=True):
+        if has != 1:
+            break
+        held *= size
+    return held
+
+
+def _are_one(blocks: OperandBlocks, columns: slice, lines: Lines, codes: set[int], same: float) -> bool:
+    """True where the operand with each of ``codes`` in place of all is what the lines say."""
+    groups, n = lines.step.shape
+    k = blocks.rows_of_k
+    parts = ((groups, k // groups), (n,)) if groups > 1 else ((k,), (n,))
+    held = (groups, 1, n) if groups > 1 else (1, n)
+    step, zero = (Grid(t.reshape(held), parts) for t in (lines.step, lines.zero))
+    if bool((lines.zero.abs() > _LARGEST_ZERO).any()):
+        return False
+    low, high = (float(bound) for bound in torch.aminmax(lines.step.abs()))
+    if not _STEPS[0] < low <= high < _STEPS[1]:
+        return False
+
+    def agree(code: int) -> bool:
+        def near(t: list[torch.Tensor]) -> torch.Tensor:
+            value, step, zero = t
+            slack = ((zero.abs() + abs(code) + 1) * same).clamp(max=TOLERANCE) * step.abs()
+            return ((code - zero) * step - value).abs() <= slack  # NaN is not
+
+        return bool(pointwise(near, [blocks.with_codes(columns, code), step, zero]).tensor.all())
+
+    return all(agree(code) for code in codes)
