@@ -16,7 +16,7 @@ linear_quant.py:96-112, linear_weight_quant.py:98-109.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from quantpass.graph.torch_internals import known_contiguous, real_tensors
 from quantpass.lowering.torchair_versions import install_line
 from quantpass.operators import OPERATORS
+from quantpass.operators.arguments import bound
 from quantpass.operators.preparation import TRANS_QUANT_PARAM
 
 if TYPE_CHECKING:
@@ -96,6 +97,24 @@ def npu_operator(name: str) -> OpOverload:
     return overload
 
 
+def lacking(op: VendorOp, given: Mapping[str, Any]) -> list[str]:
+    """The arguments, other than at their defaults, that this torch_npu's operator does not have.
+
+    Args:
+        op: the vendor's operator.
+        given: arguments by their names in ``op``'s schema, which is the newest torch_npu's.
+
+    Raises:
+        RuntimeError: the operator does not exist at all.
+    """
+    theirs = npu_operator(op.name)._schema.arguments
+    newest = torch._C.parse_schema(f"npu::{op.schema}")  # noqa: SLF001
+    by_position = [a for a in theirs if not a.kwarg_only]  # whatever they are called there
+    known = {a.name for a in theirs} | {a.name for a, _ in zip(newest.arguments, by_position, strict=False)}
+    defaults = vars(bound(newest, (), {}))
+    return [k for k, v in given.items() if k not in known and k in defaults and v != defaults[k]]
+
+
 def _looks_transposed(t: torch.Tensor) -> bool:
     return t.dim() >= 2 and not known_contiguous(t) and known_contiguous(t.transpose(-2, -1))
 
@@ -139,8 +158,14 @@ class _AclnnGraph:
 
     def replace(self, node: Node, op: VendorOp, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         target = npu_operator(op.name)
-        defaults = {p.name: p.default_value for p in target._schema.arguments if p.has_default_value()}
-        given = {k: v for k, v in keywords.items() if isinstance(v, Node) or v != defaults[k]}
+        if missing := lacking(op, keywords):
+            raise RuntimeError(
+                f"{node.name} becomes torch.ops.npu.{op.name} with {', '.join(missing)}, which this torch_npu's does "
+                f"not have. Install a newer torch_npu ({install_line()}), or keep the site as it is: "
+                f"leave=({node.meta.get('quantpass', 'its name')!r},)"
+            )
+        defaults = {p.name: p.default_value for p in target._schema.arguments}
+        given = {k: v for k, v in keywords.items() if k in defaults and (isinstance(v, Node) or v != defaults[k])}
         with self._graph.inserting_before(node):
             new = self._graph.create_node("call_function", target, args, given, name=op.name)
         new.meta.update(node.meta)

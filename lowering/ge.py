@@ -14,16 +14,21 @@ these as ``(N, groups)``. On 310P the attribute has to be set (``weight_quant_ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
 
+from quantpass.lowering.aclnn import lacking
 from quantpass.lowering.leftovers import expand_leftovers
+from quantpass.lowering.torchair_versions import generation_of, install_line
 from quantpass.operators import OPERATORS
-from quantpass.operators.arguments import bound
+from quantpass.operators.arguments import Arguments, bound
 from quantpass.operators.ge import Ge as Conversion
+from quantpass.operators.ge import LackingGeOperatorError
 from quantpass.operators.operator import Operator
+from quantpass.operators.preparation import FORMAT_CAST, PACK_INT4
 
 if TYPE_CHECKING:
     from quantpass.chips.rules import Chip
@@ -68,15 +73,49 @@ def register_converters(*, matmul_v4: bool = False) -> None:
     for op in OPERATORS:
         register_fx_node_ge_converter(op.overload)(_converter(op, conversion))
     for target, converter in MISSING_CONVERTERS.items():
-        register_fx_node_ge_converter(target)(converter)
+        register_fx_node_ge_converter(target)(_saying_what_lacks(str(target), converter))
 
 
 def _converter(op: Operator, conversion: Conversion) -> Callable[..., Any]:
+    def ways(*args: Any, **kwargs: Any) -> list[str]:
+        return _other_ways(op, bound(op.overload._schema, args, kwargs))
+
     def convert(*args: Any, meta_outputs: Any = None, **kwargs: Any) -> Any:
         del meta_outputs
         return op.ge(conversion, bound(op.overload._schema, args, kwargs))
 
-    return convert
+    return _saying_what_lacks(f"quantpass.{op.name}", convert, ways)
+
+
+def _saying_what_lacks(
+    name: str, convert: Callable[..., Any], other_ways: Callable[..., list[str]] = lambda *_, **__: []
+) -> Callable[..., Any]:
+    """A converter that says which GE operator this torchair lacks for ``name``, and what works in its place."""
+
+    def guarded(*args: Any, meta_outputs: Any = None, **kwargs: Any) -> Any:
+        try:
+            return convert(*args, **kwargs, meta_outputs=meta_outputs)
+        except LackingGeOperatorError as error:
+            ways = [f"install a newer torch_npu ({install_line()})", *other_ways(*args, **kwargs)]
+            raise LackingGeOperatorError(
+                f"{name} becomes {error} here, which this torchair ({_installed()}) does not have: {', or '.join(ways)}"
+            ) from error
+
+    return guarded
+
+
+def _other_ways(op: Operator, arguments: Arguments) -> list[str]:
+    given = {op.renamed.get(name, name): value for name, value in vars(arguments).items()} | dict(op.always)
+    captured = op not in (FORMAT_CAST, PACK_INT4) and not lacking(op.vendor, given)
+    mode = f"take torchair's reduce-overhead mode, which calls torch.ops.npu.{op.vendor.name} in its place"
+    return [*([mode] if captured else []), "keep such sites as they are (leave=...)"]
+
+
+def _installed() -> str:
+    import torch_npu
+
+    generation = generation_of(Path(torch_npu.__file__).parent)
+    return (f"generation {generation.name}, " if generation else "") + f"torch_npu {torch_npu.__version__}"
 
 
 def amax(self: Any, dim: Sequence[int] = (), keepdim: bool = False, meta_outputs: Any = None) -> Any:

@@ -20,6 +20,7 @@ from quantpass.lowering.fx_parcel import TensorValue, unpack
 from quantpass.lowering.ge_graph import GeGraph, from_proto
 from quantpass.lowering.standin_process import Reply, Request
 from quantpass.operators.arguments import ND
+from quantpass.operators.ge import LackingGeOperatorError
 
 _NEEDED = ("torch.ao.quantization.fx._decomposed",)
 """Modules that define operators a graph may hold."""
@@ -115,6 +116,8 @@ def serve(connection: Connection) -> None:
             install(request.soc_name)
             GE.prepare(chip_of_device(request.soc_name))
             reply = convert(request, torchair)
+        except LackingGeOperatorError as error:
+            reply = Reply(error=str(error))
         except Exception as error:
             reply = Reply(error=f"{type(error).__name__}: {error}", details=traceback.format_exc())
         connection.send(reply)

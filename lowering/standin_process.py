@@ -129,4 +129,5 @@ def _pair() -> tuple[Connection, Connection]:
 def _told(reply: Reply) -> str:
     """torchair's message, with the part of its report that names the operator."""
     lines = [line for line in reply.error.splitlines() if line.strip()]
-    return "\n".join(lines[:12]) + f"\n--- where ---\n{reply.details[-1500:]}"
+    where = f"\n--- where ---\n{reply.details[-1500:]}" if reply.details else ""
+    return "\n".join(lines[:12]) + where

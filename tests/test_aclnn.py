@@ -256,6 +256,36 @@ def test_what_can_not_run_there_is_refused(call, message):
         lower_to_aclnn(gm)
 
 
+@pytest.fixture
+def older_dynamic_quant(monkeypatch):
+    """torch_npu 2.9.0's operator, which has no ``quant_mode``."""
+    library = torch.library.Library("quantpass_older_npu", "DEF")
+    schema = "(Tensor input, *, Tensor? smooth_scales=None, Tensor? group_index=None, ScalarType? dst_type=None)"
+    library.define(f"npu_dynamic_quant{schema} -> (Tensor, Tensor)")
+    newest = torch.ops.npu.npu_dynamic_quant
+    library.impl("npu_dynamic_quant", lambda x, **_: newest(x), "CompositeExplicitAutograd")
+    older = torch.ops.quantpass_older_npu.npu_dynamic_quant.default
+    monkeypatch.setattr("quantpass.lowering.aclnn.npu_operator", lambda name: older)
+    yield older
+    library._destroy()
+
+
+def test_an_argument_that_an_older_torch_npu_lacks_is_left_out_at_its_default(older_dynamic_quant):
+    x = torch.randn(4, 32).half()
+    gm = traced(torch.ops.quantpass.dynamic_quant, x)
+    lower_to_aclnn(gm)
+    (call,) = gm.graph.find_nodes(op="call_function", target=older_dynamic_quant)
+    assert call.kwargs == {}
+    assert all(map(torch.equal, gm(x), torch.ops.quantpass.dynamic_quant(x)))
+
+
+@pytest.mark.usefixtures("older_dynamic_quant")
+def test_an_argument_that_an_older_torch_npu_lacks_is_named():
+    gm = traced(lambda x: torch.ops.quantpass.dynamic_quant(x, quant_mode="pertensor"), torch.randn(4, 32).half())
+    with pytest.raises(RuntimeError, match=r"npu_dynamic_quant with quant_mode, which this torch_npu's does not have"):
+        lower_to_aclnn(gm)
+
+
 def test_without_the_vendors_operators_the_error_says_what_to_install():
     code = """
         import torch, quantpass as qp

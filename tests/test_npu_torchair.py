@@ -1,6 +1,7 @@
 """The doors with the real torch_npu and torchair, in child processes whose CANN libraries are stand-ins."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -400,6 +401,15 @@ def test_emulated_kernels_under_the_vendors_schemas_give_the_reference_bits(chil
             actual, report = compiled(model, x, target="ascend910b", lowering="aclnn")
             report.require()
             unequal += [] if torch.equal(actual, expected) else [name]
+        model, x, seen = MODELS["integer_dynamic"](), torch.randn(5, 64).bfloat16(), []
+        def inner(gm, inputs):
+            seen.extend(str(n.target) for n in gm.graph.nodes)
+            return gm
+        expected, _ = compiled(model, x, target="ascend910b", numerics="vendor")
+        options = {"lowering": "aclnn", "numerics": "vendor", "inner": inner}
+        actual, report = compiled(model, x, target="ascend910b", **options)
+        assert "npu.npu_dynamic_quant.default" in seen, seen
+        unequal += [] if torch.equal(actual, expected) else ["the vendor's dynamic quantization"]
         print(json.dumps(unequal))
     """)
     assert unequal == []
@@ -426,3 +436,72 @@ def test_dynamic_shapes(child):
     """)
     assert len(errors) == 4
     assert max(errors) < 0.01
+
+
+def test_a_ge_operator_that_torchair_lacks_is_named_and_what_works_instead(child):
+    """Every operator of quantpass's, each with a torchair that can make nothing at all."""
+    said = child("""
+        start("Ascend910B2")
+        from unittest.mock import MagicMock
+        from quantpass.doors.selftest.cases import cases_of
+        from quantpass.doors.selftest.reference import BY_VENDOR, kernel_arguments
+        from quantpass.lowering.ge import MISSING_CONVERTERS, _converter, _saying_what_lacks
+        from quantpass.operators import OPERATORS
+        from quantpass.operators.ge import Ge, GeFunctions, LackingGeOperatorError
+        Ge.api = GeFunctions(types.SimpleNamespace())
+        calls, tensor = {}, MagicMock(rank=2)
+        for case in [c for chip in ("ascend310p", "ascend910b") for c in cases_of(chip, "ge")]:
+            arguments = kernel_arguments(case)
+            if arguments is not None:
+                given = {k: tensor if isinstance(v, str) and case.call.tensor(v) else v for k, v in arguments.items()}
+                calls.setdefault(BY_VENDOR[case.call.op].name, given)
+        calls["format_cast"], calls["pack_int4"] = {"x": tensor, "acl_format": 29}, {"codes": tensor}
+
+        def message(convert, *args, **kwargs):
+            try:
+                convert(*args, **kwargs)
+            except LackingGeOperatorError as error:
+                return str(error)
+
+        said = {op.name: message(_converter(op, Ge()), **calls[op.name]) for op in OPERATORS}
+        for target, convert in MISSING_CONVERTERS.items():
+            said[str(target)] = message(_saying_what_lacks(str(target), convert), tensor, [0])
+        print(json.dumps(said))
+    """)
+    for name, message in said.items():
+        assert re.search("becomes GE's [A-Z][A-Za-z0-9]+( with [a-z_]+)? here, which this torchair", message), (
+            name,
+            message,
+        )
+        assert "pip install torch_npu==2" in message
+    assert said["quant_matmul"].startswith("quantpass.quant_matmul becomes GE's QuantBatchMatmulV3 here")
+    assert "reduce-overhead mode, which calls torch.ops.npu.npu_quant_matmul in its place" in said["quant_matmul"]
+    assert "reduce-overhead" not in said["format_cast"], "where it runs before the graph, never in it"
+
+
+def test_what_an_older_torchair_lacks_through_a_door(child):
+    """QuantBatchMatmulV4 is not in generation C, the dtype of AddRmsNormDynamicQuant's result in none before F."""
+    types, why = child("""
+        torchair = start("Ascend910B2")
+        from torchair._ge_concrete_graph import ge_apis
+        from tests.test_norms import X1, Layer
+        newest = ge_apis.AddRmsNormDynamicQuant
+
+        def older(x1, x2, gamma, smooth_scale1, smooth_scale2, beta, *, epsilon, output_mask):
+            more = {"dst_type": 2} if "dst_type" in newest.__wrapped__.__annotations__ else {}
+            optional = (smooth_scale1, smooth_scale2, beta)
+            return newest(x1, x2, gamma, *optional, epsilon=epsilon, output_mask=output_mask, **more)
+
+        ge_apis.AddRmsNormDynamicQuant = older
+        vars(ge_apis).pop("QuantBatchMatmulV4", None)
+        x = X1.bfloat16()
+        run(Layer().bfloat16().eval(), x, backend=qp.npu_backend(torchair.CompilerConfig(), target="ascend910b", numerics="vendor"))
+        found, why = ge_ops(), ""
+        try:
+            run(IntegerW8A8(), x, backend=qp.npu_backend(torchair.CompilerConfig(), target="ascend950"))
+        except Exception as error:
+            why = str(error)
+        print(json.dumps([found, why]))
+    """)
+    assert [t for t in types[0] if "Norm" in t] == ["RmsNorm", "AddRmsNormDynamicQuant"]
+    assert "quantpass.quant_matmul becomes GE's QuantBatchMatmulV4 here, which this torchair (generation" in why

@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+class LackingGeOperatorError(RuntimeError):
+    """torchair can't make a GE operator: it has no function for it, or one that does not take an argument.
+
+    The message names both as the end of a sentence: "GE's DynamicQuantV2 with quant_mode".
+    """
+
+
+class GeFunctions:
+    """torchair's functions, one for each GE operator. Generations differ in which there are, and in their arguments.
+
+    Args:
+        module: torchair's ``ge_apis``, or what stands for it.
+
+    Asking for a function that is not there, or calling one with a keyword that it does not take, raises
+    :class:`LackingGeOperatorError`.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._module, name, None)
+        if function is None:
+            raise LackingGeOperatorError(f"GE's {name}")
+
+        def make(*args: Any, **kwargs: Any) -> Any:
+            unknown = [k for k in kwargs if k not in inspect.signature(function).parameters]
+            if unknown:
+                raise LackingGeOperatorError(f"GE's {name} with {', '.join(unknown)}")
+            return function(*args, **kwargs)
+
+        return make
+
+    def takes(self, name: str, argument: str) -> bool:
+        """Whether the function ``name`` has an argument."""
+        function = getattr(self._module, name, None)
+        return function is not None and argument in inspect.signature(function).parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +59,10 @@ class Ge:
     matmul_v4: bool = False
 
     @property
-    def api(self) -> Any:
+    def api(self) -> GeFunctions:
         from torchair._ge_concrete_graph import ge_apis
 
-        return ge_apis
+        return GeFunctions(ge_apis)
 
     @property
     def dtypes(self) -> Any:

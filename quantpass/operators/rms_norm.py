@@ -170,12 +170,16 @@ def _ge_added(ge: Ge, a: Arguments) -> Any:
 
 
 def _ge_quantized(ge: Ge, a: Arguments) -> Any:
-    """AddRmsNormDynamicQuant, with constants for what it does not give, as the vendor's converter has them."""
+    """AddRmsNormDynamicQuant, with constants for what it does not give, as the vendor's converter has them.
+
+    Its ``dst_type`` came with generation F of torchair; before, the result is int8.
+    """
     from torchair.ge._ge_graph import torch_type_to_ge_proto_type, torch_type_to_ge_type
 
     dst = torch_type_to_ge_type(torch.int8)
+    dtype = {"dst_type": dst} if ge.api.takes("AddRmsNormDynamicQuant", "dst_type") else {}
     y1, _, x, scale1, _ = ge.api.AddRmsNormDynamicQuant(
-        a.x1, a.x2, a.gamma, None, None, None, epsilon=a.epsilon, output_mask=_FIRST_ONLY, dst_type=dst
+        a.x1, a.x2, a.gamma, None, None, None, epsilon=a.epsilon, output_mask=_FIRST_ONLY, **dtype
     )
     y1.desc.dtype = torch_type_to_ge_proto_type(torch.int8)
     nothing = (ge.api.Const([], dtype=dst), ge.api.Const([], dtype=ge.dtypes.DT_FLOAT))

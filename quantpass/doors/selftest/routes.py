@@ -15,7 +15,7 @@ from quantpass.doors.selftest.cases import Case
 from quantpass.doors.selftest.reference import BY_VENDOR, kernel_arguments, vendor_arguments
 from quantpass.doors.selftest.tensors import Tensors
 from quantpass.lowering import GE
-from quantpass.lowering.aclnn import npu_operator
+from quantpass.lowering.aclnn import lacking, npu_operator
 from quantpass.lowering.emulation import emulate_npu
 from quantpass.lowering.format_casts import NpuFormats
 from quantpass.lowering.fx_parcel import pack
@@ -62,6 +62,8 @@ class Aclnn:
         there = {name: self._placed(case, name, t) for name, t in stored.items()}
         given = vendor_arguments(case.call, there)
         operator = npu_operator(case.call.op.name)
+        if missing := lacking(case.call.op, given):
+            raise NotHere(f"aclnn: this torch_npu's {case.call.op} has no {', '.join(missing)}")
         # By position, as far as it has them: older torch_npu name some arguments otherwise, and lack others.
         theirs = operator._schema.arguments
         count = sum(not a.kwarg_only for a in theirs)
