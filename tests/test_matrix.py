@@ -1,6 +1,7 @@
 """The versions page says what was run, and with which state of the code."""
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,17 @@ import pytest
 from quantpass.graph.torch_versions import TESTED
 from quantpass.lowering.torchair_versions import GENERATIONS
 from tests.matrix import page, tools
-from tests.matrix.cells import CELLS, COMPATIBILITY, FEW, LEFT_OUT, ROOT, SHARES, TORCHAIR, code_version
+from tests.matrix.cells import (
+    CELLS,
+    COMPATIBILITY,
+    FEW,
+    LEFT_OUT,
+    NOT_PREVIEWED,
+    ROOT,
+    SHARES,
+    TORCHAIR,
+    code_version,
+)
 from tests.matrix.few import spread
 
 
@@ -46,6 +57,18 @@ def test_every_pytorch_has_the_core_and_every_generation_its_tests():
     assert {c.torch for c in CELLS if "core" in c.shares} == {c.torch for c in CELLS} == {f"{v}.0" for v in TESTED}
     assert {c.generation for c in CELLS if {*TORCHAIR} <= {*c.shares}} == {g.name for g in GENERATIONS if g.tested}
     assert {c.python for c in CELLS} == {"3.10", "3.11", "3.12", "3.13"}
+
+
+def test_every_test_of_a_previewed_graph_is_run_with_every_generation():
+    """A file that is not named as a whole has each of its tests named, but for those that say why not."""
+    with_torchair = re.compile(r"^def (test_\w+)\([^)]*\btorchair\b[^)]*\):\n(?:(?:    .*)?\n)+", re.M)
+    shares = {node for share in TORCHAIR for node in SHARES[share]}
+    left_out = {f"tests/test_{name}.py" for name in NOT_PREVIEWED}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        for test in with_torchair.finditer(path.read_text()):
+            if "preview_ge(" in test[0]:
+                assert {name, f"{name}::{test[1]}"} & shares or name in left_out, f"{name}::{test[1]}"
 
 
 def test_the_page_for_an_ascend_machine_names_the_cells():

@@ -40,9 +40,9 @@ KNOWN: tuple[tuple[str, str, str], ...] = (
         "have not",
     ),
     (
-        "test_ascend950_gets_v4",
+        "test_the_fused_ge_graph_computes_what_the_fused_graph_does",
         "2.9.0/2.9.0",
-        "C's torchair has no QuantBatchMatmulV4, which calls on the 950 become: the preview ends with that error",
+        "torchao 0.14.1, which is for PyTorch 2.9, has no Int8StaticActivationInt8WeightConfig",
     ),
     ("test_a_subclass_weight_quantized_again", "2.11.0/*", _DYNAMO),
     ("test_a_subclass_weight_quantized_again", "2.12.0/*", _DYNAMO),
@@ -50,7 +50,7 @@ KNOWN: tuple[tuple[str, str, str], ...] = (
 )
 """Part of a failed test's name, a cell's name with wildcards, and the reason in one line."""
 
-COLUMNS = {"core": "core", "torchair": "torchair", "preview": "preview", "fast": "fast"}
+COLUMNS = {name: name for name in ("core", "torchair", "preview", "calls", "fast")}
 
 HEAD = """# Versions
 
@@ -64,8 +64,9 @@ shares of the suite (`tests/matrix/cells.py` names their tests); **the whole sui
 
 * *doors*: each door of the README, used once (`tests/matrix/doors.py`);
 * *core*: what depends on PyTorch: once for each PyTorch;
-* *torchair*, *preview*: all tests that start the real torchair, with its doors, with `preview_ge` and with the vendor's
-  modules: for one cell of each generation, where the column has numbers; generation F's run with PyTorch 2.13.0 in CI;
+* *torchair*, *preview*, *calls*: tests that start the real torchair: with its doors, with `preview_ge` and the vendor's modules,
+  and those of single operators; for one cell of each generation, where the column has numbers. Generation F's run with PyTorch
+  2.13.0 in CI, and with it alone those that need transformers or compare counts of operators;
 * *fast*: {few} cases of each test that is not marked as slow. PyTorch's versions differ in their API and in how they spell
   graphs, which a few cases meet as well as hundreds. Left out: tests that draw graphs to compare their numbers, and those
   of what does not depend on PyTorch ({left_out}).
@@ -83,7 +84,9 @@ GENERATIONS = """
 |---|---|---|---|
 {rows}
 
-B has no hook for passes; `quantpass.npu_backend` needs none, and is not tested with it. A torchair whose files are none of
+B has no hook for passes; `quantpass.npu_backend` needs none, and is not tested with it. C can make no `QuantBatchMatmulV4`, which
+matmuls on the 950 become, and no `DynamicQuantV2` with one scale for the whole tensor: compiling a graph that needs one ends in an
+error that names it and what works instead. A torchair whose files are none of
 these is named in the report of the doors for an NPU and of `preview_ge`, with the digest of its files.
 """
 
