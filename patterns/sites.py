@@ -235,14 +235,17 @@ def _covers_batches(c: Contraction) -> bool:
 def provenance(node: Node) -> tuple[str, str]:
     """Module path and ``file:line`` of a node, as far as its metadata tells them."""
     stack = node.meta.get("nn_module_stack")
-    name = ""
-    if stack:
-        path = list(stack.values())[-1][0]
-        name = re.sub(r"^L\['\w+'\]\.?|^self\.", "", str(path))
+    name = _module_path(str(list(stack.values())[-1][0])) if stack else ""
     trace = node.meta.get("stack_trace") or ""
     places = re.findall(r'File "([^"]+)", line (\d+)', trace)
     source = f"{places[-1][0]}:{places[-1][1]}" if places else ""
     return name or node.name, source
+
+
+def _module_path(of_dynamo: str) -> str:
+    """A module's name as ``named_modules`` has it; for a container's item Dynamo of 2.8 writes ``_modules['0']``."""
+    path = re.sub(r"^L\['\w+'\]\.?|^self\.", "", of_dynamo)
+    return re.sub(r"\b_modules\[(['\"])(.*?)\1\]", r"\2", path)
 
 
 def matmuls_named(graph: Graph, dialects: Dialects) -> list[str]:

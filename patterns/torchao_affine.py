@@ -16,6 +16,7 @@ from quantpass.basics.symbolic import is_one, same_size
 from quantpass.graph.grids import Grid, pointwise
 from quantpass.graph.row_rules import Formula
 from quantpass.graph.schema import op_name
+from quantpass.graph.torch_internals import real_tensors
 from quantpass.patterns.activations import Quantizer
 from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.dialect import Dialect
@@ -139,7 +140,7 @@ def _choose_qparams_affine(
     eps: Any,
     scale_dtype: Any,
     zero_point_dtype: Any,
-    keepdim: bool,
+    keepdim: bool = False,  # since torchao 0.15
 ) -> ChosenScale | None:
     del zero_point_dtype, keepdim  # of the results: in meta["val"]
     if mapping_type != "SYMMETRIC" or not isinstance(input_, Node):
@@ -149,10 +150,18 @@ def _choose_qparams_affine(
         return None
     low, high = bounds
     own = input_.meta["val"].dtype
-    floor = torch.finfo(own).smallest_normal if eps is None else eps
+    floor = _least_scale(own) if eps is None else eps
     divisor = (high - low) / 2
     narrower = own if scale_dtype is None or torch.promote_types(own, scale_dtype) == scale_dtype else scale_dtype
     return ChosenScale(input_, whole, divisor, floor * divisor, int((high + low + 1) / 2), narrower)
+
+
+def _least_scale(dtype: torch.dtype) -> float:
+    """What the operator takes for ``eps=None``: the dtype's ``eps``, and since torchao 0.18 its ``smallest_normal``."""
+    with real_tensors():
+        nothing = torch.zeros(1, dtype=dtype, device="cpu")
+        scale, _ = torch.ops.torchao.choose_qparams_affine.default(nothing, "SYMMETRIC", [1], torch.int8)
+    return float(scale)
 
 
 def _bounds(dtype: torch.dtype, low: Any, high: Any) -> tuple[int, int] | None:

@@ -25,6 +25,7 @@ from quantpass.graph.torch_internals import (
     FakeTensorMode,
     contiguous_fake,
     fake_mode_of,
+    fake_result,
     is_erased,
     known_contiguous,
     order_key,
@@ -270,8 +271,7 @@ class Rewriter:
         args, kwargs = map_aggregate(
             (node.args, dict(node.kwargs)), lambda x: x.meta["val"] if isinstance(x, Node) else x
         )
-        with self._mode, torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+        return fake_result(self._mode, node.target, args, kwargs)  # type: ignore[arg-type]
 
     def _insert(self, inputs: list[Node], make: Callable[[], Node]) -> Node:
         """A node placed right after the last of its inputs, so that whoever shares it comes later."""

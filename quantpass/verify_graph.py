@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from quantpass.basics.symbolic import has_no_elements, is_one
 from quantpass.graph.dump import describe_node
-from quantpass.graph.torch_internals import GuardOnDataDependentSymNode, fake_mode_of
+from quantpass.graph.torch_internals import GuardOnDataDependentSymNode, fake_mode_of, fake_result
 from quantpass.planning.already_fused import broken_calls
 from quantpass.planning.options import Options
 
@@ -71,8 +71,7 @@ def _untrue_values(gm: GraphModule) -> Iterator[str]:
             continue
         args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
         try:
-            with mode, torch.no_grad():
-                found = node.target(*args, **kwargs)
+            found = fake_result(mode, node.target, args, kwargs)
         except GuardOnDataDependentSymNode:
             continue  # it asks for a size that only the run knows
         except Exception as error:

@@ -6,11 +6,12 @@ What differs between its versions is in :mod:`quantpass.graph.torch_versions`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._logging._internal import trace_structured
@@ -21,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.fx.node import map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from quantpass.graph import torch_versions
 from quantpass.graph.torch_versions import compile_apart, describe_inputs, guard_source, source_value
@@ -40,6 +42,7 @@ __all__ = [
     "contiguous_fake",
     "decomposition_table",
     "fake_mode_of",
+    "fake_result",
     "fill_in_values",
     "frame_of",
     "graph_breaks",
@@ -82,6 +85,20 @@ def contiguous_fake(mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dty
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     """The fake mode that the fake tensors among ``values`` belong to."""
     return detect_fake_mode(list(values))
+
+
+def fake_result(
+    mode: FakeTensorMode, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """What a call gives for fake tensors of ``mode``.
+
+    PyTorch traces symbolic sizes with its dispatcher for Python on; before 2.9 ``view`` knows none without it.
+    """
+    given = tree_leaves((args, kwargs))
+    sizes = [s for a in given for s in (a.shape if isinstance(a, torch.Tensor) else (a,))]
+    symbolic = any(isinstance(s, torch.SymInt) for s in sizes)
+    with mode, torch.no_grad(), enable_python_dispatcher() if symbolic else nullcontext():
+        return target(*args, **kwargs)
 
 
 def like_inputs(constants: Sequence[torch.Tensor], inputs: Sequence[Any]) -> list[torch.Tensor]:
@@ -362,8 +379,7 @@ def fill_in_values(gm: GraphModule) -> None:
             )
         elif "val" not in node.meta:
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
-            with mode, torch.no_grad():
-                node.meta["val"] = node.target(*args, **kwargs)
+            node.meta["val"] = fake_result(mode, node.target, args, kwargs)
         value = node.meta["val"]
         env[node] = (
             mode.from_tensor(value) if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) else value

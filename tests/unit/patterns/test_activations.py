@@ -281,7 +281,9 @@ def test_torchaos_operators(block, low):
     q = ActivationReader(t.reader).read(Ref(t.result))
     divisor = 127.5 if low is None else 127
     assert facts(q) == ("token" if block[0] == 1 else "tensor", divisor, low or -128, 127, 0)
-    check(q, X.double(), codes.meta["val"].double())
+    for x in (X, X * 1e-9):  # the least scale differs between torchao's versions
+        codes = ao.quantize_affine.default(x, block, *chosen.target(x, *chosen.args[1:]), torch.int8, low)
+        check(q, x.double(), codes.double())
 
 
 # -- static ------------------------------------------------------------------------------------------------------------

@@ -172,6 +172,24 @@ def test_where_a_site_comes_from():
     assert provenance(node)[0] == "mm"
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("L['self'].layers.0.up", "layers.0.up"),
+        ("L['self'].layers._modules['0'].up", "layers.0.up"),
+        ("L['self']._modules['layers']._modules['0']._modules['up']", "layers.0.up"),
+        ("L['self']._modules[\"it's\"]._modules['b']", "it's.b"),
+        ("L['model']._modules['10']", "10"),
+        ("self._modules['0']", "0"),
+        ("L['self'].my_modules['0']", "my_modules['0']"),
+    ],
+)
+def test_a_site_has_its_modules_name_whichever_way_dynamo_writes_it(path, name):
+    node = node_of(torch.ones(1), name="mm")
+    node.meta["nn_module_stack"] = {"a": (path, torch.nn.Module)}
+    assert provenance(node)[0] == name
+
+
 def test_the_value_of_a_weight_that_has_no_form():
     """What a re-fit would start from: only of a weight that is known, and nothing else in the way."""
     levels = torch.tensor([-1.0, -0.5, 0.1, 0.9])
