@@ -1,10 +1,15 @@
 """Weights that were dequantized before the pass are named, in every floating dtype; trained ones are not."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import quantpass as qp
+from quantpass.patterns import folded
 from quantpass.patterns.folded import looks_dequantized
 from tests.helpers import rules
 
@@ -98,3 +103,52 @@ def test_what_formulas_make_is_not_told(dtype):
         model = nn.Linear(K, N, bias=False, dtype=dtype).requires_grad_(False)
         model.weight.copy_(matrix.t())
         assert qp.explain(model, (torch.randn(3, K).to(dtype),), target="cpu").total == 0
+
+
+# -- weights that are refused by some of their values ----------------------------------------------------------------
+
+
+@st.composite
+def columns(draw, k):
+    """``(k,)`` in float64: on a grid, nearly on one, on one for a while, or drawn."""
+    g = generator(draw(st.integers(0, 2**31)))
+    kind = draw(st.sampled_from(["grid", "nearly", *DRAWN]))
+    if kind in DRAWN:
+        return DRAWN[kind](k, g=g).double()
+    low, least = draw(st.sampled_from([-127, -8, -2, 0, 1, 3])), draw(st.integers(1, 12))
+    codes = torch.randint(low, draw(st.sampled_from([low + 9, low + 16, 127, 260])) + 1, (k,), generator=g).double()
+    codes = torch.where(codes.abs() < least, draw(st.sampled_from([0, least])), codes)  # how far from zero it begins
+    codes[draw(st.integers(8, k)) :] += draw(st.sampled_from([0, 0, 0.5]))  # no grid any more
+    off = draw(st.sampled_from([0.0, 1e-7, 1e-3, 4e-3, 6e-3, 1.2e-2])) if kind == "nearly" else 0.0
+    away = 1 + off * (2 * torch.rand(k, generator=g, dtype=torch.float64) - 1)
+    return codes * away * 10.0 ** draw(st.floats(-9, 3))
+
+
+@st.composite
+def matrices(draw):
+    """``(K, N)`` of one to ten columns, most of them of one kind."""
+    k = draw(st.sampled_from([32, 33, 64, 128, 129, 300, 1024, 1100]))
+    kinds = draw(st.lists(columns(k), min_size=1, max_size=2))
+    some = [draw(st.sampled_from(kinds)) * (1 + i / 7) for i in range(draw(st.integers(1, 10)))]
+    return torch.stack(some, dim=1).to(draw(st.sampled_from([*DTYPES, torch.float64])))
+
+
+def told_by_all_values(matrix):
+    with patch.object(folded, "_surely_off_grids", lambda *_: False):
+        return looks_dequantized(matrix)
+
+
+@settings(max_examples=300, deadline=None)
+@given(matrices())
+def test_a_weight_is_refused_early_only_where_all_its_values_refuse_it(matrix):
+    assert looks_dequantized(matrix) == told_by_all_values(matrix)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [384, 768, 4096])
+@pytest.mark.parametrize("name", ["normal", "uniform"])
+def test_weights_as_models_have_them_are_refused_early(name, k, dtype):
+    """Where this fails, no answer is wrong, but each weight costs twenty times as much."""
+    with patch.object(folded, "_on_grids", side_effect=AssertionError("all values are looked at")):
+        for seed in range(20):
+            assert not looks_dequantized(DRAWN[name](k, 64, g=generator(seed)).to(dtype))
