@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from quantpass.basics.symbolic import is_one
@@ -142,11 +142,9 @@ Matmuls: TypeAlias = ReaderTable[Contraction | NoContraction | None]
 
 def read_contraction(table: Matmuls, node: Node) -> Contraction | NoContraction | None:
     """The matmul that ``node`` computes; None where it computes none."""
-    if isinstance(node.target, HigherOrderOperator):
-        return _out_dtype(table, node) if node.target is torch.ops.higher_order.out_dtype else None
     reader = table.get(node.target)
     if reader is None:
-        return None
+        return _out_dtype(table, node) if node.target is torch.ops.higher_order.out_dtype else None
     found = call_reader(reader, node, node)
     return None if found is None else _checked(found)
 

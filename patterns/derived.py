@@ -20,7 +20,7 @@ from quantpass.patterns.affine import Affine, AffineReader, NotAffine
 from quantpass.patterns.unread_matmuls import EXPERTS
 from quantpass.patterns.weights import is_weight
 
-_CHOOSES = frozenset(
+CHOOSES = frozenset(
     f"aten::{name}"
     for name in ("index", "index_select", "select", "gather", "take_along_dim", "embedding", "take", "_unsafe_index")
 )
@@ -204,7 +204,7 @@ class DerivedWeights:
         if not isinstance(target, OpOverload):
             return []
         name = target._schema.name
-        if name.startswith("_c10d_functional") or name in _CHOOSES or self._reader.movement(n) is not None:
+        if name.startswith("_c10d_functional") or name in CHOOSES or self._reader.movement(n) is not None:
             return n.all_input_nodes[:1]
         if name in _KEEPS:
             return [i for i in n.all_input_nodes if _is_float_or_codes(i)]
@@ -226,7 +226,7 @@ class DerivedWeights:
         first = next((f for f in found if f.kind not in ("plain", "raw")), found[0])
         name = target._schema.name.split("::")[1]
         kind = first.kind
-        if target._schema.name in _CHOOSES and len(n.all_input_nodes) > 1:
+        if target._schema.name in CHOOSES and len(n.all_input_nodes) > 1:
             rank = inputs[0].meta["val"].dim()
             if kind != "raw" or self._reader.values.is_static(inputs[0]):
                 kind = kind if kind == "experts" else "experts" if rank > 2 else "lookup"

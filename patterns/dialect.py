@@ -85,6 +85,12 @@ class Dialects:
     quantized_rows: ReaderTable[QuantizedRows | None]
     rows: ReaderTable[Needs | Formula | None]
 
+    def make_codes(self, target: Any) -> bool:
+        """True for a tool's operator that returns integers, their scales, or a dequantized value."""
+        values = (self.dequantizers, self.integers, self.recentre)
+        tables = (*values, self.quantizers, self.scales, self.quantized_rows)
+        return any(table.get(target) is not None for table in tables)
+
     def know(self, target: Any) -> bool:
         """True for an operator that something is known of."""
         named = (self.dequantizers, self.recentre, self.integers, self.contractions, self.steps)

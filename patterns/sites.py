@@ -29,6 +29,8 @@ from quantpass.patterns.evidence import is_evident_activation
 from quantpass.patterns.integers import Range
 from quantpass.patterns.net import Net
 from quantpass.patterns.operands import Operand
+from quantpass.patterns.plain_matmuls import is_plain
+from quantpass.patterns.reach import Reach
 from quantpass.patterns.scheme import scheme
 from quantpass.patterns.subgraphs import Body, bodies_of
 from quantpass.patterns.unread_matmuls import EXPERTS
@@ -89,13 +91,17 @@ def find_sites(
     """
     reader = AffineReader(values, dialects, given)
     net, activations = Net(reader), ActivationReader(reader)
-    for node in graph.nodes:
-        for reading in guarded(partial(_read, reader, net, node), partial(_failed, node), f"reading {node.name}"):
+    reach = Reach(graph, values, dialects, given or ())
+    for node in filter(reach.concerns, graph.nodes):
+        read = partial(_read, reader, net, reach, node)
+        for reading in guarded(read, partial(_failed, node), f"reading {node.name}"):
             yield replace(reading, activations=activations) if reading.activations is None else reading
 
 
-def _read(reader: AffineReader, net: Net, node: Node) -> tuple[Reading, ...]:
+def _read(reader: AffineReader, net: Net, reach: Reach, node: Node) -> tuple[Reading, ...]:
     """The sites of one node: itself, or those of the graphs that it calls."""
+    if is_plain(reach, reader, node):
+        return ()
     if node.op == "output":
         return tuple(unreadable(returned, reject) for returned, reject in net.returned(node))
     bodies = tuple(bodies_of(node))

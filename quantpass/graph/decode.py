@@ -47,6 +47,11 @@ def decode_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], ran
     return found
 
 
+def rounds(target: Any) -> bool:
+    """True for an operator that :func:`decode` reads as a rounding."""
+    return decoders().get(target) in (_round, _floor, _ceil, _trunc)
+
+
 class Decoder:
     """:func:`decode` for the nodes of one graph, each looked at once."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Token:
         return (type(None), ())  # means nothing in another process
 
 
-def site_keys(gm: GraphModule, sites: Iterable[Node], leaves: Mapping[Node, torch.Tensor]) -> dict[Node, Hashable]:
+def site_keys(gm: GraphModule, sites: Collection[Node], leaves: Mapping[Node, torch.Tensor]) -> dict[Node, Hashable]:
     """What tells each site's matmul from every other of the process; None where nothing does.
 
     Args:
@@ -57,6 +57,8 @@ def site_keys(gm: GraphModule, sites: Iterable[Node], leaves: Mapping[Node, torc
         sites: the matmuls.
         leaves: placeholders and attributes whose tensors are known.
     """
+    if not sites:
+        return {}
     frame = frame_of(gm)
     known = origins(gm.graph, leaves)
     seen: Counter[Hashable] = Counter()

@@ -71,16 +71,14 @@ class StaticValues:
                 stack.pop()
             elif top.op in ("placeholder", "get_attr"):
                 self._static[top] = top in self._leaves
-            elif not self._is_pure(top):
-                self._static[top] = False
             else:
-                inputs = top.all_input_nodes
-                if any(self._static.get(i) is False for i in inputs):
+                inputs = [(i, self._static.get(i)) for i in top.all_input_nodes]
+                missing = [i for i, static in inputs if static is None]
+                if any(static is False for _, static in inputs):
                     self._static[top] = False
-                elif all(i in self._static for i in inputs):
-                    self._static[top] = True
-                else:
-                    stack.extend(i for i in inputs if i not in self._static)
+                elif not missing:
+                    self._static[top] = self._is_pure(top)
+                stack.extend(missing if top not in self._static else ())
         return self._static[node]
 
     def _is_pure(self, node: Node) -> bool:

@@ -18,6 +18,8 @@ _ENTER, _EXIT, _KEY = "air.scope_enter.default", "air.scope_exit.default", "_use
 
 def stream_labels(graph: Graph) -> dict[Node, str]:
     """The label of each node that runs on a stream of the user's; nodes on the default stream are left out."""
+    if not any(str(target) == _ENTER for target in {n.target for n in graph.nodes}):
+        return {}
     labels: dict[Node, str] = {}
     outer: list[str | None] = []
     current: str | None = None
