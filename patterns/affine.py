@@ -155,6 +155,10 @@ class AffineReader:
         """Read the value of ``node``."""
         return self._memo(node, self._read)
 
+    def forget(self, node: Node) -> None:
+        """Let go of what was read of ``node``: a static operand's parameters in float64 are several times its own."""
+        self._memo.forget(node)
+
     def dequantizes(self, node: Node) -> bool:
         """True for a named operator that returns a dequantized value."""
         return self.dialects.dequantizers.get(node.target) is not None

@@ -52,6 +52,8 @@ def read_weight(
     operand = Operand(one, transposed, matrix)
     if operand not in reader.weights:
         reader.weights[operand] = judged(reader, operand.node, _read(reader, operand))
+        if operand.is_structured and reader.values.is_static(operand.node):
+            reader.forget(operand.node)
     found: Weight | NotAffine = reader.weights[operand]
     return found
 

@@ -58,3 +58,10 @@ class NodeMemo(Generic[T]):
             finally:
                 self._depth -= 1
         return self._known[node]
+
+    def forget(self, node: Node) -> None:
+        """Drop what is known of ``node`` and of what it was found from; it is found anew if it is asked for again."""
+        todo = [node]
+        for n in todo:
+            if self._known.pop(n, None) is not None:
+                todo.extend(n.all_input_nodes)

@@ -1,5 +1,6 @@
 """Answers about nodes, without a call stack as deep as the graph."""
 
+import operator
 import sys
 
 import pytest
@@ -77,3 +78,20 @@ def test_an_error_leaves_the_memo_usable():
     assert memo(y, find) is y
     deep = chain(100)
     assert depth_of(deep) == 100 and x.op == "placeholder"
+
+
+def test_what_is_forgotten_is_found_anew():
+    graph = Graph()
+    x = graph.placeholder("x")
+    y, other = graph.call_function(operator.neg, (x,)), graph.call_function(operator.abs, (x,))
+    asked, memo = [], NodeMemo()
+
+    def find(node):
+        asked.append(node)
+        return [node, *(memo(i, find) for i in node.all_input_nodes)]
+
+    found = memo(y, find), memo(other, find)
+    memo.forget(y)
+    assert asked == [y, x, other]
+    assert (memo(y, find), memo(other, find)) == found
+    assert asked[3:] == [y, x]
