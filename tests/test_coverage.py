@@ -13,6 +13,7 @@ from tests.coverage import elsewhere, here
 from tests.coverage.captured import capture, load
 from tests.coverage.store import CAPTURES
 from tests.coverage.table import PAGE, PERMISSIONS, TARGETS, page, rows
+from tests.coverage.unread import unread
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +60,15 @@ def test_every_stored_site_has_a_verdict(scheme):
         for site in qp.explain(copied(c.graph), target=TARGETS).sites:
             assert site.fused or site.rejects
             assert site.numerics if site.fused else all(r.fact and r.want for r in site.rejects)
+
+
+def test_every_capture_is_of_a_scheme_and_says_its_tools_version():
+    about = {path.stem: load(path)[1] for path in CAPTURES.glob("*.pt")}
+    assert about.keys() == {s.slug for s in elsewhere.schemes()}
+    versions = {(a["tool"], a["version"]) for a in about.values()}
+    assert len(versions) == len({tool for tool, _ in versions}), "a tool's captures are of one version"
+    looked_at = {(u.tool, u.version) for u in unread() if u.package != "torch"}
+    assert looked_at <= versions, "what is not read was looked at with the captures' version"
 
 
 FORMS = [s for s in here.schemes() if s.maps and not s.name.endswith("bfloat16") and s.tool in ("torchao", "by hand")]

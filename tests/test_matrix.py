@@ -4,9 +4,12 @@ import itertools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from quantpass import patterns
+from quantpass.adoption import tools as adopted
 from quantpass.graph.torch_versions import TESTED
 from quantpass.lowering.torchair_versions import GENERATIONS
 from tests.matrix import page, tools
@@ -91,6 +94,28 @@ def test_two_versions_of_a_tool_are_compared():
     assert "| acme | 1.0 | 2.13.0 | 1 of 2 | 2 | 2 | 0 | 2 |" in text
     assert "* acme, int4: sites 2" in text and "with 2.0; ImportError: no int4 with 1.0" in text
     assert "Every scheme is read alike." in tools.section({"acme": {"2.0": versions["2.0"], "1.0": versions["2.0"]}})
+
+
+READERS = {
+    "torchao_affine": "torchao",
+    "quanto": "optimum-quanto",
+    "bitsandbytes": "bitsandbytes",
+    "compressed_tensors": "compressed-tensors",
+    "gptq": "GPTQModel",
+    "awq": "autoawq",
+    "modelopt": "nvidia-modelopt",
+}
+"""A file that knows a tool by name, and the tool's package."""
+
+
+def test_every_tool_that_is_read_by_name_is_tried_in_two_versions_or_says_why_not():
+    files = {Path(sys.modules[dialect.__module__].__file__).stem for dialect in patterns.KNOWN}
+    files |= {path.stem for path in Path(adopted.__file__).parent.glob("*.py")} - {"__init__"}
+    said = " ".join(what + why for what, why in tools.NOT_TRIED)
+    assert {f for f in files if f not in READERS and f not in said} == set()
+    assert {READERS[f] for f in files if f in READERS} == set(tools.TOOLS) == set(tools.load_results())
+    for package, versions in tools.load_results().items():
+        assert tuple(versions) == tools.TOOLS[package], f"run python -m tests.matrix.tools {package}"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ TOOLS = {
     "optimum-quanto": ("0.2.7", "0.2.6"),
     "bitsandbytes": ("0.50.2", "0.49.2"),
     "compressed-tensors": ("0.20.0", "0.15.0"),
-    "GPTQModel": ("7.7.0", "7.3.6"),
+    "GPTQModel": ("7.7.0", "7.6.0"),
     "autoawq": ("0.2.7.post3", "0.2.6"),
     "nvidia-modelopt": ("0.47.0", "0.43.0"),
 }
