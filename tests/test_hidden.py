@@ -230,9 +230,10 @@ def test_weights_of_torchao_in_and_out_of_sight():
     model[1] = Away(model[1])
     half = qp.explain(model, (X,), target="ascend910b")
     assert (half.fused, half.total) == (1, 1)
-    assert "Linear with Int8Tensor of torchao" in half.hidden[0]
+    kind = type(model[0].weight).__name__  # which torchao's versions name differently
+    assert f"Linear with {kind} of torchao" in half.hidden[0]
     assert "first: 1.inner" in half.hidden[0]
-    with pytest.raises(AssertionError, match="Int8Tensor"):
+    with pytest.raises(AssertionError, match=kind):
         half.require()
 
 

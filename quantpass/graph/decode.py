@@ -7,6 +7,7 @@ elements is deleted by name. A decoder returns None where arguments make the ope
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -137,8 +138,11 @@ def _expand(*, self: Node, size: Sequence[Operand], implicit: bool) -> Move:
     return Move("expand", self, sizes=tuple(size))
 
 
-def _slice(*, self: Operand, dim: int, start: Any, end: Any, step: Any) -> Part:
-    del dim, start, end, step  # which elements: whoever asks wants to know that they are the source's
+def _slice(*, self: Any, dim: int, start: Any, end: Any, step: Any) -> Part | Move:
+    """All elements, as PyTorch before 2.9 traces ``x[:, None]``, or some: which is not said, only that they are its."""
+    del dim
+    if start in (None, 0) and end in (None, sys.maxsize) and step == 1:
+        return Move("same", self)
     return Part(self)
 
 

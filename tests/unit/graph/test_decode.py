@@ -1,5 +1,7 @@
 """What each operator does to the elements of its input, compared with what it does to numbers."""
 
+import sys
+
 import pytest
 import torch
 
@@ -34,6 +36,8 @@ COPIES = {
     "detach": lambda x: aten.detach(x),
     "clone": lambda x: aten.clone(x),
     "lift": lambda x: aten.lift_fresh_copy(x),
+    "slice of all": lambda x: aten.slice(x, 1, 0, sys.maxsize),
+    "slice without bounds": lambda x: aten.slice(x),
 }
 
 
@@ -94,6 +98,12 @@ def test_reshapes_keep_the_order(name):
 def test_copies_are_the_same(name):
     movement, _, source = traced_one(COPIES[name], torch.ones(2, 3))
     assert movement == Move("same", source)
+
+
+@pytest.mark.parametrize("bounds", [(1, sys.maxsize), (0, 2), (None, None, 2)])
+def test_a_slice_of_some_is_not_all(bounds):
+    movement, _, source = traced_one(lambda x: aten.slice(x, 1, *bounds), torch.ones(2, 3))
+    assert movement == Part(source)
 
 
 def test_nothing_to_permute():
