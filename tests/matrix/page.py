@@ -27,26 +27,49 @@ _BATCH = (
     "the snapshot is generation F's: C, D and D' make BatchMatMul of a matmul that is not fused, where later ones make MatMul; what is "
     "fused is the same"
 )
+_NO_CANN = (
+    "C's converter of the vendor's own npu_weight_quant_batchmatmul reads version.info of an installed CANN, which the stand-ins "
+    "have not"
+)
+_SHARED_FRAME = (
+    "torchao 0.13 multiplies in one function that all layers share: compiled one by one, layers of different sizes make the sizes of "
+    "its weights symbolic, which are refused. In one `torch.compile`, and with layers of one size, they are fused"
+)
+_PARTITIONS = (
+    "torchao's x86 quantizer finds no Linear here and quantizes nothing: PyTorch's `get_source_partitions`, before it looked at "
+    "`nn_module_stack` too, knew only what `torch.export` records with `strict=True`; so exported, both are fused with 2.8"
+)
+_NO_GRANULARITY = "torchao 0.13 and 0.14.1 have no `granularity` of int8 weights, which the test asks for"
+_NO_STATIC = "torchao 0.13 and 0.14.1 have no Int8StaticActivationInt8WeightConfig, which the test asks for"
+_NAN = "PyTorch 2.8's own choose_qparams refuses an activation that holds NaN, with which the test calls it too"
+_GUARD = (
+    "PyTorch 2.8 traces no batched matmul of rows that only the run counts: `torch.export` ends alike, before quantpass"
+)
+_SCAN = "2.8's scan permutes what it slices, so that this node's name is another; what is read of it is the same"
+_WITH_X86 = ("x86_quantizer]", "test_pt2e_graph_module_in_place", "test_pt2e_on_310p_says_what_the_chip_returns")
+_WITH_GRANULARITY = ("test_torchao_weight_only_on_310p", "test_torchao_dynamic_w8a8_keeps_its_bits")
 KNOWN: tuple[tuple[str, str, str], ...] = (
     ("test_symbolic_shapes", "2.15.0/cpu", _SNAPSHOT),
     ("test_weight_only_on_310p", "2.15.0/cpu", _SNAPSHOT),
     ("test_weight_only_without_bias_keeps_matmul_whole", "2.10.0/2.10.0", _BATCH),
     ("test_weight_only_without_bias_keeps_matmul_whole", "2.10.0/2.10.0.post2", _BATCH),
     ("test_weight_only_without_bias_keeps_matmul_whole", "2.9.0/2.9.0", _BATCH),
-    (
-        "test_vendor_modules",
-        "2.9.0/2.9.0",
-        "C's converter of the vendor's own npu_weight_quant_batchmatmul reads version.info of an installed CANN, which the stand-ins "
-        "have not",
-    ),
-    (
-        "test_the_fused_ge_graph_computes_what_the_fused_graph_does",
-        "2.9.0/2.9.0",
-        "torchao 0.14.1, which is for PyTorch 2.9, has no Int8StaticActivationInt8WeightConfig",
-    ),
+    ("test_weight_only_without_bias_keeps_matmul_whole", "2.8.0/2.8.0.post2", _BATCH),
+    ("test_vendor_modules", "2.8.0/2.8.0.post2", _NO_CANN),
+    ("test_vendor_modules", "2.9.0/2.9.0", _NO_CANN),
+    ("test_the_fused_ge_graph_computes_what_the_fused_graph_does", "2.[89].0/*", _NO_STATIC),
     ("test_a_subclass_weight_quantized_again", "2.11.0/*", _DYNAMO),
     ("test_a_subclass_weight_quantized_again", "2.12.0/*", _DYNAMO),
     ("test_symbolic_shapes", "2.8.0/*", "the snapshot is 2.13's; 2.8 numbers the products of symbolic sizes otherwise"),
+    ("test_linears_of_a_tensor_subclass_in_frames_of_their_own", "2.8.0/*", _SHARED_FRAME),
+    ("test_subclass_linears_one_by_one_under_inductor", "2.8.0/*", _SHARED_FRAME),
+    *((test, cells, _PARTITIONS) for cells in ("2.[89].0/*", "2.10.0/*") for test in _WITH_X86),
+    *((test, "2.[89].0/*", _NO_GRANULARITY) for test in _WITH_GRANULARITY),
+    ("test_torchao_static_w8a8", "2.[89].0/*", _NO_STATIC),
+    ("test_codes_that_another_site_gives_are_not_made_again", "2.[89].0/*", _NO_STATIC),
+    ("test_a_zero_point_that_an_operator_chooses_is_one_of_the_codes", "2.8.0/*", _NAN),
+    ("batched attention]", "2.8.0/*", _GUARD),
+    ("test_what_the_inputs_of_a_body_are", "2.8.0/*", _SCAN),
 )
 """Part of a failed test's name, a cell's name with wildcards, and the reason in one line."""
 
