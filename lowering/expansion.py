@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from quantpass.graph.torch_internals import fake_mode_of, real_tensors
+from quantpass.graph.torch_internals import fake_mode_of, real_tensors, running_fakes
 
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "quantpass")
 _OF_THE_RESULT = ("quantpass_replaces", "quantpass_codes_of")
@@ -41,7 +41,7 @@ def expand(
     fakes = [n.meta["val"] for n in inputs]
     mode = fake_mode_of([f for f in [*fakes, node.meta["val"]] if isinstance(f, torch.Tensor)])
     assert mode is not None
-    with mode, torch.no_grad():
+    with running_fakes(mode, fakes):
         traced = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
     placeholders = traced.graph.find_nodes(op="placeholder")
     copies: dict[Node, Any] = dict(zip(placeholders, inputs, strict=True))

@@ -104,6 +104,12 @@ def test_exported(case):
     check_exported(case, "ascend910b")
 
 
+@pytest.mark.parametrize("matmul", ["linear", "convolution"])
+def test_exported_for_native_kernels(matmul):
+    """What a kernel is made of is traced with the graph's own sizes."""
+    check_exported(("dynamic", "token", matmul), "cpu")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cpu", "ascend310p", "ascend910b"])
 @pytest.mark.parametrize("case", CASES, ids="-".join)

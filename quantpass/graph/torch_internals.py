@@ -52,6 +52,7 @@ __all__ = [
     "like_inputs",
     "no_data_reason",
     "real_tensors",
+    "running_fakes",
     "static_inputs",
     "traced_as_on_npu",
     "without_function_modes",
@@ -87,17 +88,23 @@ def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode | None:
     return detect_fake_mode(list(values))
 
 
-def fake_result(
-    mode: FakeTensorMode, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Any:
-    """What a call gives for fake tensors of ``mode``.
+@contextmanager
+def running_fakes(mode: FakeTensorMode, given: Any) -> Iterator[None]:
+    """Run operators on fake tensors of ``mode``; ``given`` is what they are given, in any containers.
 
     PyTorch traces symbolic sizes with its dispatcher for Python on; before 2.9 ``view`` knows none without it.
     """
-    given = tree_leaves((args, kwargs))
-    sizes = [s for a in given for s in (a.shape if isinstance(a, torch.Tensor) else (a,))]
+    sizes = [s for a in tree_leaves(given) for s in (a.shape if isinstance(a, torch.Tensor) else (a,))]
     symbolic = any(isinstance(s, torch.SymInt) for s in sizes)
     with mode, torch.no_grad(), enable_python_dispatcher() if symbolic else nullcontext():
+        yield
+
+
+def fake_result(
+    mode: FakeTensorMode, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """What a call gives for fake tensors of ``mode``."""
+    with running_fakes(mode, (args, kwargs)):
         return target(*args, **kwargs)
 
 
