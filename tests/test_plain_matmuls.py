@@ -109,6 +109,11 @@ WITH_CODES = {
     "chosen by stored booleans": (lambda m, x: F.linear(x, torch.where(m.b, m.s, -m.s)), 1),
     "rounded in the graph": (lambda m, x: F.linear(x, rounded(m.w, m.s)), 1),
     "a factor away from being rounded": (lambda m, x: F.linear(x, torch.clamp(m.w / m.s, -128, 127) * m.s), 0),
+    "cast to int8 in the graph": (lambda m, x: F.linear(x, (m.w * 50).to(torch.int8).float() * m.s), 1),
+    "rounded in a branch": (
+        lambda m, x: torch.cond(x.sum() > 0, lambda a: F.linear(a, rounded(m.w, m.s)), lambda a: a + 1, (x,)),
+        1,
+    ),
     "fake-quantized": (lambda m, x: F.linear(x, torch.fake_quantize_per_tensor_affine(m.w, 0.05, 0, -128, 127)), 1),
     "folded": (lambda m, x: F.linear(x, m.folded), 1),
     "folded, on the left": (lambda m, x: m.folded @ x.t(), 1),
