@@ -12,16 +12,7 @@ from tests.helpers import CHIPS, assert_close, compiled, rules
 logging.getLogger("torchao").setLevel(logging.ERROR)
 torchao = pytest.importorskip("torchao", reason="torchao is not installed (pip install 'quantpass[test]')")
 
-from torchao.quantization import (
-    Int8DynamicActivationInt8WeightConfig,
-    Int8StaticActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
-    PerGroup,
-    PerRow,
-    PerTensor,
-    quantize_,
-)
+from torchao import quantization as q
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
@@ -33,15 +24,15 @@ X = torch.randn(2, 9, K, generator=torch.Generator().manual_seed(0))
 def linear(config, dtype, bias=True):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(K, N, bias=bias)).to(dtype).eval()
-    quantize_(model, config)
+    q.quantize_(model, config)
     return model
 
 
 WEIGHT_ONLY = {
-    "int8 per row": lambda: Int8WeightOnlyConfig(),
-    "int8 per tensor": lambda: Int8WeightOnlyConfig(granularity=PerTensor()),
-    "int8 groups of 32": lambda: Int8WeightOnlyConfig(granularity=PerGroup(32)),
-    "int4 groups of 32": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+    "int8 per row": lambda: q.Int8WeightOnlyConfig(),
+    "int8 per tensor": lambda: q.Int8WeightOnlyConfig(granularity=q.PerTensor()),
+    "int8 groups of 32": lambda: q.Int8WeightOnlyConfig(granularity=q.PerGroup(32)),
+    "int4 groups of 32": lambda: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32)),
 }
 
 
@@ -70,11 +61,11 @@ def test_torchao_weight_only_on_310p():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("granularity", [PerRow(), [PerTensor(), PerRow()]])
+@pytest.mark.parametrize("granularity", [q.PerRow(), [q.PerTensor(), q.PerRow()]])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torchao_dynamic_w8a8_keeps_its_bits(dtype, granularity, dynamic):
     """The quantize stays as torchao wrote it and every rounding after the integer matmul stays where it was."""
-    model, x = linear(Int8DynamicActivationInt8WeightConfig(granularity=granularity), dtype), X.to(dtype)
+    model, x = linear(q.Int8DynamicActivationInt8WeightConfig(granularity=granularity), dtype), X.to(dtype)
     actual, report = compiled(model, x, target="ascend910b", dynamic=dynamic)
     assert report.fused == 1, str(report)
     assert report.sites[0].plan.op == "npu_quant_matmul"
@@ -82,7 +73,7 @@ def test_torchao_dynamic_w8a8_keeps_its_bits(dtype, granularity, dynamic):
 
 
 def test_torchao_dynamic_w8a8_vendor_numerics_take_the_whole_epilogue():
-    model, x = linear(Int8DynamicActivationInt8WeightConfig(), torch.bfloat16), X.bfloat16()
+    model, x = linear(q.Int8DynamicActivationInt8WeightConfig(), torch.bfloat16), X.bfloat16()
     actual, report = compiled(model, x, target="ascend910b", numerics="vendor")
     after = report.sites[0].after
     assert "pertoken_scale" in after
@@ -92,7 +83,7 @@ def test_torchao_dynamic_w8a8_vendor_numerics_take_the_whole_epilogue():
 
 def test_torchao_static_w8a8():
     scale = torch.tensor([[[0.02]]])
-    config = Int8StaticActivationInt8WeightConfig(act_quant_scale=scale, granularity=[PerTensor(), PerRow()])
+    config = q.Int8StaticActivationInt8WeightConfig(act_quant_scale=scale, granularity=[q.PerTensor(), q.PerRow()])
     for target in ("ascend310p", "ascend910b"):
         model = linear(config, torch.float16)
         actual, report = compiled(model, X.half(), target=target)
@@ -157,7 +148,7 @@ def test_minilm_every_linear_has_a_verdict():
     transformers = pytest.importorskip("transformers")
     path = str(minilm.get_model_path())
     model = transformers.AutoModel.from_pretrained(path, dtype=torch.float16).eval()
-    quantize_(model, Int8WeightOnlyConfig())
+    q.quantize_(model, q.Int8WeightOnlyConfig())
     tokens = torch.randint(1000, 20000, (2, 12))
     report = qp.explain(model, (tokens, torch.ones_like(tokens)))
     assert report.targets == CHIPS

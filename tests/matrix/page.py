@@ -48,6 +48,18 @@ _GUARD = (
 _SCAN = "2.8's scan permutes what it slices, so that this node's name is another; what is read of it is the same"
 _WITH_X86 = ("x86_quantizer]", "test_pt2e_graph_module_in_place", "test_pt2e_on_310p_says_what_the_chip_returns")
 _WITH_GRANULARITY = ("test_torchao_weight_only_on_310p", "test_torchao_dynamic_w8a8_keeps_its_bits")
+_DRAWN = (
+    "mended since, with every PyTorch: the test drew a result above float16's largest number, where a 310P saturates, and held it to a "
+    "bound around the exact one"
+)
+_ARCHIVE = (
+    "mended since: PyTorch 2.14 logs a traceback of its own about a file that is no archive, which is now asked first"
+)
+_LOGGED = (
+    "PyTorch 2.14 logs a traceback of its own when a model fails while it is traced; what quantpass prints behind it "
+    "has the user's frames alone, as with 2.13"
+)
+
 KNOWN: tuple[tuple[str, str, str], ...] = (
     ("test_symbolic_shapes", "2.15.0/cpu", _SNAPSHOT),
     ("test_weight_only_on_310p", "2.15.0/cpu", _SNAPSHOT),
@@ -60,6 +72,12 @@ KNOWN: tuple[tuple[str, str, str], ...] = (
     ("test_the_fused_ge_graph_computes_what_the_fused_graph_does", "2.[89].0/*", _NO_STATIC),
     ("test_a_subclass_weight_quantized_again", "2.11.0/*", _DYNAMO),
     ("test_a_subclass_weight_quantized_again", "2.12.0/*", _DYNAMO),
+    ("test_linears_of_a_tensor_subclass_in_frames_of_their_own", "2.1[12].0/*", _DYNAMO),
+    ("test_subclass_linears_one_by_one_under_inductor", "2.1[12].0/*", _DYNAMO),
+    ("test_weights_of_torchao_in_and_out_of_sight", "2.1[12].0/*", _DYNAMO),
+    ("test_results_are_within_the_stated_bound", "2.12.0/*", _DRAWN),
+    ("test_bad_input_is_one_line_with_status_2", "2.14.0/*", _ARCHIVE),
+    ("test_the_users_own_error_is_shown_with_the_users_frames", "2.14.0/*", _LOGGED),
     ("test_symbolic_shapes", "2.8.0/*", "the snapshot is 2.13's; 2.8 numbers the products of symbolic sizes otherwise"),
     ("test_linears_of_a_tensor_subclass_in_frames_of_their_own", "2.8.0/*", _SHARED_FRAME),
     ("test_subclass_linears_one_by_one_under_inductor", "2.8.0/*", _SHARED_FRAME),

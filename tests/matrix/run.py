@@ -199,7 +199,16 @@ def _doors(environment: Environment, cell: Cell, variables: dict[str, str]) -> d
 def _tests(environment: Environment, share: str, variables: dict[str, str]) -> dict[str, Any]:
     report = BUILD / "junit.xml"
     report.unlink(missing_ok=True)
-    command = ["-m", "pytest", "-n", os.environ.get("MATRIX_PROCESSES", "0"), "-p", "no:cacheprovider", "--tb=short"]
+    command = [
+        "-m",
+        "pytest",
+        "-n",
+        os.environ.get("MATRIX_PROCESSES", "0"),
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        "--continue-on-collection-errors",
+    ]
     try:
         done = environment.run(*command, f"--junitxml={report}", *SHARES[share], timeout=BUDGET, **variables)
         (BUILD / "last.log").write_text(done.stdout + done.stderr)
