@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from quantpass.basics.symbolic import statically_true
 from quantpass.graph.carried_codes import CarriedCodes
 from quantpass.graph.grids import Grid
 from quantpass.graph.row_blocks import RowBlocks
@@ -45,7 +46,7 @@ class Operand:
 
     def _has(self, elements: int) -> bool:
         fake = self.node.meta["val"]
-        return self.matrix is None and fake.dim() == 2 and bool(fake.numel() >= elements)
+        return self.matrix is None and fake.dim() == 2 and statically_true(fake.numel() >= elements) is True
 
 
 @dataclass(frozen=True, slots=True)
