@@ -22,6 +22,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def dynamo_knows_no_other_file():
+    """Dynamo makes a size dynamic where it saw another one before: in another file, of a class that both use."""
+    torch.compiler.reset()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quiet():
     """PyTorch's structured trace, which pytest would collect for every graph."""
