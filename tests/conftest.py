@@ -23,9 +23,13 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def dynamo_knows_no_other_file():
-    """Dynamo makes a size dynamic where it saw another one before: in another file, of a class that both use."""
+def a_file_leaves_nothing_behind():
+    """Dynamo makes a size dynamic where it saw another one of a class that two files use; examples silence warnings."""
     torch.compiler.reset()
+    logger = logging.getLogger("quantpass")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="session")
