@@ -270,7 +270,8 @@ def main() -> None:
     red = [(c.name, *failure) for c in chosen for failure in failures(results.get(c.name))]
     for name, what, why in red:
         _say(f"{name}: {what}: {reason(what, name) or why}")
-    sys.exit(f"failures in {', '.join(dict.fromkeys(name for name, *_ in red))}" if red else 0)
+    unknown = dict.fromkeys(name for name, what, _ in red if not reason(what, name))
+    sys.exit(f"failures without a known reason in {', '.join(unknown)}" if unknown else 0)
 
 
 def _shares(cell: Cell, only: Sequence[str] | None) -> list[str]:
