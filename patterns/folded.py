@@ -212,6 +212,8 @@ def _fitted_grids(columns: torch.Tensor) -> _Grids | None:
     if not len(few):
         return None
     values, count = _distinct(columns[few])
+    if not bool(count.any()):
+        return None  # zeros alone
     values = values[:, : int(count.max())]
     size = values.abs()
     nearest, farthest = size.nan_to_num(math.inf).amin(dim=1), size.nan_to_num(0.0).amax(dim=1)

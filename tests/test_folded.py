@@ -152,3 +152,12 @@ def test_weights_as_models_have_them_are_refused_early(name, k, dtype):
     with patch.object(folded, "_on_grids", side_effect=AssertionError("all values are looked at")):
         for seed in range(20):
             assert not looks_dequantized(DRAWN[name](k, 64, g=generator(seed)).to(dtype))
+
+
+@pytest.mark.parametrize("steps", [3, 60])
+def test_zeros_in_front(steps):
+    """Rows that were pruned, or padded, hold no values to fit a grid to; the others tell."""
+    weight = torch.randint(-steps, steps + 1, (256, 8), generator=torch.Generator().manual_seed(0)) * 0.1
+    weight[:32] = 0
+    assert looks_dequantized(weight) == (steps == 60)
+    assert looks_dequantized(weight[32:]) == (steps == 60)
