@@ -32,7 +32,7 @@ _NO_CANN = (
     "have not"
 )
 _SHARED_FRAME = (
-    "torchao 0.13 multiplies in one function that all layers share: compiled one by one, layers of different sizes make the sizes of "
+    "torchao 0.13 and 0.14.1 multiply in one function that all layers share: compiled one by one, layers of different sizes make the sizes of "
     "its weights symbolic, which are refused. In one `torch.compile`, and with layers of one size, they are fused"
 )
 _PARTITIONS = (
@@ -41,11 +41,13 @@ _PARTITIONS = (
 )
 _NO_GRANULARITY = "torchao 0.13 and 0.14.1 have no `granularity` of int8 weights, which the test asks for"
 _NO_STATIC = "torchao 0.13 and 0.14.1 have no Int8StaticActivationInt8WeightConfig, which the test asks for"
-_NAN = "PyTorch 2.8's own choose_qparams refuses an activation that holds NaN, with which the test calls it too"
+_NAN = (
+    "The choose_qparams of PyTorch 2.8 and 2.9 refuses an activation that holds NaN, with which the test calls it too"
+)
 _GUARD = (
     "PyTorch 2.8 traces no batched matmul of rows that only the run counts: `torch.export` ends alike, before quantpass"
 )
-_SCAN = "2.8's scan permutes what it slices, so that this node's name is another; what is read of it is the same"
+_SCAN = "The scan of 2.8 and 2.9 permutes what it slices, so that this node's name is another; what is read of it is the same"
 _WITH_X86 = ("x86_quantizer]", "test_pt2e_graph_module_in_place", "test_pt2e_on_310p_says_what_the_chip_returns")
 _WITH_GRANULARITY = ("test_torchao_weight_only_on_310p", "test_torchao_dynamic_w8a8_keeps_its_bits")
 _DRAWN = (
@@ -55,6 +57,12 @@ _DRAWN = (
 _ARCHIVE = (
     "mended since: PyTorch 2.14 logs a traceback of its own about a file that is no archive, which is now asked first"
 )
+_COARSE = (
+    "PyTorch 2.8 and 2.9 draw 256 different numbers for a fresh bfloat16 Linear, so that its weights do lie on a grid; newer ones "
+    "draw more"
+)
+_LOADED = "PyTorch 2.9 can't load the program that it saved: `torch.export.load` ends on parameters of integers"
+_ZEROS = "mended since, with every PyTorch: weights whose first rows are zeros"
 _LOGGED = (
     "PyTorch 2.14 logs a traceback of its own when a model fails while it is traced; what quantpass prints behind it "
     "has the user's frames alone, as with 2.13"
@@ -75,19 +83,22 @@ KNOWN: tuple[tuple[str, str, str], ...] = (
     ("test_linears_of_a_tensor_subclass_in_frames_of_their_own", "2.1[12].0/*", _DYNAMO),
     ("test_subclass_linears_one_by_one_under_inductor", "2.1[12].0/*", _DYNAMO),
     ("test_weights_of_torchao_in_and_out_of_sight", "2.1[12].0/*", _DYNAMO),
+    ("test_nothing_is_read_where_nothing_is_quantized", "2.[89].0/*", _COARSE),
+    ("test_fuse_saves_a_program_that_the_other_commands_take", "2.9.0/*", _LOADED),
+    ("test_a_weight_is_refused_early_only_where", "2.8.0/*", _ZEROS),
     ("test_results_are_within_the_stated_bound", "2.1[12].0/*", _DRAWN),
     ("test_bad_input_is_one_line_with_status_2", "2.14.0/*", _ARCHIVE),
     ("test_the_users_own_error_is_shown_with_the_users_frames", "2.14.0/*", _LOGGED),
     ("test_symbolic_shapes", "2.8.0/*", "the snapshot is 2.13's; 2.8 numbers the products of symbolic sizes otherwise"),
-    ("test_linears_of_a_tensor_subclass_in_frames_of_their_own", "2.8.0/*", _SHARED_FRAME),
-    ("test_subclass_linears_one_by_one_under_inductor", "2.8.0/*", _SHARED_FRAME),
+    ("test_linears_of_a_tensor_subclass_in_frames_of_their_own", "2.[89].0/*", _SHARED_FRAME),
+    ("test_subclass_linears_one_by_one_under_inductor", "2.[89].0/*", _SHARED_FRAME),
     *((test, cells, _PARTITIONS) for cells in ("2.[89].0/*", "2.1[01].0/*") for test in _WITH_X86),
     *((test, "2.[89].0/*", _NO_GRANULARITY) for test in _WITH_GRANULARITY),
     ("test_torchao_static_w8a8", "2.[89].0/*", _NO_STATIC),
     ("test_codes_that_another_site_gives_are_not_made_again", "2.[89].0/*", _NO_STATIC),
-    ("test_a_zero_point_that_an_operator_chooses_is_one_of_the_codes", "2.8.0/*", _NAN),
+    ("test_a_zero_point_that_an_operator_chooses_is_one_of_the_codes", "2.[89].0/*", _NAN),
     ("batched attention]", "2.8.0/*", _GUARD),
-    ("test_what_the_inputs_of_a_body_are", "2.8.0/*", _SCAN),
+    ("test_what_the_inputs_of_a_body_are", "2.[89].0/*", _SCAN),
 )
 """Part of a failed test's name, a cell's name with wildcards, and the reason in one line."""
 
