@@ -63,6 +63,17 @@ _COARSE = (
 )
 _LOADED = "PyTorch 2.9 can't load the program that it saved: `torch.export.load` ends on parameters of integers"
 _ZEROS = "mended since, with every PyTorch: weights whose first rows are zeros"
+_NO_WHEEL = (
+    "there is no torch_npu for 2.15, which the test wants to be told to install; what is said is the newest there is, and beside which "
+    "PyTorch"
+)
+_SAY_WHAT_TO_INSTALL = (
+    "test_without_the_vendors_operators_the_error_says_what_to_install",
+    "test_without_torch_npu_the_error_says_what_to_install",
+    "test_preview::test_without_torch_npu",
+)
+_NO_GE = "without a torch_npu the selftest's GE route is not run, and said not to be"
+_WORDED = "2.15 words its own error about sizes otherwise, and logs it with a traceback of its own first"
 _LOGGED = (
     "PyTorch 2.14 logs a traceback of its own when a model fails while it is traced; what quantpass prints behind it "
     "has the user's frames alone, as with 2.13"
@@ -86,6 +97,9 @@ KNOWN: tuple[tuple[str, str, str], ...] = (
     ("test_nothing_is_read_where_nothing_is_quantized", "2.[89].0/*", _COARSE),
     ("test_fuse_saves_a_program_that_the_other_commands_take", "2.9.0/*", _LOADED),
     ("test_a_weight_is_refused_early_only_where", "2.8.0/*", _ZEROS),
+    *((test, "2.15.0/cpu", _NO_WHEEL) for test in _SAY_WHAT_TO_INSTALL),
+    ("test_the_command_says_first_that_nothing_ran_on_a_device", "2.15.0/cpu", _NO_GE),
+    ("test_the_users_own_error_is_shown_with_the_users_frames", "2.15.0/cpu", _WORDED),
     ("test_results_are_within_the_stated_bound", "2.1[12].0/*", _DRAWN),
     ("test_bad_input_is_one_line_with_status_2", "2.14.0/*", _ARCHIVE),
     ("test_the_users_own_error_is_shown_with_the_users_frames", "2.14.0/*", _LOGGED),
