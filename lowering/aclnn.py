@@ -107,12 +107,21 @@ def lacking(op: VendorOp, given: Mapping[str, Any]) -> list[str]:
     Raises:
         RuntimeError: the operator does not exist at all.
     """
-    theirs = npu_operator(op.name)._schema.arguments
-    newest = torch._C.parse_schema(f"npu::{op.schema}")  # noqa: SLF001
-    by_position = [a for a in theirs if not a.kwarg_only]  # whatever they are called there
-    known = {a.name for a in theirs} | {a.name for a, _ in zip(newest.arguments, by_position, strict=False)}
-    defaults = vars(bound(newest, (), {}))
-    return [k for k, v in given.items() if k not in known and k in defaults and v != defaults[k]]
+    theirs, defaults = _their_arguments(op), vars(bound(_newest(op), (), {}))
+    return [k for k, v in given.items() if k not in theirs and k in defaults and v != defaults[k]]
+
+
+def _their_arguments(op: VendorOp) -> dict[str, torch.Argument]:
+    """This torch_npu's arguments by the newest one's names: in the same place one may be called otherwise."""
+    theirs, newest = npu_operator(op.name)._schema.arguments, _newest(op).arguments
+    own, names = {a.name: a for a in theirs}, {a.name for a in newest}
+    places = zip(newest, (a for a in theirs if not a.kwarg_only), strict=False)
+    renamed = {a.name: t for a, t in places if a.name not in own and t.name not in names}
+    return own | renamed
+
+
+def _newest(op: VendorOp) -> torch.FunctionSchema:
+    return torch._C.parse_schema(f"npu::{op.schema}")  # noqa: SLF001
 
 
 def _looks_transposed(t: torch.Tensor) -> bool:
@@ -164,8 +173,12 @@ class _AclnnGraph:
                 f"not have. Install a newer torch_npu ({install_line()}), or keep the site as it is: "
                 f"leave=({node.meta.get('quantpass', 'its name')!r},)"
             )
-        defaults = {p.name: p.default_value for p in target._schema.arguments}
-        given = {k: v for k, v in keywords.items() if k in defaults and (isinstance(v, Node) or v != defaults[k])}
+        theirs = _their_arguments(op)
+        given = {
+            theirs[k].name: v
+            for k, v in keywords.items()
+            if k in theirs and (isinstance(v, Node) or v != theirs[k].default_value)
+        }
         with self._graph.inserting_before(node):
             new = self._graph.create_node("call_function", target, args, given, name=op.name)
         new.meta.update(node.meta)

@@ -286,6 +286,45 @@ def test_an_argument_that_an_older_torch_npu_lacks_is_named():
         lower_to_aclnn(gm)
 
 
+@pytest.fixture
+def older_matmul(monkeypatch):
+    """``npu_weight_quant_batchmatmul`` with an edit of its schema, as an older torch_npu might have it."""
+    library, newest = torch.library.Library("quantpass_older_npu", "DEF"), torch.ops.npu.npu_weight_quant_batchmatmul
+    schema = str(newest.default._schema).removeprefix("npu::")
+
+    def make(before, after):
+        library.define(schema.replace(before, after))
+        library.impl(newest.__name__, lambda *args, **_: newest(*args), "CompositeExplicitAutograd")
+        older = torch.ops.quantpass_older_npu.npu_weight_quant_batchmatmul.default
+        assert str(older._schema) != str(newest.default._schema)
+        monkeypatch.setattr("quantpass.lowering.aclnn.npu_operator", lambda name: older)
+        return older
+
+    yield make
+    library._destroy()
+
+
+def with_offset():
+    ops = torch.ops.quantpass
+    x, w = torch.randn(4, 32).half(), torch.randint(-128, 128, (16, 32), dtype=torch.int8)
+    s, o = (torch.rand(16) * 0.01).half(), torch.full((16,), 2.0).half()
+    return traced(lambda x, w, s, o: ops.weight_quant_matmul(x, w, s, o, transpose_weight=True), x, w, s, o)
+
+
+def test_an_argument_that_an_older_torch_npu_calls_otherwise_is_given_by_that_name(older_matmul):
+    older = older_matmul("Tensor? antiquant_offset", "Tensor? offset")
+    gm = with_offset()
+    lower_to_aclnn(gm)
+    (call,) = gm.graph.find_nodes(op="call_function", target=older)
+    assert [*call.kwargs] == ["offset"]
+
+
+def test_an_argument_behind_one_that_is_not_there_is_not_taken_for_it(older_matmul):
+    older_matmul("Tensor? antiquant_offset=None, ", "")
+    with pytest.raises(RuntimeError, match=r"npu_weight_quant_batchmatmul with antiquant_offset, which this torch_npu"):
+        lower_to_aclnn(with_offset())
+
+
 def test_without_the_vendors_operators_the_error_says_what_to_install():
     code = """
         import torch, quantpass as qp
