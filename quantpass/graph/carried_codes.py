@@ -17,14 +17,13 @@ That is so of numbers; of what computes with them:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Node
 
-from quantpass.graph.grids import Grid, dense
+from quantpass.graph.grids import Grid
 from quantpass.graph.instructions import Add, Cast, Multiply, Operand
 from quantpass.graph.row_blocks import Key, RowBlocks, Step, shape_of
 from quantpass.graph.row_rules import NotByRows
@@ -76,7 +75,7 @@ class CarriedCodes:
         self._blocks = blocks
         self._source: dict[Key, Key] = {}  # of sums, products and casts: the operand whose codes they pass on
         self._follow()
-        self._order = self._needed()
+        self._order = blocks.needed(self._inputs)
 
     @property
     def is_stored(self) -> bool:
@@ -88,25 +87,20 @@ class CarriedCodes:
 
     def value(self, rows: slice) -> torch.Tensor:
         """The codes of the elements of ``rows``, in the integers of the graph."""
-        env: dict[Key, Any] = {}
-        last = {i: key for key in self._order for i in self._inputs(key)}
-        for key in self._order:
-            step = self._blocks.steps[key]
-            if key in self._source:
-                env[key] = _held(env[self._source[key]]).expanded(shape_of(step, key[2], rows))
-            else:
-                env[key] = self._blocks.compute(key, step, rows, env)
-            for i in self._inputs(key):
-                if last[i] == key:
-                    env.pop(i, None)
-        return _held(env[self._blocks.result]).dense()
+
+        def compute(key: Key, env: Mapping[Key, Grid]) -> Grid:
+            if key not in self._source:
+                return self._blocks.compute(key, rows, env)
+            return env[self._source[key]].expanded(shape_of(self._blocks.steps[key], key[2], rows))
+
+        return self._blocks.run(self._order, self._inputs, compute).dense()
 
     def _follow(self) -> None:
         """Find what carries codes, and what these went through."""
         found: dict[Key, _Arithmetic] = {}
         for key in self._blocks.order:
             step = self._blocks.steps[key]
-            if key[1] and key[0] in self._blocks.cuts:
+            if self._blocks.is_cut(key):
                 if not _is_integers(key[0]):
                     raise NotByRows(f"{key[0].name} holds no integers")
                 found[key] = _Arithmetic()
@@ -160,17 +154,8 @@ class CarriedCodes:
                 wide = any(_is_double(o) for o in operands if o is not own[0])
                 return (own[0] if kept else None), before.then(0, 1, wide)
 
-    def _inputs(self, key: Key) -> list[Key]:
-        return [self._source[key]] if key in self._source else [*self._blocks.steps[key].inputs.values()]
-
-    def _needed(self) -> list[Key]:
-        seen, todo = {self._blocks.result}, [self._blocks.result]
-        while todo:
-            for i in self._inputs(todo.pop()):
-                if i not in seen:
-                    seen.add(i)
-                    todo.append(i)
-        return [key for key in self._blocks.order if key in seen]
+    def _inputs(self, key: Key) -> Iterable[Key]:
+        return (self._source[key],) if key in self._source else self._blocks.inputs(key)
 
 
 def _moves(node: Node, carrying: set[Node]) -> bool:
@@ -194,7 +179,3 @@ def _is_integers(node: Node) -> bool:
 
 def _is_number(node: Node) -> bool:
     return node.meta["val"].dtype.is_floating_point or _is_integers(node)
-
-
-def _held(value: Any) -> Grid:
-    return value if isinstance(value, Grid) else dense(value)

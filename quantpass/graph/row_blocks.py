@@ -11,7 +11,7 @@ What an operator does to rows is told by :mod:`quantpass.graph.row_rules`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -53,6 +53,8 @@ _MOST = 1 << 21
 
 Key: TypeAlias = tuple[Node, bool, int | None]
 """A node, whether it is computed in float64, and along which dimension its rows lie (None: it is needed whole)."""
+
+_Inputs: TypeAlias = Callable[[Key], Iterable[Key]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +105,10 @@ class RowBlocks:
         self.result: Key = (node, wide, dim)
         self.steps: dict[Key, Step] = {}
         self.order = self._planned(self.result)
-        self._whole: dict[Key, Any] = {}
+        self._whole: dict[Key, Grid] = {}
         self._held: float | None = None
         self._runs: dict[Node, int] = {}
-        self._probed = self._needed(stop=self.cuts)
+        self._probed = self.needed(self._probed_inputs)
 
     def __iter__(self) -> Iterator[slice]:
         """The blocks, in order."""
@@ -129,11 +131,21 @@ class RowBlocks:
 
     def value(self, rows: slice) -> torch.Tensor:
         """The value's part ``rows``."""
-        return self._run(rows, self.order, None).dense()
+        return self.run(self.order, self.inputs, lambda key, env: self.compute(key, rows, env)).dense()
 
     def with_codes(self, rows: slice, code: int) -> Grid:
         """The same with ``code`` in place of every element of the cuts."""
-        return self._run(rows, self._probed, code)
+
+        def compute(key: Key, env: Mapping[Key, Grid]) -> Grid:
+            if self.is_cut(key):
+                step = self.steps[key]
+                return _filled(step.node, shape_of(step, key[2], rows), code)
+            return self.compute(key, rows, env)
+
+        return self.run(self._probed, self._probed_inputs, compute)
+
+    def _probed_inputs(self, key: Key) -> Iterable[Key]:
+        return () if self.is_cut(key) else self.inputs(key)
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
@@ -150,14 +162,19 @@ class RowBlocks:
                 stack.extend((i, False) for i in step.inputs.values())
         return order
 
-    def _needed(self, stop: frozenset[Node]) -> list[Key]:
-        """What the result needs where nodes of ``stop`` are given."""
+    def inputs(self, key: Key) -> Iterable[Key]:
+        """What ``key`` is computed from."""
+        return self.steps[key].inputs.values()
+
+    def is_cut(self, key: Key) -> bool:
+        """True for a cut, where it is part of the value in float64."""
+        return key[1] and key[0] in self.cuts
+
+    def needed(self, inputs: _Inputs) -> list[Key]:
+        """What the result needs, in the order of computing, where a key needs ``inputs``."""
         seen, todo = {self.result}, [self.result]
         while todo:
-            key = todo.pop()
-            if key[0] in stop and key[1]:
-                continue
-            for i in self.steps[key].inputs.values():
+            for i in inputs(todo.pop()):
                 if i not in seen:
                     seen.add(i)
                     todo.append(i)
@@ -229,22 +246,20 @@ class RowBlocks:
 
     # -- running -------------------------------------------------------------------------------------------------------
 
-    def _run(self, rows: slice, order: list[Key], code: int | None) -> Grid:
-        env: dict[Key, Any] = {}
-        last = {i: key for key in order for i in self.steps[key].inputs.values()}
+    def run(self, order: list[Key], inputs: _Inputs, compute: Callable[[Key, Mapping[Key, Grid]], Grid]) -> Grid:
+        """The result, each key of ``order`` computed from its ``inputs``, which are kept no longer than needed."""
+        env: dict[Key, Grid] = {}
+        last = {i: key for key in order for i in inputs(key)}
         for key in order:
-            step = self.steps[key]
-            if code is not None and key[1] and key[0] in self.cuts:
-                env[key] = _filled(step.node, shape_of(step, key[2], rows), code)
-                continue
-            env[key] = self.compute(key, step, rows, env)
-            for i in step.inputs.values():
+            env[key] = compute(key, env)
+            for i in inputs(key):
                 if last[i] == key:
                     env.pop(i, None)
-        found = env[self.result]
-        return found if isinstance(found, Grid) else dense(found)
+        return env[self.result]
 
-    def compute(self, key: Key, step: Step, rows: slice, env: Mapping[Key, Any]) -> Any:
+    def compute(self, key: Key, rows: slice, env: Mapping[Key, Grid]) -> Grid:
+        """``rows`` of one key, from its inputs."""
+        step = self.steps[key]
         node, wide, dim = key
         if step.kind == "whole":
             if key not in self._whole:
