@@ -25,7 +25,6 @@ from quantpass.patterns.column_lines import (
     Again,
     Codes,
     Layout,
-    Lines,
     Nonlinear,
     OnlyWhole,
     SoFar,
@@ -63,22 +62,22 @@ def read_by_structure(
     source = source_of(cuts)
     read = SoFar(Codes(shape, int8_matrix(values, source, shape)))
     try:
-        shift = _take_in(blocks, blocks.carried(), read.codes)
-        bounds = read.codes.low + shift, read.codes.high + shift
-        if bounds[0] >= 0 and bounds[1] <= 1:
-            return None  # binary weights have a reading of their own
-        layout = None
+        carried, found, layout = blocks.carried(), [], None
         for columns in _ahead(blocks):
             at = probed(blocks, columns)
-            layout = layout or Layout(_group(at, same), None, shift)
-            lines = lines_of(at, layout, same)
-            if not _are_one(blocks, columns, lines, {*bounds}, same):
-                return None
-            read.scales.append(lines.step)
-            read.zeros.append(lines.zero - shift)
+            layout = layout or Layout(_group(at, same), None, 0)
+            found.append((columns, lines_of(at, layout, same)))
+        assert layout is not None
+        shift = _take_in(blocks, carried, read.codes)
+        codes = {read.codes.low + shift, read.codes.high + shift}
+        if min(codes) >= 0 and max(codes) <= 1:
+            return None  # binary weights have a reading of their own
+        if not all(_are_one(blocks, columns, lines.step, lines.zero, codes, same) for columns, lines in found):
+            return None
     except (NotByRows, OnlyWhole, Nonlinear, Again, RuntimeError, IndexError):
         return None
-    assert layout is not None
+    read.scales.extend(lines.step for _, lines in found)
+    read.zeros.extend(lines.zero - shift for _, lines in found)
     return put_together(read, layout, shape, source.name)
 
 
@@ -114,9 +113,9 @@ def is_proved_by_structure(
             return False
         at = {0, *(int(bound) for bound in torch.aminmax(codes))}
         zero = torch.zeros(1, dtype=torch.float64) if zero_point is None else zero_point.double()
-        line = Lines(*(t.reshape(1, -1).expand(1, weight.n) for t in (zero, scale.double(), zero)))
+        step, zero = (t.reshape(1, -1).expand(1, weight.n) for t in (scale.double(), zero))
         return max(at) - min(at) < 256 and all(
-            _are_one(blocks, columns, line.part(columns), at, FLOAT32) for columns in _ahead(blocks)
+            _are_one(blocks, columns, step[:, columns], zero[:, columns], at, FLOAT32) for columns in _ahead(blocks)
         )
     except (NotByRows, RuntimeError, IndexError):
         return False
@@ -177,18 +176,20 @@ def _held_rows(grid: Grid) -> int:
     return held
 
 
-def _are_one(blocks: OperandBlocks, columns: slice, lines: Lines, codes: set[int], same: float) -> bool:
-    """True where the operand with each of ``codes`` in place of all is what the lines say."""
-    groups, n = lines.step.shape
-    k = blocks.rows_of_k
-    parts = ((groups, k // groups), (n,)) if groups > 1 else ((k,), (n,))
-    held = (groups, 1, n) if groups > 1 else (1, n)
-    step, zero = (Grid(t.reshape(held), parts) for t in (lines.step, lines.zero))
-    if bool((lines.zero.abs() > _LARGEST_ZERO).any()):
+def _are_one(
+    blocks: OperandBlocks, columns: slice, step: torch.Tensor, zero: torch.Tensor, codes: set[int], same: float
+) -> bool:
+    """True where the operand with each of ``codes`` in place of all is ``(code - zero) * step``.
+
+    Both parameters are ``(K / group, columns)``.
+    """
+    if bool((zero.abs() > _LARGEST_ZERO).any()):
         return False
-    low, high = (float(bound) for bound in torch.aminmax(lines.step.abs()))
+    low, high = (float(bound) for bound in torch.aminmax(step.abs()))
     if not _STEPS[0] < low <= high < _STEPS[1]:
         return False
+    groups, n = step.shape
+    line = [Grid(t.unsqueeze(1), ((groups, blocks.rows_of_k // groups), (n,))) for t in (step, zero)]
 
     def agree(code: int) -> bool:
         def near(t: list[torch.Tensor]) -> torch.Tensor:
@@ -196,6 +197,6 @@ def _are_one(blocks: OperandBlocks, columns: slice, lines: Lines, codes: set[int
             slack = ((zero.abs() + abs(code) + 1) * same).clamp(max=TOLERANCE) * step.abs()
             return ((code - zero) * step - value).abs() <= slack  # NaN is not
 
-        return bool(pointwise(near, [blocks.with_codes(columns, code), step, zero]).tensor.all())
+        return bool(pointwise(near, [blocks.with_codes(columns, code), *line]).tensor.all())
 
     return all(agree(code) for code in codes)

@@ -77,13 +77,11 @@ def _in_blocks(values: StaticValues, operand: Operand, rules: RowRules | None) -
             if told is not None:
                 return told
             if not operand.is_large:
-                continue
+                return None
             found = read_in_blocks(values, blocks, cuts, shape, same)
             if not isinstance(found, NotAffine):
                 return found
             problem = found
-    if not operand.is_large:
-        return None
     finite = blocks is not None and all(bool(torch.isfinite(blocks.value(columns)).all()) for columns in blocks)
     return problem if finite else None
 

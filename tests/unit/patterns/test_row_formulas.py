@@ -9,8 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantpass.graph import row_blocks
+from quantpass.graph.carried_codes import CarriedCodes
 from quantpass.graph.row_blocks import RowBlocks
+from quantpass.patterns.operands import Operand, OperandBlocks
+from quantpass.patterns.weights_by_structure import read_by_structure
+from quantpass.patterns.weights_in_blocks import read_in_blocks
 from tests.unit.graphs import Traced
+from tests.unit.patterns.test_weights_in_blocks import same as same_weight
 
 qd = torch.ops.quantized_decomposed
 BOUNDS = 0, 127  # not used in the arithmetic
@@ -128,3 +133,37 @@ def test_parameters_stay_small(spelling):
     assert of_ones.tensor.numel() == (64 if spelling is per_channel else 256)
     ones = t.values.widened(t.result, {cut: torch.ones_like(codes)})
     assert torch.equal(of_ones.dense().float(), ones.float())
+
+
+@pytest.mark.parametrize("spelling", ALL)
+@settings(max_examples=40, deadline=None)
+@given(weight=weights())
+def test_formulas_are_lines_over_their_codes(spelling, weight):
+    """As they say: what they give for a code is between what they give for two others, and codes keep their places."""
+    if spelling in OF_TORCHAO:
+        pytest.importorskip("torchao.quantization.quant_primitives")
+    codes, scale, zero = weight
+    t = traced(spelling(codes, scale, zero.int() if zero.dtype == torch.int8 else zero))  # in int8 it wraps around
+    dim = 1 if spelling is affine_of_columns else 0
+    blocks = RowBlocks(t.values, t.result, dim, t.dialects.rows, cuts=t.inputs[:1])
+    rows, info = slice(0, blocks.rows), torch.iinfo(codes.dtype)
+    assert torch.equal(CarriedCodes(blocks).value(rows), t.values.value(t.inputs[0]))
+    first, last = (blocks.with_codes(rows, code).dense() for code in (info.min, info.max))
+    for code in range(info.min, info.max, 17):
+        between = first + (last - first) * (code - info.min) / 255
+        assert torch.allclose(blocks.with_codes(rows, code).dense(), between, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("spelling", ALL)
+@settings(max_examples=40, deadline=None)
+@given(weight=weights(), same=st.sampled_from([1e-9, 1e-6]))
+def test_weights_that_wrap_around_are_read_as_every_element_tells(spelling, weight, same):
+    if spelling in OF_TORCHAO:
+        pytest.importorskip("torchao.quantization.quant_primitives")
+    t = traced(spelling(*weight))
+    operand, cuts = Operand(t.result, spelling is not affine_of_columns), t.inputs[:1]
+    blocks = OperandBlocks(t.values, operand, t.dialects.rows, cuts)
+    shape = (blocks.rows_of_k, blocks.all.stop)
+    structure = read_by_structure(t.values, blocks, cuts, shape, same)
+    elements = read_in_blocks(t.values, blocks, cuts, shape, same)
+    assert structure is None or same_weight(structure, elements)
