@@ -127,11 +127,11 @@ class CompiledGraph:
 
     def _find(self, args: list[Any]) -> _Variant:
         weights = _Weights(args, self._attributes, self._contents)
-        for position, variant in enumerate(self._variants):
-            if variant.holds_for(weights):
-                if position:
-                    self._variants.insert(0, self._variants.pop(position))
-                return variant
+        with real_tensors():
+            position = next((i for i, variant in enumerate(self._variants) if variant.holds_for(weights)), None)
+        if position is not None:
+            self._variants.insert(0, self._variants.pop(position))
+            return self._variants[0]
         # What was made from memory that is gone would be kept for nothing while weights are streamed.
         self._variants = [v for v in self._variants if not v.is_freed]
         gm = self._pristine.module()
@@ -161,9 +161,8 @@ class CompiledGraph:
         fused = dump(gm)
         formats = carry_out(gm, outcome, self._options, constants)
         read = [n for n in leaves if n in outcome.leaves or n in constants.consulted]
-        seen = {
-            place[n]: Seen.now(leaves[n], self._contents) for n in read
-        }  # now: a cast gives a parameter other memory
+        with real_tensors():  # now: a cast gives a parameter other memory
+            seen = {place[n]: Seen.now(leaves[n], self._contents) for n in read}
         self._on_outcome(outcome, fused, formats)
         shapes = {place[n]: t.shape for n, t in leaves.items()} if sizes else {}
         return _Variant(seen, shapes, self._inner(gm, fake_inputs, constants.inputs), constants.inputs)

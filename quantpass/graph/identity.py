@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from quantpass.graph.torch_internals import StorageWeakRef, no_data_reason, real_tensors, storage_key
+from quantpass.graph.torch_internals import StorageWeakRef, no_data_reason, storage_key
 
 State = tuple[Hashable, ...]
 
@@ -29,6 +29,8 @@ def state_of(t: torch.Tensor, contents: bool = True) -> State:
     Args:
         t: the tensor.
         contents: read the values where that is possible (on a CPU); otherwise what the module says of a device holds.
+
+    To be asked inside :func:`~quantpass.graph.torch_internals.real_tensors`: entering that takes longer than a tensor.
     """
     why = no_data_reason(t)
     if why:
@@ -40,18 +42,17 @@ def state_of(t: torch.Tensor, contents: bool = True) -> State:
 
 
 def _contents_count(t: torch.Tensor, contents: bool) -> bool:
-    return t.device.type == "cpu" and (contents or t.is_inference())  # that has no version
+    return t.is_cpu and (contents or t.is_inference())  # that has no version
 
 
 def _hash(t: torch.Tensor) -> int:
-    with torch.no_grad(), real_tensors():
-        plain = t.detach()
-        if type(plain) is not torch.Tensor:
-            plain = plain.as_subclass(torch.Tensor)
-        dense = plain.resolve_conj().resolve_neg().contiguous()
-        # Not through NumPy: a tensor that has been an array once can't be resized any more.
-        memory = (ctypes.c_ubyte * dense.nbytes).from_address(dense.data_ptr()) if dense.numel() else b""
-        return xxhash.xxh3_64_intdigest(memory)
+    plain = t.detach()
+    if type(plain) is not torch.Tensor:
+        plain = plain.as_subclass(torch.Tensor)
+    dense = plain.resolve_conj().resolve_neg().contiguous()
+    # Not through NumPy: a tensor that has been an array once can't be resized any more.
+    memory = (ctypes.c_ubyte * dense.nbytes).from_address(dense.data_ptr()) if dense.numel() else b""
+    return xxhash.xxh3_64_intdigest(memory)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
