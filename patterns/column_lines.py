@@ -140,8 +140,8 @@ def probed(blocks: OperandBlocks, columns: slice) -> list[Grid]:
         raise Nonlinear from None
 
 
-def lines_of(at: Sequence[Grid], layout: Layout, same: float) -> Lines:
-    """The lines through the columns with the codes 0, 1 and 2."""
+def check_straight(at: Sequence[Grid], same: float) -> None:
+    """Raise where the columns with the code 2 are not on the line through those with 0 and 1."""
 
     def straight(t: list[torch.Tensor]) -> torch.Tensor:
         step = t[1] - t[0]
@@ -149,6 +149,10 @@ def lines_of(at: Sequence[Grid], layout: Layout, same: float) -> Lines:
 
     if not bool(pointwise(straight, at).tensor.all()):
         raise Nonlinear
+
+
+def lines_of(at: Sequence[Grid], layout: Layout, same: float) -> Lines:
+    """The lines through the columns with the codes 0 and 1."""
     step = pointwise(lambda t: t[1] - t[0], at[:2])
     if not bool(step.tensor.all()):
         raise OnlyWhole  # a column without a scale

@@ -30,7 +30,6 @@ from quantpass.patterns.column_lines import (
     SoFar,
     int8_matrix,
     lines_of,
-    probed,
     put_together,
 )
 from quantpass.patterns.operands import CodesOfColumns, Operand, OperandBlocks
@@ -64,7 +63,7 @@ def read_by_structure(
     try:
         carried, found, layout = blocks.carried(), [], None
         for columns in _ahead(blocks):
-            at = probed(blocks, columns)
+            at = [blocks.with_codes(columns, code) for code in (0, 1)]
             layout = layout or Layout(_group(at, same), None, 0)
             found.append((columns, lines_of(at, layout, same)))
         assert layout is not None

@@ -36,6 +36,7 @@ from quantpass.patterns.column_lines import (
     Nonlinear,
     OnlyWhole,
     SoFar,
+    check_straight,
     int8_matrix,
     lines_of,
     probed,
@@ -89,7 +90,9 @@ def _read(blocks: OperandBlocks, read: SoFar, layout: Layout | None, same: float
             layout = _layout_of(line_through(at, actual, same), same)
         if lines is None or columns.stop > held.stop:
             held = blocks.ahead(columns)
-            lines = lines_of(probed(blocks, held), layout, same)
+            few = probed(blocks, held)
+            check_straight(few, same)
+            lines = lines_of(few, layout, same)
             read.scales.append(lines.step)
             read.zeros.append(lines.zero - layout.shift)
         own = lines.part(slice(columns.start - held.start, columns.stop - held.start))

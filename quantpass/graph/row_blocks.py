@@ -123,6 +123,8 @@ class RowBlocks:
 
     def ahead(self, rows: slice) -> slice:
         """``rows`` and as many blocks behind them as :meth:`with_codes` can give at once: it may be far smaller."""
+        if self.rows * self._width <= _MOST:
+            return slice(rows.start, self.rows)
         if self._held is None:
             found = self.with_codes(rows, 0)
             self._held = found.tensor.numel() / ((rows.stop - rows.start) * self._width)

@@ -121,6 +121,14 @@ def test_codes_in_place_of_the_cuts():
     assert found.ahead(slice(0, 3)) == slice(0, 16)
 
 
+@pytest.mark.parametrize(("scale", "ahead"), [((4096, 1), 64), ((4096, 1024), 1)])
+def test_as_many_rows_ahead_as_what_they_hold_allows(scale, ahead):
+    codes = torch.ones(4096, 1024, dtype=torch.int8)
+    t = Traced(lambda c, s: c.float() * s, codes, torch.ones(scale), known=2)
+    found = RowBlocks(t.values, t.result, 0, cuts=[t.inputs[0]])
+    assert found.ahead(slice(0, 1)) == slice(0, ahead)
+
+
 def test_a_leaf_that_was_read_is_one_that_decisions_rest_on():
     t, found = blocks(lambda c, s: c.float() * s, CODES, SCALE)
     found.value(slice(0, 1))
