@@ -3,13 +3,16 @@
 The fit is least squares: with the codes given, the best scale of a column is ``<w, q> / <q, q>``, and with the scale
 given, the best codes are the nearest. Several scales to start from are tried. What the fit costs is measured on every
 element, against the value that the graph gives it.
+
+Elements of one group with one code are one value. Where that makes far fewer values than elements, as with 16 codes
+in groups of 128, each value is fitted once and counts as often as it is there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,7 +28,7 @@ More than there are would clip it, for finer steps of the others: with 8 bits th
 than an operator takes.
 """
 
-_ELEMENTS = 1 << 17
+_ELEMENTS = 1 << 18
 
 SAMPLE = 128
 """How many columns of a weight are fitted at most to say what a permission that nobody has given might cost."""
@@ -55,11 +58,10 @@ def refit(source: Weight | Callable[[], torch.Tensor], *, thorough: bool = True)
     codes, scales = torch.zeros(n, k, dtype=torch.int8), torch.zeros(n, dtype=torch.float64)
     costs = []
     for columns in _columns_at_a_time(k, n):
-        w = value[:, columns].t().contiguous() if value is not None else _columns(source, columns)  # type: ignore[arg-type]
-        found = _fitted(w, thorough)
+        found = _fitted(_values(source, value, columns), thorough)
         if found is None:
             return None
-        codes[columns], scales[columns] = found[0].to(torch.int8), found[1]
+        codes[columns], scales[columns] = found[0], found[1]
         costs.append(found[2])
     return _as_weight(codes, scales, _together(costs))
 
@@ -75,26 +77,56 @@ def refit_of_sample(source: Weight | Callable[[], torch.Tensor]) -> Weight | Non
         return refit(source, thorough=False)
     step = -(-n // SAMPLE)
     some = slice(0, n, step)
-    w = value[:, some].t().double() if value is not None else _columns(source, some)  # type: ignore[arg-type]
-    found = _fitted(w.contiguous(), thorough=False)
+    found = _fitted(_values(source, value, some), thorough=False)
     if found is None:
         return None
     codes = torch.full((1, 1), _LEVELS, dtype=torch.int8).expand(n, k)
-    cost = replace(found[2], columns=w.shape[0])
+    cost = replace(found[2], columns=len(range(n)[some]))
     return _as_weight(codes, found[1].repeat_interleave(step)[:n], cost)
 
 
-def _fitted(w: torch.Tensor, thorough: bool) -> tuple[torch.Tensor, torch.Tensor, Refit] | None:
-    """Codes and scales of columns ``(n, K)``, and what they cost; None where an element is not finite."""
-    if not bool(torch.isfinite(w).all()):
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """The values of some columns, each a row.
+
+    Attributes:
+        each: ``(n, T)`` float64: the elements in the order of K, or the different values.
+        counts: how often each value is there; None for elements.
+        index: which value each element is, in ``each`` flattened, ``(n, K)`` int32; None for elements.
+        order: where along K each element of ``index`` belongs; None for its own place.
+    """
+
+    each: torch.Tensor
+    counts: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+
+    def total(self, of_each: torch.Tensor) -> torch.Tensor:
+        """The sum over a column's elements."""
+        counts = self.counts
+        found: torch.Tensor = (of_each if counts is None else of_each * counts.to(of_each.dtype)).sum(1)
+        return found
+
+    def elements(self, of_each: torch.Tensor) -> torch.Tensor:
+        """``(n, K)``: of each element what ``of_each`` holds for its value."""
+        if self.index is None:
+            return of_each
+        found = of_each.flatten().index_select(0, self.index.flatten()).view(self.index.shape)
+        return found if self.order is None else torch.empty_like(found).index_copy_(1, self.order, found)
+
+
+def _fitted(w: _Values, thorough: bool) -> tuple[torch.Tensor, torch.Tensor, Refit] | None:
+    """Codes ``(n, K)`` and scales of columns, and what they cost; None where an element is not finite."""
+    if not bool(torch.isfinite(w.each).all()):
         return None
     s = _fit(w, thorough)
-    q = _nearest(w, s)
-    error = torch.addcmul(w, q, s[:, None], value=-1)
-    signal, noise, size = w.square().sum(1), error.square().sum(1), w.abs().sum(1)
+    q = _nearest(w.each, s)
+    error = torch.addcmul(w.each, q, s[:, None], value=-1)
+    signal, noise, size = w.total(w.each.square()), w.total(error.square()), w.total(w.each.abs())
     sqnr = float(torch.where(noise == 0, math.inf, 10 * (signal / noise).log10()).min())
-    growth = float(torch.where(size > 0, q.abs().sum(1) * s / size, 0.0).max())
-    return q, s, Refit(sqnr, float(error.abs().max()), float(w.abs().max()), growth)
+    growth = float(torch.where(size > 0, w.total(q.abs()) * s / size, 0.0).max())
+    cost = Refit(sqnr, float(error.abs().max()), float(w.each.abs().max()), growth)
+    return w.elements(q.to(torch.int8)), s, cost
 
 
 def _together(costs: list[Refit]) -> Refit:
@@ -121,37 +153,72 @@ def _columns_at_a_time(k: int, n: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-def _columns(weight: Weight, columns: slice) -> torch.Tensor:
-    """Some columns of a weight's value, as rows ``(n, K)`` in float64, each in the graph's order."""
-    assert isinstance(weight.codes, Const)
-    assert isinstance(weight.scale, Const)
-    codes = weight.codes.tensor
-    w = (codes[columns] if weight.transposed else codes[:, columns].t()).double()
-    if isinstance(weight.zero_point, Const):
-        w = w - _of_columns(weight, weight.zero_point.tensor, columns)
-    w = w * _of_columns(weight, weight.scale.tensor, columns)
+def _values(source: Weight | Callable[[], torch.Tensor], value: torch.Tensor | None, columns: slice) -> _Values:
+    """Some columns of a weight, or of its value ``(K, N)`` where that is given."""
+    if value is not None:
+        return _Values(value[:, columns].t().double().contiguous())
+    assert isinstance(source, Weight)
+    assert isinstance(source.codes, Const)
+    codes = source.codes.tensor
+    codes = codes[columns] if source.transposed else codes[:, columns].t().contiguous()
+    low, high = (int(bound) for bound in torch.aminmax(codes))
+    few = 2 * (high - low + 1) <= (source.group_size or source.k)
+    if few and source.k_scale is None:
+        return _counted(source, columns, codes, low, high)
+    return _all(source, columns, codes)
+
+
+def _counted(weight: Weight, columns: slice, codes: torch.Tensor, low: int, high: int) -> _Values:
+    """The different values of ``codes``, ``(n, K)`` between ``low`` and ``high``."""
+    (n, k), levels = codes.shape, high - low + 1
+    group = weight.group_size or k
+    groups = -(-k // group)
+    first = torch.arange(n, dtype=torch.int32)[:, None] * groups + torch.arange(k, dtype=torch.int32) // group
+    index = codes + (first * levels - low)
+    counts = torch.bincount(index.flatten(), minlength=n * groups * levels).view(n, -1).double()
+    each = torch.arange(low, high + 1, dtype=torch.float64)
+    if weight.zero_point is not None:
+        each = each - _of_groups(weight.zero_point, columns)
+    each = (each * _of_groups(weight.scale, columns)).expand(n, groups, levels).flatten(1)
+    return _Values(torch.where(counts > 0, each, 0.0), counts, index, weight.k_order)
+
+
+def _of_groups(parameter: ex.Expr, columns: slice) -> torch.Tensor:
+    """A scale or zero point as it meets ``(n, groups, codes)``."""
+    assert isinstance(parameter, Const)
+    wide = parameter.tensor.double()
+    if wide.dim() == 2:
+        return wide[:, columns].t().unsqueeze(2)
+    return wide if wide.numel() == 1 else wide[columns, None, None]
+
+
+def _all(weight: Weight, columns: slice, codes: torch.Tensor) -> _Values:
+    """Every element of its own, each computed in the graph's order."""
+    groups = torch.arange(weight.k) // weight.group_size if weight.group_size else torch.tensor([0])
+    w = codes.double()
+    if weight.zero_point is not None:
+        w = w - _of_columns(weight.zero_point, columns, groups)
+    w = w * _of_columns(weight.scale, columns, groups)
     if weight.k_scale is not None:
         w = w * weight.k_scale
-    return w.contiguous() if weight.k_order is None else torch.empty_like(w).index_copy_(1, weight.k_order, w)
+    return _Values(w if weight.k_order is None else torch.empty_like(w).index_copy_(1, weight.k_order, w))
 
 
-def _of_columns(weight: Weight, parameter: torch.Tensor, columns: slice) -> torch.Tensor:
-    """A scale or zero point as it meets ``(n, K)`` codes."""
-    wide = parameter.double()
-    if wide.dim() == 2:
-        return wide[:, columns].t()[:, torch.arange(weight.k) // weight.group_size]
-    return wide if wide.numel() == 1 else wide[columns, None]
+def _of_columns(parameter: ex.Expr, columns: slice, groups: torch.Tensor) -> torch.Tensor:
+    """The same as it meets ``(n, K)`` codes."""
+    found = _of_groups(parameter, columns)
+    return found[:, groups, 0] if found.dim() == 3 else found
 
 
-def _fit(w: torch.Tensor, thorough: bool) -> torch.Tensor:
-    """Scales ``(n,)`` for the rows of ``w``; 0 for a row of zeros."""
-    largest = w.abs().amax(1)
-    unit = (w / largest[:, None]).nan_to_num(0.0).float()  # rows within [-1, 1]: the search needs no more digits
+def _fit(w: _Values, thorough: bool) -> torch.Tensor:
+    """Scales ``(n,)`` for columns; 0 for a column of zeros."""
+    largest = w.each.abs().amax(1)
+    unit = replace(w, each=(w.each / largest[:, None]).nan_to_num(0.0).float())  # in [-1, 1]: no more digits are needed
     best = torch.full_like(largest, 1 / _LEVELS).float()
     least = torch.full_like(best, math.inf)
     for steps in _STEPS if thorough else _STEPS[:1]:
         s = _least_squares(unit, torch.full_like(best, 1 / steps))
-        error = torch.addcmul(unit, _nearest(unit, s), s[:, None], value=-1).square_().sum(1)
+        error = unit.total(torch.addcmul(unit.each, _nearest(unit.each, s), s[:, None], value=-1).square_())
         best, least = torch.where(error < least, s, best), torch.minimum(error, least)
     scale = largest * best.double()
     # float16 holds the scales that the chips ask for: the codes go with what it holds.
@@ -159,10 +226,10 @@ def _fit(w: torch.Tensor, thorough: bool) -> torch.Tensor:
     return torch.where((half >= _SMALLEST_HALF) & half.isfinite(), half, scale)
 
 
-def _least_squares(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    q = _nearest(w, scale)
-    squares = q.square().sum(1)
-    return torch.where(squares > 0, (w * q).sum(1) / squares, scale)
+def _least_squares(w: _Values, scale: torch.Tensor) -> torch.Tensor:
+    q = _nearest(w.each, scale)
+    squares = w.total(q.square())
+    return torch.where(squares > 0, w.total(w.each * q) / squares, scale)
 
 
 def _nearest(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

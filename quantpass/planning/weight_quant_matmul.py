@@ -270,25 +270,35 @@ def _product_problem(weight: Weight, scale: Expr, offset: Expr | None, dtype: to
     """A weight that overflows when the operator forms ``(codes + offset) * scale``, in ``dtype`` step by step."""
     if not isinstance(scale, Const) or not ex.known(offset):
         return None  # the graph forms this very product
-    low, high = _code_bounds(weight)
-    if isinstance(offset, Const):
-        low, high = ((bound.to(dtype) + offset.tensor).double() for bound in (low, high))
-    largest = torch.maximum(low.abs(), high.abs()) * scale.tensor.double().abs()
     limit = torch.finfo(dtype).max
-    if bool((largest <= limit).all()):
+
+    def largest(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        if isinstance(offset, Const):
+            low, high = ((bound.to(dtype) + offset.tensor).double() for bound in (low, high))
+        return torch.maximum(low.abs(), high.abs()) * scale.tensor.double().abs()
+
+    if bool((largest(*_code_range(weight)) <= limit).all()):
+        return None  # whichever codes the large scales are for
+    reached = largest(*_code_bounds(weight))
+    if bool((reached <= limit).all()):
         return None
     return refuse(
         "wqmm.scale.product",
-        f"codes times scale reach {float(largest.max()):.3g} in the weight",
+        f"codes times scale reach {float(reached.max()):.3g} in the weight",
         want=f"at most {limit:g}, the largest {dtype}",
     )
+
+
+def _code_range(weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and the largest of all codes."""
+    low, high = (torch.tensor(float(bound), dtype=torch.float64) for bound in (weight.low, weight.high))
+    return low, high
 
 
 def _code_bounds(weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
     """Smallest and largest code for each scale: ``(N,)``, or ``(groups, N)``; for all where they are not known."""
     if not isinstance(weight.codes, Const):
-        low, high = (torch.tensor(float(bound), dtype=torch.float64) for bound in (weight.low, weight.high))
-        return low, high
+        return _code_range(weight)
     codes = weight.codes.tensor.t() if weight.transposed else weight.codes.tensor
     if not weight.group_size:
         return codes.amin(0).double(), codes.amax(0).double()

@@ -80,14 +80,15 @@ def test_no_element_is_clipped():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [16, 32, 48])  # in groups of 16 each element is fitted, in larger ones each value
 @pytest.mark.parametrize(
     "form", ["groups", "zero points by group", "order", "scale along K", "channel zero points", "tensor zero point"]
 )
-def test_the_cost_is_that_of_the_graphs_own_weight(form, transposed):
-    c, group, steps = codes(), 16, randn(K // 16, N).abs() + 0.1
+def test_the_cost_is_that_of_the_graphs_own_weight(form, size, transposed):
+    c, group, steps = codes(), size, randn(math.ceil(K / size), N).abs() + 0.1
     zero, order, k_scale = None, None, None
     if form == "zero points by group":
-        zero = torch.randint(-3, 4, (K // group, N)).double()
+        zero = torch.randint(-3, 4, steps.shape, generator=torch.Generator().manual_seed(2)).double()
     elif form == "order":
         order = torch.randperm(K, generator=torch.Generator().manual_seed(1))
     elif form == "scale along K":
@@ -96,8 +97,11 @@ def test_the_cost_is_that_of_the_graphs_own_weight(form, transposed):
         group, steps, zero = 0, steps[0], torch.arange(N).double()
     elif form == "tensor zero point":
         group, steps, zero = 0, steps[0, :1], torch.tensor([3.0]).double()
-    w = c.double() if zero is None else c.double() - (zero.repeat_interleave(16, 0) if zero.dim() == 2 else zero)
-    w = w * (steps.repeat_interleave(16, 0) if steps.dim() == 2 else steps)
+
+    def spread(t):
+        return t.repeat_interleave(size, 0)[:K] if t.dim() == 2 else t
+
+    w = c.double() * spread(steps) if zero is None else (c.double() - spread(zero)) * spread(steps)
     w = w if k_scale is None else w * k_scale[:, None]
     if order is not None:  # row i of the codes is row order[i] of the operand
         w = torch.empty_like(w).index_copy_(0, order, w)
@@ -112,7 +116,22 @@ def test_the_cost_is_that_of_the_graphs_own_weight(form, transposed):
         assert fitted.refit.largest == pytest.approx(float(w.abs().max()), rel=1e-12)
         growth = rebuilt(fitted).abs().sum(0) / w.abs().sum(0)
         assert fitted.refit.growth == pytest.approx(float(growth.max()), rel=1e-12)
-        assert fitted.refit == refit(lambda w=w: w, thorough=thorough).refit
+        of_elements = refit(lambda w=w: w, thorough=thorough)
+        assert torch.equal(fitted.scale.tensor, of_elements.scale.tensor)
+        assert torch.equal(fitted.codes.tensor, of_elements.codes.tensor)
+
+
+def test_what_a_code_that_is_not_there_would_be_does_not_count():
+    c = codes(low=0, high=1)
+    c[:32, 3:] = codes(k=32, n=N - 3)
+    steps = torch.ones(K // 32, N, dtype=torch.float64)
+    steps[0, :3] = 1e308  # seven of them are no number
+    source = weight(c, steps, group=32)
+    fitted, of_elements = refit(source), refit(lambda: c.double() * steps.repeat_interleave(32, 0))
+    assert torch.equal(fitted.codes.tensor, of_elements.codes.tensor)
+    assert fitted.refit.largest == of_elements.refit.largest == 1e308
+    c[0, 0] = 7
+    assert refit(source) is None
 
 
 def test_blocks_of_columns_are_fitted_as_one(monkeypatch):
