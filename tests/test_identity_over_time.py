@@ -330,7 +330,7 @@ def test_what_a_cpu_looks_at_is_the_user_s_choice(compare, seen):
 
 
 def still(seen, t):
-    return seen.is_still(t, identity.state_of(t))
+    return seen.is_still(t)
 
 
 def test_identity_on_a_device_is_the_tensor_its_memory_and_its_version(monkeypatch):

@@ -44,18 +44,18 @@ _Place = int | str
 class _Weights:
     """The tensors of one call, and what is known of each; looked at once, however many variants ask."""
 
-    def __init__(self, args: Sequence[Any], attributes: dict[str, torch.Tensor], contents: bool) -> None:
-        self._args, self._attributes, self._contents = args, attributes, contents
-        self._states: dict[_Place, State] = {}
+    def __init__(self, args: Sequence[Any], attributes: dict[str, torch.Tensor]) -> None:
+        self._args, self._attributes = args, attributes
+        self._states: dict[int, State] = {}
 
     def at(self, place: _Place) -> torch.Tensor:
         tensor: torch.Tensor = self._args[place] if isinstance(place, int) else self._attributes[place]
         return tensor
 
-    def state(self, place: _Place) -> State:
-        if place not in self._states:
-            self._states[place] = state_of(self.at(place), self._contents)
-        return self._states[place]
+    def state(self, tensor: torch.Tensor) -> State:
+        if id(tensor) not in self._states:
+            self._states[id(tensor)] = state_of(tensor)
+        return self._states[id(tensor)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class _Variant:
 
     def holds_for(self, weights: _Weights) -> bool:
         return all(weights.at(place).shape == shape for place, shape in self.shapes.items()) and all(
-            seen.is_still(weights.at(place), weights.state(place)) for place, seen in self.seen.items()
+            seen.is_still(weights.at(place), weights.state) for place, seen in self.seen.items()
         )
 
     @property
@@ -126,7 +126,7 @@ class CompiledGraph:
         return variant.run(inputs)
 
     def _find(self, args: list[Any]) -> _Variant:
-        weights = _Weights(args, self._attributes, self._contents)
+        weights = _Weights(args, self._attributes)
         with real_tensors():
             position = next((i for i, variant in enumerate(self._variants) if variant.holds_for(weights)), None)
         if position is not None:

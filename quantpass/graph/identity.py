@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -23,22 +23,21 @@ from quantpass.graph.torch_internals import StorageWeakRef, no_data_reason, stor
 State = tuple[Hashable, ...]
 
 
-def state_of(t: torch.Tensor, contents: bool = True) -> State:
-    """What changes when the tensor's values do.
-
-    Args:
-        t: the tensor.
-        contents: read the values where that is possible (on a CPU); otherwise what the module says of a device holds.
+def state_of(t: torch.Tensor) -> State:
+    """What changes when the values of a tensor on a CPU do; of any other, what is never equal to that.
 
     To be asked inside :func:`~quantpass.graph.torch_internals.real_tensors`: entering that takes longer than a tensor.
     """
     why = no_data_reason(t)
-    if why:
-        return (why,)
-    layout = (t.dtype, t.shape, t.stride(), t.device)
-    if _contents_count(t, contents):
-        return (*layout, _hash(t))
-    return (*layout, storage_key(t), t.storage_offset(), t._version)
+    if why or not t.is_cpu:
+        return (why, t.device)
+    return (t.dtype, t.shape, t.stride(), _hash(t))
+
+
+def _glance(t: torch.Tensor) -> State:
+    """What changes when the same tensor is written to, or is given other memory; takes about a microsecond."""
+    size = t.untyped_storage().nbytes()
+    return (storage_key(t), size, t.storage_offset(), t._version, t.dtype, t.shape, t.stride())
 
 
 def _contents_count(t: torch.Tensor, contents: bool) -> bool:
@@ -60,7 +59,7 @@ class Seen:
     """A tensor as it was. Keeps neither the tensor nor its memory alive.
 
     Attributes:
-        state: what :func:`state_of` said.
+        state: what :func:`state_of` said; on a device, the tensor's memory, version and layout.
         storage: its memory; the address is not used again while this is held.
         tensor: on a device, the tensor itself: a version counter is that of one tensor and its views.
     """
@@ -71,14 +70,18 @@ class Seen:
 
     @classmethod
     def now(cls, t: torch.Tensor, contents: bool = True) -> Seen:
-        """``t`` as it is; it has data. ``contents`` as for :func:`state_of`."""
+        """``t`` as it is; it has data. ``contents``: go by its values where they can be read (on a CPU)."""
+        storage = StorageWeakRef(t.untyped_storage())
+        if _contents_count(t, contents):
+            return cls(state_of(t), storage, None)
         # A tensor that is referred to weakly can't be swapped (torch.utils.swap_tensors): only where it must be.
-        tensor = None if _contents_count(t, contents) else weakref.ref(t)
-        return cls(state_of(t, contents), StorageWeakRef(t.untyped_storage()), tensor)
+        return cls(_glance(t), storage, weakref.ref(t))
 
-    def is_still(self, t: torch.Tensor, state: State) -> bool:
-        """True where ``t``, whose state is ``state``, has the values that were read."""
-        return state == self.state and (self.tensor is None or self.tensor() is t)
+    def is_still(self, t: torch.Tensor, state_of: Callable[[torch.Tensor], State] = state_of) -> bool:
+        """True where ``t`` has the values that were read; ``state_of`` may know them already."""
+        if self.tensor is None:
+            return state_of(t) == self.state
+        return self.tensor() is t and _glance(t) == self.state
 
     @property
     def is_freed(self) -> bool:
