@@ -6,8 +6,9 @@ Four tables, in CPU time of one thread:
   quantized by torchao): all that the backend does beside Dynamo, AOTAutograd and running the graph. The inner compiler
   is eager, which takes no time at all: beside any other the share is smaller;
 * ``explain`` for one target and for three, beside bare ``torch.compile`` of the same model: with ``backend="eager"``
-  (Dynamo alone) and ``"aot_eager"`` (the graph that has to be read). The layers are those of a Llama with 1.1 billion
-  weights. Extra memory is the peak of the process less what it held before;
+  (Dynamo alone) and ``"aot_eager"`` (the graph that has to be read), and of the same model on the meta device. The
+  layers are those of a Llama with 1.1 billion weights. Extra memory is the peak of the process less what it held
+  before;
 * the pass on graphs in which nothing is quantized, for each node;
 * ``import quantpass`` behind ``import torch``, in fresh processes.
 
@@ -156,6 +157,18 @@ def explained(model: nn.Module, targets: tuple[str, ...]) -> dict[str, float]:
     return {"seconds": spent, "extra": memory("VmHWM") - before, "sites": len(sites)}
 
 
+def explained_on_meta(make: Callable[[], nn.Module], sites: int) -> float:
+    """CPU time of ``explain`` of a model without data, as a large one may be looked at."""
+    torch.compiler.reset()
+    with torch.device("meta"):
+        model, inputs = make(), (tokens(),)
+    start = time.process_time()
+    report = qp.explain(model, inputs, target=TARGET)
+    spent = time.process_time() - start
+    assert report.total == sites, str(report)
+    return spent
+
+
 def float_graph(make: Callable[[], nn.Module]) -> tuple[GraphModule, StaticInputs]:
     """The ATen graph of a float model, and its weights."""
     found: list[tuple[GraphModule, StaticInputs]] = []
@@ -218,6 +231,7 @@ def explains(scheme: str, layers: int, **sizes: int) -> dict[str, Any]:
     several, one = explained(model, TARGETS), explained(model, (TARGET,))
     times = {"dynamo": first_call(model, "eager"), "aot": first_call(model, "aot_eager")}
     times |= {"one": one["seconds"], "several": several["seconds"]}
+    times["meta"] = explained_on_meta(partial(llama, layers, scheme, **sizes), one["sites"])
     return {"scheme": scheme, "weights": weights, "sites": one["sites"], "extra": several["extra"], **times}
 
 
@@ -294,6 +308,7 @@ def _explains(rows: list[dict[str, Any]]) -> str:
             f"{r['aot']:.1f} s",
             f"{r['one']:.1f} s",
             f"{r['several']:.1f} s",
+            f"{r['meta']:.1f} s",
             f"{r['extra'] / 2**20:.0f} MiB",
         ]
         for r in rows
@@ -306,6 +321,7 @@ def _explains(rows: list[dict[str, Any]]) -> str:
         "aot_eager",
         "explain",
         "explain, 3 targets",
+        "explain on meta",
         "extra memory",
     ]
     return tabulate(shown, headers=headers, disable_numparse=True)
