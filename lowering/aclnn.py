@@ -111,13 +111,36 @@ def lacking(op: VendorOp, given: Mapping[str, Any]) -> list[str]:
     return [k for k, v in given.items() if k not in theirs and k in defaults and v != defaults[k]]
 
 
+def called_there(op: VendorOp, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by the names that this torch_npu has for them, without those that are at its defaults.
+
+    Args:
+        op: the vendor's operator.
+        given: as for :func:`lacking`, which these are not.
+    """
+    theirs = _their_arguments(op)
+    return {theirs[k].name: v for k, v in given.items() if k in theirs and not _is_default(v, theirs[k])}
+
+
+def _is_default(value: Any, argument: torch.Argument) -> bool:
+    if isinstance(value, Node | torch.Tensor) or not argument.has_default_value():
+        return False
+    return bool(value == argument.default_value)
+
+
 def _their_arguments(op: VendorOp) -> dict[str, torch.Argument]:
-    """This torch_npu's arguments by the newest one's names: in the same place one may be called otherwise."""
+    """This torch_npu's arguments by the newest one's names.
+
+    In the same place one may be called otherwise, where whatever both know by name stands in the same places: else one
+    that is missing would be taken for the one behind it.
+    """
     theirs, newest = npu_operator(op.name)._schema.arguments, _newest(op).arguments
     own, names = {a.name: a for a in theirs}, {a.name for a in newest}
-    places = zip(newest, (a for a in theirs if not a.kwarg_only), strict=False)
-    renamed = {a.name: t for a, t in places if a.name not in own and t.name not in names}
-    return own | renamed
+    place = {a.name: i for i, a in enumerate(a for a in theirs if not a.kwarg_only)}
+    if any(place.get(a.name, i) != i for i, a in enumerate(newest)):
+        return own
+    renamed = {a.name: t for a, t in zip(newest, theirs, strict=False) if not t.kwarg_only and t.name not in names}
+    return renamed | own
 
 
 def _newest(op: VendorOp) -> torch.FunctionSchema:
@@ -173,12 +196,7 @@ class _AclnnGraph:
                 f"not have. Install a newer torch_npu ({install_line()}), or keep the site as it is: "
                 f"leave=({node.meta.get('quantpass', 'its name')!r},)"
             )
-        theirs = _their_arguments(op)
-        given = {
-            theirs[k].name: v
-            for k, v in keywords.items()
-            if k in theirs and (isinstance(v, Node) or v != theirs[k].default_value)
-        }
+        given = called_there(op, keywords)
         with self._graph.inserting_before(node):
             new = self._graph.create_node("call_function", target, args, given, name=op.name)
         new.meta.update(node.meta)

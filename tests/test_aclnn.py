@@ -304,10 +304,10 @@ def older_matmul(monkeypatch):
     library._destroy()
 
 
-def with_offset():
+def with_offset(offset=2.0):
     ops = torch.ops.quantpass
     x, w = torch.randn(4, 32).half(), torch.randint(-128, 128, (16, 32), dtype=torch.int8)
-    s, o = (torch.rand(16) * 0.01).half(), torch.full((16,), 2.0).half()
+    s, o = (torch.rand(16) * 0.01).half(), offset and torch.full((16,), offset).half()
     return traced(lambda x, w, s, o: ops.weight_quant_matmul(x, w, s, o, transpose_weight=True), x, w, s, o)
 
 
@@ -319,8 +319,17 @@ def test_an_argument_that_an_older_torch_npu_calls_otherwise_is_given_by_that_na
     assert [*call.kwargs] == ["offset"]
 
 
-def test_an_argument_behind_one_that_is_not_there_is_not_taken_for_it(older_matmul):
-    older_matmul("Tensor? antiquant_offset=None, ", "")
+def test_an_argument_that_has_no_default_there_is_given(older_matmul):
+    older = older_matmul("Tensor? antiquant_offset=None", "Tensor? antiquant_offset")
+    gm = with_offset(None)
+    lower_to_aclnn(gm)
+    (call,) = gm.graph.find_nodes(op="call_function", target=older)
+    assert call.kwargs == {"antiquant_offset": None}
+
+
+@pytest.mark.parametrize("behind", ["Tensor? quant_scale=None", "Tensor? q_scale=None"])
+def test_an_argument_behind_one_that_is_not_there_is_not_taken_for_it(older_matmul, behind):
+    older_matmul("Tensor? antiquant_offset=None, Tensor? quant_scale=None", behind)
     with pytest.raises(RuntimeError, match=r"npu_weight_quant_batchmatmul with antiquant_offset, which this torch_npu"):
         lower_to_aclnn(with_offset())
 

@@ -15,14 +15,14 @@ from quantpass.doors.selftest.cases import Case
 from quantpass.doors.selftest.reference import BY_VENDOR, kernel_arguments, vendor_arguments
 from quantpass.doors.selftest.tensors import Tensors
 from quantpass.lowering import GE
-from quantpass.lowering.aclnn import lacking, npu_operator
+from quantpass.lowering.aclnn import called_there, lacking, npu_operator
 from quantpass.lowering.emulation import emulate_npu
 from quantpass.lowering.format_casts import NpuFormats
 from quantpass.lowering.fx_parcel import pack
 from quantpass.lowering.ge_interpreter import interpret
 from quantpass.lowering.standin_cann import StandinError
 from quantpass.lowering.standin_process import Request, TorchairProcess
-from quantpass.operators.arguments import NZ, dtype_number
+from quantpass.operators.arguments import NZ, bound, dtype_number
 from quantpass.operators.operator import Operator
 
 
@@ -64,14 +64,11 @@ class Aclnn:
         operator = npu_operator(case.call.op.name)
         if missing := lacking(case.call.op, given):
             raise NotHere(f"aclnn: this torch_npu's {case.call.op} has no {', '.join(missing)}")
-        # By position, as far as it has them: older torch_npu name some arguments otherwise, and lack others.
-        theirs = operator._schema.arguments
-        count = sum(not a.kwarg_only for a in theirs)
-        named = {k: _as_number(v) for k, v in given.items()}
-        positional = list(named.values())[:count]
-        keywords = {a.name: named[a.name] for a in theirs if a.kwarg_only and a.name in named}
+        named = called_there(case.call.op, {k: _as_number(v) for k, v in given.items()})
+        whole = vars(bound(operator._schema, (), named))
+        positional = [whole.pop(a.name) for a in operator._schema.arguments if not a.kwarg_only]
         with torch.no_grad():
-            return on_cpu(operator(*positional, **keywords))
+            return on_cpu(operator(*positional, **whole))
 
     def _placed(self, case: Case, name: str, t: torch.Tensor) -> torch.Tensor:
         grouped = name.startswith("antiquant") and case.call.args.get("antiquant_group_size")
