@@ -2,8 +2,9 @@
 
 Where operators alone tell that each element is a line over its own code (:mod:`quantpass.graph.carried_codes`), the
 line is had by computing the operand with a few codes in place of all, which takes a number for each group instead of
-one for each element; and two lines that are one at 0, at the smallest and at the largest code are one at every code
-between. The codes themselves are only moved to where they belong, and compared with those that are stored.
+one for each element; and two lines that are one at two neighboring codes, at the smallest and at the largest are one
+at every code between. The codes themselves are only moved to where they belong, and compared with those that are
+stored.
 
 Whatever can't be told like that is left to those who look at every element: nothing is refused here.
 """
@@ -18,14 +19,12 @@ from torch.fx import Node
 
 from quantpass.graph.grids import Grid, pointwise
 from quantpass.graph.records import Weight
-from quantpass.graph.row_rules import NotByRows, RowRules
+from quantpass.graph.row_rules import RowRules
 from quantpass.graph.static_values import StaticValues
 from quantpass.patterns.code_lines import group_size, source_of
 from quantpass.patterns.column_lines import (
-    Again,
     Codes,
     Layout,
-    Nonlinear,
     OnlyWhole,
     SoFar,
     int8_matrix,
@@ -73,7 +72,7 @@ def read_by_structure(
             return None  # binary weights have a reading of their own
         if not all(_are_one(blocks, columns, lines.step, lines.zero, codes, same) for columns, lines in found):
             return None
-    except (NotByRows, OnlyWhole, Nonlinear, Again, RuntimeError, IndexError):
+    except Exception:  # whatever can't be told like this, elements may tell
         return None
     read.scales.extend(lines.step for _, lines in found)
     read.zeros.extend(lines.zero - shift for _, lines in found)
@@ -110,13 +109,14 @@ def is_proved_by_structure(
         carried = blocks.carried()
         if not all(torch.equal(stored[:, c], carried(c)) for c in _parts(blocks, carried)):
             return False
-        at = {0, *(int(bound) for bound in torch.aminmax(codes))}
+        low, high = (int(bound) for bound in torch.aminmax(codes))
+        at = {low, low + 1, high}  # neighbors: integers that wrap around between two others would not show
         zero = torch.zeros(1, dtype=torch.float64) if zero_point is None else zero_point.double()
         step, zero = (t.reshape(1, -1).expand(1, weight.n) for t in (scale.double(), zero))
-        return max(at) - min(at) < 256 and all(
+        return high - low < 256 and all(
             _are_one(blocks, columns, step[:, columns], zero[:, columns], at, FLOAT32) for columns in _ahead(blocks)
         )
-    except (NotByRows, RuntimeError, IndexError):
+    except Exception:  # as above
         return False
 
 

@@ -6,9 +6,9 @@ A value that is made of integers by movements, casts, and sums and products with
 
 That is so of numbers; of what computes with them:
 
-* In integers a sum may wrap around. It does so for all codes above one, or below one, and by a multiple of the
-  container's size: where the value is on the line at the smallest code and at the largest, at most 255 apart, nothing
-  wraps between them.
+* In integers a sum may wrap around, by multiples of the container's size. A line that has the value of two neighboring
+  codes differs from what the sum would be by such multiples alone. Where it also has those of the smallest and of the
+  largest code, at most 255 apart, it stays in the container between them: so nothing wraps there.
 * In float64 a sum may lose what one code makes beside a large parameter. With one sum on the way, the parameter is as
   many codes as the line's zero point, which can be looked at; with more, nothing is said.
 * Products may leave float64's normal numbers on the way. A few that are of float32 at most do not, nor does a single

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantpass.graph.expr import Const
 from quantpass.graph.records import Weight
 from quantpass.graph.row_rules import NotByRows
 from quantpass.patterns import weights
@@ -163,3 +164,18 @@ def test_a_proof_by_structure(monkeypatch, transposed):
     off[-1] *= 1.01
     assert not weights.is_proved_by_structure(*arguments, stored, off, None, t.dialects.rows)
     assert not weights.is_proved_by_structure(*arguments, stored, scale, torch.ones(1), t.dialects.rows)
+
+
+def test_no_proof_of_a_line_that_meets_integers_which_wrap_around_at_the_ends_alone(monkeypatch):
+    monkeypatch.setattr("quantpass.patterns.operands.STRUCTURED", 1)
+    codes = torch.arange(0, 201, 8).to(torch.uint8).repeat(4, 1)
+    t = Traced(lambda c, s: c.to(torch.int8).float() * s, codes, torch.ones(1), known=2)
+    n, k = codes.shape
+
+    def is_proved(codes, scale):
+        weight = Weight(Const(codes), True, k, n, Const(scale), None, 0, int(codes.min()), int(codes.max()), True)
+        arguments = t.values, Operand(t.result, True), t.inputs[:1], weight, codes, scale, None, t.dialects.rows
+        return weights.is_proved_by_structure(*arguments)
+
+    assert not is_proved(codes, torch.tensor([(200 - 256) / 200]))  # right for 0 and 200
+    assert not is_proved(codes, torch.ones(1))  # right up to 127
