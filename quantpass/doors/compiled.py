@@ -42,7 +42,7 @@ _Place = int | str
 
 
 class _Weights:
-    """The tensors of one call, and what is known of each; looked at once, however many variants ask."""
+    """The tensors of one call; the contents of each are looked at once, however many variants ask."""
 
     def __init__(self, args: Sequence[Any], attributes: dict[str, torch.Tensor]) -> None:
         self._args, self._attributes = args, attributes

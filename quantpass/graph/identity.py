@@ -30,7 +30,7 @@ def state_of(t: torch.Tensor) -> State:
     """
     why = no_data_reason(t)
     if why or not t.is_cpu:
-        return (why, t.device)
+        return (why,)
     return (t.dtype, t.shape, t.stride(), _hash(t))
 
 
@@ -56,12 +56,12 @@ def _hash(t: torch.Tensor) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """A tensor as it was. Keeps neither the tensor nor its memory alive.
+    """A tensor as it was. Keeps neither the tensor nor its memory alive. To be made and asked as :func:`state_of`.
 
     Attributes:
-        state: what :func:`state_of` said; on a device, the tensor's memory, version and layout.
+        state: what :func:`state_of` said; where contents don't count, the tensor's memory, version and layout.
         storage: its memory; the address is not used again while this is held.
-        tensor: on a device, the tensor itself: a version counter is that of one tensor and its views.
+        tensor: where contents don't count, the tensor itself: a version counter is that of one tensor and its views.
     """
 
     state: State
@@ -77,10 +77,10 @@ class Seen:
         # A tensor that is referred to weakly can't be swapped (torch.utils.swap_tensors): only where it must be.
         return cls(_glance(t), storage, weakref.ref(t))
 
-    def is_still(self, t: torch.Tensor, state_of: Callable[[torch.Tensor], State] = state_of) -> bool:
-        """True where ``t`` has the values that were read; ``state_of`` may know them already."""
+    def is_still(self, t: torch.Tensor, known_state: Callable[[torch.Tensor], State] = state_of) -> bool:
+        """True where ``t`` has the values that were read; ``known_state`` is a :func:`state_of` that may remember."""
         if self.tensor is None:
-            return state_of(t) == self.state
+            return known_state(t) == self.state
         return self.tensor() is t and _glance(t) == self.state
 
     @property

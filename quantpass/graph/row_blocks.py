@@ -122,7 +122,10 @@ class RowBlocks:
         return size
 
     def ahead(self, rows: slice) -> slice:
-        """``rows`` and as many blocks behind them as :meth:`with_codes` can give at once: it may be far smaller."""
+        """``rows`` and as many blocks behind them as :meth:`with_codes` can give at once: it may be far smaller.
+
+        Of a small value all that is left: finding out how much smaller would take longer.
+        """
         if self.rows * self._width <= _MOST:
             return slice(rows.start, self.rows)
         if self._held is None:

@@ -194,20 +194,21 @@ def _of_groups(parameter: ex.Expr, columns: slice) -> torch.Tensor:
 
 def _all(weight: Weight, columns: slice, codes: torch.Tensor) -> _Values:
     """Every element of its own, each computed in the graph's order."""
-    groups = torch.arange(weight.k) // weight.group_size if weight.group_size else torch.tensor([0])
     w = codes.double()
     if weight.zero_point is not None:
-        w = w - _of_columns(weight.zero_point, columns, groups)
-    w = w * _of_columns(weight.scale, columns, groups)
+        w = w - _of_elements(weight, weight.zero_point, columns)
+    w = w * _of_elements(weight, weight.scale, columns)
     if weight.k_scale is not None:
         w = w * weight.k_scale
     return _Values(w if weight.k_order is None else torch.empty_like(w).index_copy_(1, weight.k_order, w))
 
 
-def _of_columns(parameter: ex.Expr, columns: slice, groups: torch.Tensor) -> torch.Tensor:
+def _of_elements(weight: Weight, parameter: ex.Expr, columns: slice) -> torch.Tensor:
     """The same as it meets ``(n, K)`` codes."""
-    found = _of_groups(parameter, columns)
-    return found[:, groups, 0] if found.dim() == 3 else found
+    found = _of_groups(parameter, columns)[..., 0]
+    if found.dim() == 2 and found.shape[1] > 1:
+        return found.repeat_interleave(weight.group_size, dim=1)[:, : weight.k]
+    return found
 
 
 def _fit(w: _Values, thorough: bool) -> torch.Tensor:
