@@ -9,10 +9,10 @@ A Linear (without bias) quantized by torchao, of one shape, at several M, and a 
 * ``reference``: the kernels that define the fused operators;
 * ``native``, ``native + Inductor``: PyTorch's own CPU kernels, the rest of the graph run as it is or compiled.
 
-Runs are interleaved; a cell is the median of each contender's time over that of the best of the first three. Every
-result is first compared with eager's. ``spread`` is how far the quartiles of the noisiest contender lie apart: a
-difference that is smaller says nothing. ``bandwidth`` is the time in which this machine reads the quantized weight from
-memory, over the same best.
+Which kernels quantpass takes is measured anew in each run of this script. Runs are interleaved; a cell is the median of
+each contender's time over that of the best of the first three. Every result is first compared with eager's. ``spread``
+is how far the quartiles of the noisiest contender lie apart: a difference that is smaller says nothing. ``bandwidth``
+is the time in which this machine reads the quantized weight from memory, over the same best.
 
     python -m benchmarks.cpu_run [--quick] [--threads N] [--cpu-time] [--only TEXT] [--json FILE]
 
@@ -23,11 +23,14 @@ import argparse
 import copy
 import importlib
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from tabulate import tabulate
@@ -192,13 +195,14 @@ def main():
         parser.error("--cpu-time adds up the time of all threads: give --threads 1 too")
     clock = time.process_time if options.cpu_time else time.perf_counter
     rows = []
-    for name, measure in cells(options.quick, 0.2 if options.quick else 3, clock):
-        if options.only in name:
-            torch.compiler.reset()
-            rows.append(measure())
-            print(tabulate([rows[-1]], headers="keys" if len(rows) == 1 else (), floatfmt=".2f"), flush=True)
-            if options.json:
-                options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, XDG_CACHE_HOME=cache):
+        for name, measure in cells(options.quick, 0.2 if options.quick else 3, clock):
+            if options.only in name:
+                torch.compiler.reset()
+                rows.append(measure())
+                print(tabulate([rows[-1]], headers="keys" if len(rows) == 1 else (), floatfmt=".2f"), flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
     print(f"\n{machine()}. Each contender's time over the best of the first three:\n")
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
 

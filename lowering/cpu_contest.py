@@ -39,6 +39,9 @@ _TINY = 1 << 14
 _MEMORY_FOR_ONE = 1 / 16
 """A weight is dequantized once only where this share of the memory that is left holds the result."""
 
+_BUSY = "|busy"
+"""Marks what was measured while other work ran: it holds as long as that does, then it is measured anew."""
+
 _FAR = 2.0**-6
 """A floating product whose cosine distance to the first one's is larger is not the same product."""
 
@@ -63,11 +66,12 @@ def fastest(
         return None
     if k * n <= _TINY:
         return able[0], able[0].prepare(weight, dtype)
-    key = _key(able, shape, dtype, m)
-    known = {p.name: p for p in able}.get(_remembered().get(key, ""))
+    key, busy, remembered = _key(able, shape, dtype, m), _is_busy(), _remembered()
+    name = remembered.get(key) or (remembered.get(key + _BUSY, "") if busy else "")
+    known = {p.name: p for p in able}.get(name)
     if known is None and len(able) > 1:
         best, prepared = _measured(able, weight, k, dtype, (m,) if m is not None else _UNKNOWN_ROWS)
-        _remember(key, best.name)
+        _remember(key + _BUSY if busy else key, best.name)
         return best, prepared
     chosen = known or able[0]
     return chosen, chosen.prepare(weight, dtype)
@@ -149,6 +153,13 @@ def _mean(times: Sequence[Sequence[float]]) -> float:
 def _key(products: Sequence[Product], shape: tuple[int, int], dtype: torch.dtype, m: int | None) -> str:
     what = (*shape, str(dtype), "any" if m is None else _bucket(m), *(p.name for p in products))
     return "|".join(map(str, (*_here(), torch.get_num_threads(), *what)))
+
+
+def _is_busy() -> bool:
+    """True where more work wants to run than there are processors: whichever product is slowed down most, loses."""
+    with suppress(OSError, AttributeError):  # a system that does not say
+        return os.getloadavg()[0] > (os.cpu_count() or 1)
+    return False
 
 
 def _bucket(m: int) -> int:

@@ -183,6 +183,28 @@ def test_the_fastest_wins_and_is_remembered(tmp_path):
         assert cpu_contest.fastest(**able)[0] is fast
 
 
+def test_what_was_measured_beside_other_work_is_measured_anew_once_that_is_over(monkeypatch):
+    fast = INTEGER_PRODUCTS[0]
+    quick = Product("quick now", fast.takes, fast.prepare, fast.run)
+    able = {"weight": weight(256, 128), "shape": (256, 128), "dtype": torch.int8, "m": 4}
+    winners: list[Product] = []
+    monkeypatch.setattr(cpu_contest, "INTEGER_PRODUCTS", ())
+
+    def measured(products, w, *_):
+        winner = winners.pop()  # else nothing was to be measured
+        return winner, winner.prepare(w, torch.int8)
+
+    def chosen(load):
+        monkeypatch.setattr(cpu_contest.os, "getloadavg", lambda: (load, load, load))
+        return cpu_contest.fastest([quick, fast], **able)[0]
+
+    monkeypatch.setattr(cpu_contest, "_measured", measured)
+    winners.append(quick)
+    assert chosen(load=99.0) is quick and chosen(load=99.0) is quick
+    winners.append(fast)
+    assert chosen(load=0.5) is fast and chosen(load=0.5) is fast and chosen(load=99.0) is fast
+
+
 def test_a_product_with_other_numbers_is_left_out(caplog):
     right = INTEGER_PRODUCTS[0]
     wrong = Product("wrong", right.takes, right.prepare, lambda x, w: torch._int_mm(x, w) + 1)
