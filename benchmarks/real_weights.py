@@ -118,6 +118,14 @@ class Gptq(Written):
         return (self.scales[index] * (codes - zeros[index])).t()
 
 
+class GptqInOrder(Gptq):
+    """The same with ``desc_act=True``: rows of K are in groups by their activations' size, which lie anywhere."""
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__(n, k)
+        self.g_idx = self.g_idx[torch.randperm(k)]
+
+
 class Awq(Written):
     """Eight codes of N in an int32, ``(K, N / 8)``, in AutoAWQ's order."""
 
@@ -204,6 +212,7 @@ SPELLINGS: dict[str, Callable[[int, int], nn.Module]] = {
     "int4 groups, torchao": torchao_model(_int4_groups),
     "int4 groups in bytes, by hand": Nibbles,
     "int4 groups, GPTQ": Gptq,
+    "int4 groups, GPTQ, desc_act": GptqInOrder,
     "int4 groups, AWQ": Awq,
     "W8A8 static, by hand": Static,
     "W8A8 per token, by hand": Dynamic,

@@ -160,7 +160,7 @@ def lines_of(at: Sequence[Grid], layout: Layout, same: float) -> Lines:
     found = [_of_groups(g, layout) for g in grids]
     if any(f is None for f in found):
         _check_groups(step.dense(), grids[2].dense(), layout, same)
-        found = [g.dense()[:: layout.group] for g in grids]
+        found = [g.dense()[:: layout.group].clone() for g in grids]
     start, slope, zero = (f for f in found if f is not None)
     return Lines(start, slope, zero)
 
@@ -188,7 +188,7 @@ def _of_groups(grid: Grid, layout: Layout) -> torch.Tensor | None:
         of_groups = parts.tensor.reshape(*held[:outer], *held[outer + inner :])
         return Grid(of_groups, (parts.parts[0], parts.parts[2])).dense()
     full = parts.dense()
-    return full[:, 0] if bool((full == full[:, :1]).all()) else None
+    return full[:, 0].clone() if bool((full == full[:, :1]).all()) else None  # a view would keep every element
 
 
 def put_together(read: SoFar, layout: Layout, shape: tuple[int, int], label: str) -> Weight:

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
 
-from quantpass.graph.grids import Grid, pointwise
+from quantpass.graph.grids import Grid, dense, pointwise
 from quantpass.graph.records import Weight
 from quantpass.graph.row_rules import RowRules
 from quantpass.graph.static_values import StaticValues
-from quantpass.patterns.code_lines import group_size, source_of
+from quantpass.patterns.code_lines import act_order, group_size, source_of
 from quantpass.patterns.column_lines import (
     Codes,
     Layout,
@@ -58,24 +59,30 @@ def read_by_structure(
         to be looked at.
     """
     source = source_of(cuts)
-    read = SoFar(Codes(shape, int8_matrix(values, source, shape)))
+    read, layout = SoFar(Codes(shape, int8_matrix(values, source, shape))), None
+    parts: list[slice] = []
+    step = zero = torch.empty(0)
     try:
-        carried, found, layout = blocks.carried(), [], None
+        carried = blocks.carried()
         for columns in _ahead(blocks):
             at = [blocks.with_codes(columns, code) for code in (0, 1)]
-            layout = layout or Layout(_group(at, same), None, 0)
-            found.append((columns, lines_of(at, layout, same)))
+            layout = layout or _layout(at, same)
+            lines = lines_of([_ordered(g, layout.order) for g in at], replace(layout, order=None), same)
+            if not parts:  # all at once: small results between large temporaries would keep the memory of these
+                step, zero = (torch.empty(len(lines.step), shape[1], dtype=torch.float64) for _ in range(2))
+            step[:, columns], zero[:, columns] = lines.step, lines.zero
+            parts.append(columns)
         assert layout is not None
-        shift = _take_in(blocks, carried, read.codes)
+        shift = _take_in(blocks, carried, read.codes, layout.order)
         codes = {read.codes.low + shift, read.codes.high + shift}
         if min(codes) >= 0 and max(codes) <= 1:
             return None  # binary weights have a reading of their own
-        if not all(_are_one(blocks, columns, lines.step, lines.zero, codes, same) for columns, lines in found):
+        if not all(_are_one(blocks, c, step[:, c], zero[:, c], codes, same, layout.order) for c in parts):
             return None
     except Exception:  # whatever can't be told like this, elements may tell
         return None
-    read.scales.extend(lines.step for _, lines in found)
-    read.zeros.extend(lines.zero - shift for _, lines in found)
+    read.scales.append(step)
+    read.zeros.append(zero - shift)
     return put_together(read, layout, shape, source.name)
 
 
@@ -120,8 +127,8 @@ def is_proved_by_structure(
         return False
 
 
-def _take_in(blocks: OperandBlocks, carried: CodesOfColumns, codes: Codes) -> int:
-    """Keep the codes as int8; returns what was subtracted from them for that."""
+def _take_in(blocks: OperandBlocks, carried: CodesOfColumns, codes: Codes, order: torch.Tensor | None) -> int:
+    """Keep the codes as int8, their rows in ``order``; returns what was subtracted from them for that."""
     shift = None
     for columns in _parts(blocks, carried):
         own = carried(columns)
@@ -131,7 +138,7 @@ def _take_in(blocks: OperandBlocks, carried: CodesOfColumns, codes: Codes) -> in
         if not -128 <= low - shift <= high - shift <= 127:
             raise OnlyWhole
         narrow = (own.to(torch.int16) - shift if shift else own).to(torch.int8)
-        codes.put(columns, narrow, low - shift, high - shift)
+        codes.put(columns, narrow if order is None else narrow[order], low - shift, high - shift)
     assert shift is not None
     return shift
 
@@ -150,8 +157,8 @@ def _ahead(blocks: OperandBlocks) -> Iterator[slice]:
             yield held
 
 
-def _group(at: Sequence[Grid], same: float) -> int:
-    """The largest group of rows within which nothing changes."""
+def _layout(at: Sequence[Grid], same: float) -> Layout:
+    """The largest groups of rows within which nothing changes, and the order in which rows make groups."""
     step = pointwise(lambda t: t[1] - t[0], at[:2])
     if not bool(step.tensor.all()):
         raise OnlyWhole
@@ -160,9 +167,17 @@ def _group(at: Sequence[Grid], same: float) -> int:
     k, n = step.shape
     slopes, zeros = (g.reshaped((k // own, own, n)).dense()[:, 0] for g in (step, zero))
     group = own * (group_size(slopes, zeros, same) or 1)
-    if group == 1 < k:
+    if group > 1 or k == 1:
+        return Layout(group, None, 0)
+    order, size = act_order(slopes, zeros)
+    if size is None:
         raise OnlyWhole
-    return group
+    return Layout(size, order, 0)
+
+
+def _ordered(value: Grid, order: torch.Tensor | None) -> Grid:
+    """``(K, columns)`` with its rows in ``order``."""
+    return value if order is None else dense(value.dense().index_select(0, order))
 
 
 def _held_rows(grid: Grid) -> int:
@@ -176,11 +191,17 @@ def _held_rows(grid: Grid) -> int:
 
 
 def _are_one(
-    blocks: OperandBlocks, columns: slice, step: torch.Tensor, zero: torch.Tensor, codes: set[int], same: float
+    blocks: OperandBlocks,
+    columns: slice,
+    step: torch.Tensor,
+    zero: torch.Tensor,
+    codes: set[int],
+    same: float,
+    order: torch.Tensor | None = None,
 ) -> bool:
     """True where the operand with each of ``codes`` in place of all is ``(code - zero) * step``.
 
-    Both parameters are ``(K / group, columns)``.
+    Both parameters are ``(K / group, columns)``, of groups of the operand's rows in ``order``.
     """
     if bool((zero.abs() > _LARGEST_ZERO).any()):
         return False
@@ -196,6 +217,7 @@ def _are_one(
             slack = ((zero.abs() + abs(code) + 1) * same).clamp(max=TOLERANCE) * step.abs()
             return ((code - zero) * step - value).abs() <= slack  # NaN is not
 
-        return bool(pointwise(near, [blocks.with_codes(columns, code), *line]).tensor.all())
+        value = _ordered(blocks.with_codes(columns, code), order)
+        return bool(pointwise(near, [value, *line]).tensor.all())
 
     return all(agree(code) for code in codes)

@@ -103,9 +103,7 @@ class _Values:
 
     def total(self, of_each: torch.Tensor) -> torch.Tensor:
         """The sum over a column's elements."""
-        counts = self.counts
-        found: torch.Tensor = (of_each if counts is None else of_each * counts.to(of_each.dtype)).sum(1)
-        return found
+        return (of_each if self.counts is None else of_each * self.counts).sum(1)
 
     def elements(self, of_each: torch.Tensor) -> torch.Tensor:
         """``(n, K)``: of each element what ``of_each`` holds for its value."""
@@ -214,7 +212,9 @@ def _of_elements(weight: Weight, parameter: ex.Expr, columns: slice) -> torch.Te
 def _fit(w: _Values, thorough: bool) -> torch.Tensor:
     """Scales ``(n,)`` for columns; 0 for a column of zeros."""
     largest = w.each.abs().amax(1)
-    unit = replace(w, each=(w.each / largest[:, None]).nan_to_num(0.0).float())  # in [-1, 1]: no more digits are needed
+    # In [-1, 1]: the search needs no more digits.
+    each = (w.each / largest[:, None]).nan_to_num(0.0).float()
+    unit = _Values(each, None if w.counts is None else w.counts.float())
     best = torch.full_like(largest, 1 / _LEVELS).float()
     least = torch.full_like(best, math.inf)
     for steps in _STEPS if thorough else _STEPS[:1]:

@@ -18,6 +18,11 @@ from tests.unit.patterns.test_weights_in_blocks import CODES, SCALE, ZERO, G, K,
 ROWS = SCALE[:, 0]
 
 
+def apart():
+    """Which group each row of K is of, as in order of activation size: those of a group don't lie together."""
+    return torch.arange(K).mul(7).remainder(K // G)
+
+
 def read(function, *inputs, codes=1, tolerance=1e-9):
     """The weight by structure, and what looking at every element gives; the first ``codes`` inputs hold the codes."""
     t = Traced(function, *inputs, known=len(inputs))
@@ -46,6 +51,8 @@ def halves(packed, s):
         (lambda a, b, s: torch.cat([a.float(), b.float()], 1) * s, (CODES[:, :8], CODES[:, 8:], ROWS), 2),
         (lambda c, s: c[:, :G].float() * s, (CODES, ROWS), 1),
         (lambda c, s, g: c.float() * s[:, g, 0], (CODES, SCALE, torch.arange(K) // G), 1),
+        (lambda c, s, g: (c.float() - 3) * s[:, g, 0], (CODES, SCALE, apart()), 1),
+        (lambda c, s, z, g: (c.float() - z[:, g, 0]) * s[:, g, 0], (CODES, SCALE, ZERO, apart()), 1),
         (lambda c, s: c.half().float() * s * 0.5, (CODES, ROWS), 1),
     ],
 )
@@ -88,6 +95,7 @@ SQUARE = CODES[:, :N].contiguous()
         (lambda c, s: c.float() * (s * 0), (CODES, ROWS)),
         (lambda c, s: c.float() * s + torch.arange(K), (CODES, ROWS)),
         (lambda c, s: torch.where(c > 6, 0.0, c.float()) * s, (CODES, ROWS)),
+        (lambda c, s: c.float() * s[:, apart()] + torch.arange(K), (CODES, SCALE[..., 0])),
     ],
 )
 def test_what_they_do_not_tell(function, inputs):
@@ -107,6 +115,7 @@ STEPS = {
     "squared": lambda w, s: w * w,
     "groups": lambda w, s: (w.reshape(N, -1, G) * s[:, :4, None]).view(N, K),
     "along K": lambda w, s: w * torch.arange(1.0, K + 1),
+    "groups apart": lambda w, s: w * s[:, apart()],
 }
 BEFORE = {
     "as they are": lambda c: c,
