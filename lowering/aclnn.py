@@ -26,7 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from quantpass.graph.torch_internals import known_contiguous, real_tensors
 from quantpass.lowering.torchair_versions import install_line
 from quantpass.operators import OPERATORS
-from quantpass.operators.arguments import bound
+from quantpass.operators.arguments import bound, schema_of
 from quantpass.operators.preparation import TRANS_QUANT_PARAM
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def lacking(op: VendorOp, given: Mapping[str, Any]) -> list[str]:
     Raises:
         RuntimeError: the operator does not exist at all.
     """
-    theirs, defaults = _their_arguments(op), vars(bound(_newest(op), (), {}))
+    theirs, defaults = _their_arguments(op), vars(bound(schema_of(op), (), {}))
     return [k for k, v in given.items() if k not in theirs and k in defaults and v != defaults[k]]
 
 
@@ -134,17 +134,13 @@ def _their_arguments(op: VendorOp) -> dict[str, torch.Argument]:
     In the same place one may be called otherwise, where whatever both know by name stands in the same places: else one
     that is missing would be taken for the one behind it.
     """
-    theirs, newest = npu_operator(op.name)._schema.arguments, _newest(op).arguments
+    theirs, newest = npu_operator(op.name)._schema.arguments, schema_of(op).arguments
     own, names = {a.name: a for a in theirs}, {a.name for a in newest}
     place = {a.name: i for i, a in enumerate(a for a in theirs if not a.kwarg_only)}
     if any(place.get(a.name, i) != i for i, a in enumerate(newest)):
         return own
     renamed = {a.name: t for a, t in zip(newest, theirs, strict=False) if not t.kwarg_only and t.name not in names}
     return renamed | own
-
-
-def _newest(op: VendorOp) -> torch.FunctionSchema:
-    return torch._C.parse_schema(f"npu::{op.schema}")  # noqa: SLF001
 
 
 def _looks_transposed(t: torch.Tensor) -> bool:

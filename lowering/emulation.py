@@ -18,7 +18,7 @@ from torch.library import Library
 
 from quantpass.lowering.torchair_versions import install_line
 from quantpass.operators import EMULATED
-from quantpass.operators.arguments import Arguments, bound
+from quantpass.operators.arguments import Arguments, bound, schema_of
 from quantpass.operators.operator import Emulated
 
 
@@ -69,7 +69,7 @@ def _added_to_torch_npu(library: Library) -> Library:
 
 def _taking(op: Emulated, function: Callable[[Arguments], Any]) -> Callable[..., Any]:
     """``function`` of a call's arguments by name, as a kernel. Older torch_npu lack some, or name them otherwise."""
-    ours = torch._C.parse_schema(f"npu::{op.vendor.schema}")  # noqa: SLF001
+    ours = schema_of(op.vendor)
     defaults = vars(bound(ours, (), {}))
 
     def kernel(*args: Any, **kwargs: Any) -> Any:

@@ -159,7 +159,7 @@ def _ahead(blocks: OperandBlocks) -> Iterator[slice]:
 
 def _layout(at: Sequence[Grid], same: float) -> Layout:
     """The largest groups of rows within which nothing changes, and the order in which rows make groups."""
-    step = pointwise(lambda t: t[1] - t[0], at[:2])
+    step = pointwise(lambda t: t[1] - t[0], at)
     if not bool(step.tensor.all()):
         raise OnlyWhole
     zero = pointwise(lambda t: -t[0] / t[1], [at[0], step])

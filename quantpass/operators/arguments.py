@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from quantpass.chips.calls import VendorOp
 
 NZ = 29
 """The vendor's number of the FRACTAL_NZ format."""
@@ -30,6 +33,12 @@ class Arguments(SimpleNamespace):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the operator has no argument {name!r}")
+
+
+@cache
+def schema_of(op: VendorOp) -> torch.FunctionSchema:
+    """What the vendor's operator takes, as the newest torch_npu that is known declares it."""
+    return torch._C.parse_schema(f"npu::{op.schema}")  # noqa: SLF001
 
 
 def bound(schema: torch.FunctionSchema, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:

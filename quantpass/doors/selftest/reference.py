@@ -16,7 +16,7 @@ from quantpass.chips.weight_quant_matmul import WQMM
 from quantpass.doors.selftest.cases import Case
 from quantpass.doors.selftest.tensors import Tensors, applied, positive
 from quantpass.operators import EMULATED
-from quantpass.operators.arguments import Arguments, bound
+from quantpass.operators.arguments import Arguments, bound, schema_of
 from quantpass.operators.int4 import unpack_int4
 from quantpass.operators.operator import Emulated, Operator
 from quantpass.operators.weight_quant_matmul import TEMPLATES
@@ -92,7 +92,6 @@ def kernel_arguments(case: Case) -> dict[str, Any] | None:
 
 def vendor_arguments(call: OpCall, stored: Tensors) -> dict[str, Any]:
     """Every argument of the vendor's schema: tensors as views of what is stored, dtypes as PyTorch's."""
-    schema = torch._C.parse_schema(f"npu::{call.op.schema}")  # noqa: SLF001
     given: dict[str, Any] = {}
     for name, value in call.args.items():
         spec = call.tensor(name)
@@ -100,12 +99,12 @@ def vendor_arguments(call: OpCall, stored: Tensors) -> dict[str, Any]:
             given[name] = stored[name].transpose(-2, -1) if spec.transposed else stored[name]
         else:
             given[name] = getattr(torch, value) if isinstance(value, str) and hasattr(torch, value) else value
-    return vars(bound(schema, (), {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}))
+    return vars(bound(schema_of(call.op), (), {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}))
 
 
 def _default(call: OpCall, name: str) -> Any:
-    schema = torch._C.parse_schema(f"npu::{call.op.schema}")  # noqa: SLF001
-    return next((a.default_value for a in schema.arguments if a.name == name and a.has_default_value()), None)
+    arguments = schema_of(call.op).arguments
+    return next((a.default_value for a in arguments if a.name == name and a.has_default_value()), None)
 
 
 def distance(case: Case, stored: Tensors, found: tuple[Any, ...], wanted: tuple[Any, ...]) -> Distance:
